@@ -1,0 +1,38 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "Python 3.11 to 3.13 is needed, this is %d.%d: make PYTHON=python3.12 ..." % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+.PHONY: help install train evaluate test test-all lint format
+
+help: ## Show the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk 'BEGIN {FS = ":.*## "} {printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed ## Create .venv with the pinned versions
+
+train: install ## Train; pass overrides as ARGS="seed=1 environment.dataset=balance_scale"
+	$(BIN)/etpo-train $(ARGS)
+
+evaluate: install ## Score a checkpoint on held-out rows: ARGS="ckpt_path=..."
+	$(BIN)/etpo-evaluate $(ARGS)
+
+test: install ## Run the tests (under 10 minutes on 2 cores); ARGS goes to pytest
+	$(BIN)/pytest $(ARGS)
+
+test-all: install ## Run the tests and the slow ones
+	$(BIN)/pytest -m "slow or not slow" $(ARGS)
+
+lint: install ## Check style with ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install ## Fix style with ruff
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

@@ -1,0 +1,1 @@
+"""Token-level reinforcement learning for language agents (ETPO, arXiv 2402.06700)."""

@@ -1,0 +1,35 @@
+"""The contract between a text environment and the loop: a `gymnasium.vector.VectorEnv` of strings."""
+
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+
+
+class TextObservation(TypedDict):
+    """What an agent reads before it acts; a prompt template of the model picks the fields it needs.
+
+    instruction: the request in words, for chat models.
+    prefix: the text that the action continues, for completion and infilling models.
+    suffix: the text that follows the action, for infilling models; may be empty.
+    """
+
+    instruction: str
+    prefix: str
+    suffix: str
+
+
+class TextVectorEnv(VectorEnv[Sequence[TextObservation], Sequence[str], np.ndarray]):
+    """`num_envs` copies of a task whose observations and actions are text.
+
+    `reset(seed=...)` returns (observations, infos); `step(actions)` returns (observations,
+    rewards [num_envs] float64, terminations [num_envs] bool, truncations [num_envs] bool, infos).
+    An environment that ends is reset in the same step (`AutoresetMode.SAME_STEP`): its entry in
+    `observations` is the first one of the next episode and `infos["final_obs"]` holds the true
+    next observation of the episode that ended (None elsewhere). `infos["error"]` holds the error
+    text of a failed action or None, `infos["attempt"]` the 1-based number of the action in its
+    episode; `infos["cached"]` is true where the reward was known before.
+    """
+
+    metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.SAME_STEP}
