@@ -1,4 +1,4 @@
-"""The contract between a text environment and the loop: a `gymnasium.vector.VectorEnv` of strings."""
+"""The contract of a text environment: a `gymnasium.vector.VectorEnv` of strings."""
 
 from collections.abc import Sequence
 from typing import Any, TypedDict
