@@ -6,3 +6,12 @@ class ConfigError(ValueError):
 
     Entry points print the message and exit with status 2; no traceback is shown.
     """
+
+
+def check_range(key: str, value: float, low: float, high: float, *, above: bool = False) -> None:
+    """Raises ConfigError unless low <= value <= high (low < value where `above`); bool is none."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not low <= value <= high or (above and value == low):
+        bound = f"above {low:g}" if above else f"{low:g} or more"
+        limit = "" if high == float("inf") else f" and at most {high:g}"
+        raise ConfigError(f"{key}={value}: allowed is a number, {bound}{limit}")

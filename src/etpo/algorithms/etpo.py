@@ -1,0 +1,283 @@
+"""ETPO: a soft token critic over the vocabulary and an exact policy step, as a LightningModule.
+
+What differs from the paper (arXiv 2402.06700), each a config value under `algorithm`:
+
+1. Targets are TD(lambda) with the critic as control variate; `lambda_=0` is the paper's one-step
+   update (eq. 12-13), which moves a reward back by one token per iteration.
+2. The critic is a dueling head on the frozen reference's features (`critic=head`); `critic=trunk`
+   is a whole language model, as in the paper.
+3. The policy objective is doubly robust: the exact full-vocabulary term plus a clipped correction
+   of the critic's error on the taken token. `correction=false` is the paper's plain objective.
+   The critic of the objective was fitted on EARLIER iterations only, so that the gradient at
+   pi = pi_old is unbiased whatever the critic says.
+4. A trust region on the KL of whole actions (`max_kl`, nats) and a proximal term (`eta`).
+5. Tokens are summed, actions weighted by gamma^t: the exact gradient of the regularised return.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from etpo.algorithms import objectives, soft_bellman
+from etpo.errors import ConfigError, check_range
+from etpo.models.backbone import Backbone
+from etpo.models.critics import polyak_update
+from etpo.rollout.episode import Actions, Rollout, episode_layout, pack, sequence, unpack
+from etpo.rollout.metrics import rollout_metrics
+
+
+class TokenBatch(NamedTuple):
+    """Annotated actions: what one training step needs, all without gradient."""
+
+    ids: Tensor  # int64 [B, T], inputs; the last L positions predict the action tokens
+    mask: Tensor  # bool [B, T]
+    action_ids: Tensor  # int64 [B, L]
+    action_mask: Tensor  # bool [B, L]
+    old_log_probs: Tensor  # float32 [B, L, V], log pi_old
+    scores: Tensor  # float32 [B, L, V], beta log pi_ref + eta log pi_old + Q
+    features: Tensor  # [B, L, D], of the frozen reference
+    returns: Tensor  # float32 [B, L], lambda-returns G
+    advantages: Tensor  # float32 [B, L], G - Q(x, w)
+    weights: Tensor  # float32 [B], gamma^t
+
+
+class Annotation(NamedTuple):
+    """Per-token quantities of a slice of actions under pi_old and the target critic."""
+
+    log_pi: Tensor  # [B, L, V]
+    log_ref: Tensor  # [B, L, V]
+    q: Tensor  # [B, L, V]
+    value: Tensor  # [B, L], soft value V
+    features: Tensor  # [B, L, D]
+
+
+class ETPO(LightningModule):
+    """Entropy-regularised token-level policy optimisation.
+
+    backbone: builds policy and reference, called once all other values are checked. critic: builds the token critic from the backbone.
+    optimizer: builds an optimizer from parameter groups (policy first, then critic).
+    beta: KL coefficient, >= 0. gamma: discount between actions, in [0, 1]. lambda_: in [0, 1].
+    eta: weight of KL(pi || pi_old), >= 0. floor: tokens with pi_old below it take Q = V, in
+    [0, 1). correction: doubly robust objective. clip: of its probability ratio, > 0, or None.
+    max_kl: the policy stops for the rest of the iteration once the mean KL(pi_old || pi) of an
+    action exceeds it, in nats; None for no limit. tau: Polyak step of the target critic after
+    each iteration, in (0, 1]. max_grad_norm: per parameter group. annotation_batch:
+    actions annotated at once. Raises ConfigError for values out of range.
+    """
+
+    def __init__(
+        self,
+        backbone: Callable[[], Backbone],
+        critic: Callable[[Backbone], nn.Module],
+        optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        *,
+        beta: float,
+        gamma: float,
+        lambda_: float,
+        eta: float,
+        floor: float,
+        correction: bool,
+        clip: float | None,
+        max_kl: float | None,
+        tau: float,
+        policy_lr: float,
+        critic_lr: float,
+        critic_loss: str,
+        huber_delta: float,
+        max_grad_norm: float,
+        annotation_batch: int,
+    ) -> None:
+        super().__init__()
+        infinity = float("inf")
+        for key, value, low, high in (
+            ("beta", beta, 0, infinity),
+            ("gamma", gamma, 0, 1),
+            ("lambda_", lambda_, 0, 1),
+            ("eta", eta, 0, infinity),
+            ("floor", floor, 0, 1),
+            ("policy_lr", policy_lr, 0, infinity),
+            ("critic_lr", critic_lr, 0, infinity),
+        ):
+            check_range(f"algorithm.{key}", value, low, high)
+        for key, value, high in (
+            ("clip", clip, infinity),
+            ("max_kl", max_kl, infinity),
+            ("tau", tau, 1),
+            ("huber_delta", huber_delta, infinity),
+            ("max_grad_norm", max_grad_norm, infinity),
+        ):
+            if value is not None or key not in ("clip", "max_kl"):
+                check_range(f"algorithm.{key}", value, 0, high, above=True)
+        if critic_loss not in ("huber", "mse"):
+            raise ConfigError(f"algorithm.critic_loss={critic_loss}: allowed are huber, mse")
+        self.backbone = backbone()
+        self.critic = critic(self.backbone)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.optimizer = optimizer
+        self.beta, self.gamma, self.lambda_, self.eta = beta, gamma, lambda_, eta
+        self.floor, self.correction, self.clip, self.max_kl = floor, correction, clip, max_kl
+        self.tau, self.policy_lr, self.critic_lr = tau, policy_lr, critic_lr
+        self.critic_loss, self.huber_delta = critic_loss, huber_delta
+        self.max_grad_norm, self.annotation_batch = max_grad_norm, annotation_batch
+        self.strict_loading = False
+        self.policy_stopped = False
+        self.mean_length = 1.0
+        self.rollout_metrics: dict[str, float] = {}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer(
+            [
+                {"params": self.backbone.policy_parameters(), "lr": self.policy_lr},
+                {"params": list(self.critic.parameters()), "lr": self.critic_lr},
+            ]
+        )
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, **_: Any) -> None:
+        """Clips the policy's and the critic's gradient norm apart."""
+        for group in optimizer.param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
+
+    @torch.no_grad()
+    def annotate(self, rollout: Rollout) -> TokenBatch:
+        """Distributions, soft values and targets of fresh actions, under pi_old."""
+        actions = Actions(*(field.to(self.device) for field in rollout.actions))
+        parts = []
+        for rows in torch.arange(len(actions.rewards)).split(self.annotation_batch):
+            part = Actions(*(field[rows] for field in actions))
+            parts.append(self.evaluate_prefixes(*sequence(part), part.action_ids.shape[1]))
+        old = Annotation(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+        taken = actions.action_ids.unsqueeze(-1)
+        q_taken = old.q.gather(-1, taken).squeeze(-1)
+        returns = self.lambda_returns(actions, old.value, q_taken, rollout)
+        ids, mask = sequence(actions)
+        lengths = actions.action_mask.sum()
+        self.mean_length = float(self.all_gather(lengths).float().mean()) / len(actions.rewards)
+        self.policy_stopped = False
+        kl = soft_bellman.kl_divergence(old.log_pi, old.log_ref) * actions.action_mask
+        self.rollout_metrics = rollout_metrics(rollout) | {
+            "rollout/kl_to_reference": float(kl.sum(1).mean()),
+            "rollout/value": float(old.value[:, 0].mean()),
+        }
+        return TokenBatch(
+            ids=ids,
+            mask=mask,
+            action_ids=actions.action_ids,
+            action_mask=actions.action_mask,
+            old_log_probs=old.log_pi,
+            scores=objectives.policy_scores(old.log_ref, old.log_pi, old.q, self.beta, self.eta),
+            features=old.features,
+            returns=returns,
+            advantages=returns - q_taken,
+            weights=objectives.action_weights(self.gamma, actions.step).float(),
+        )
+
+    def evaluate_prefixes(self, ids: Tensor, mask: Tensor, keep: int) -> Annotation:
+        """The policy, the reference and the target critic at the last `keep` positions."""
+        log_pi = self.backbone(ids, mask, keep).log_probs
+        log_ref, features = self.backbone(ids, mask, keep, reference=True)
+        value, advantage = self.target_critic(ids, mask, features)
+        q = objectives.dueling_q(value, advantage, log_pi)
+        q = objectives.masked_q(q, value, log_pi, self.floor)
+        v = soft_bellman.soft_value(log_pi, log_ref, q, self.beta)
+        return Annotation(log_pi, log_ref, q, v, features)
+
+    def lambda_returns(
+        self, actions: Actions, values: Tensor, q_taken: Tensor, rollout: Rollout
+    ) -> Tensor:
+        """G [B, L] of soft values [B, L] and Q of the taken tokens [B, L]."""
+        mask = actions.action_mask
+        last = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
+        rewards = torch.where(last, actions.rewards[:, None], 0.0)
+        between = self.gamma * (~actions.terminated).float()
+        discounts = torch.where(last, between[:, None], 1.0)
+        ends = last & (actions.terminated | actions.truncated)[:, None]
+        bootstrap = torch.zeros_like(actions.rewards)
+        if len(rollout.bootstrap_ids):
+            prompts = rollout.bootstrap_ids.to(self.device), rollout.bootstrap_mask.to(self.device)
+            bootstrap[actions.truncated] = self.evaluate_prefixes(*prompts, 1).value[:, 0]
+        layout = episode_layout(mask, rollout.num_envs)
+        following = torch.nn.functional.pad
+        next_values = following(pack(values, layout)[:, 1:], (0, 1))
+        ended = pack(ends, layout)
+        next_values = torch.where(
+            ended, pack(bootstrap[:, None].expand_as(values), layout), next_values
+        )
+        returns = soft_bellman.lambda_returns(
+            pack(rewards, layout),
+            pack(discounts, layout) * layout.valid,
+            next_values,
+            following(pack(q_taken, layout)[:, 1:], (0, 1)),
+            self.lambda_,
+            layout.valid & ~ended,
+        )
+        return unpack(returns, layout, like=values)
+
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+        if batch_idx == 0:
+            for name, value in self.rollout_metrics.items():
+                self.log_mean(name, value, 1)
+        loss = self.critic_step(batch)
+        if not self.policy_stopped:
+            policy_loss = self.policy_step(batch)
+            if not self.policy_stopped:
+                loss = loss + policy_loss
+        return loss
+
+    def critic_step(self, batch: TokenBatch) -> Tensor:
+        """Mean over action tokens of the critic's regression error."""
+        value, advantage = self.critic(batch.ids, batch.mask, batch.features)
+        q = objectives.dueling_q(value, advantage, batch.old_log_probs)
+        q_taken = q.gather(-1, batch.action_ids.unsqueeze(-1)).squeeze(-1)
+        losses = objectives.critic_loss(
+            q_taken, batch.returns, batch.action_mask, self.critic_loss, self.huber_delta
+        )
+        loss = losses.sum() / (len(losses) * self.mean_length)
+        self.log_mean("train/critic_loss", loss, len(losses))
+        return loss
+
+    def policy_step(self, batch: TokenBatch) -> Tensor:
+        """Mean over actions of the token sums of the policy objective; checks the trust region."""
+        mask = batch.action_mask
+        log_pi = self.backbone(batch.ids, batch.mask, mask.shape[1]).log_probs
+        kl = soft_bellman.kl_divergence(batch.old_log_probs, log_pi.detach())
+        kl = (kl * mask).sum(1).mean()
+        if self.max_kl is not None:
+            self.policy_stopped = bool(self.all_gather(kl).mean() > self.max_kl)
+        losses = objectives.folded_objective(log_pi, batch.scores, self.beta + self.eta)
+        if self.correction:
+            taken = batch.action_ids.unsqueeze(-1)
+            losses = losses + objectives.taken_token_correction(
+                log_pi.gather(-1, taken).squeeze(-1),
+                batch.old_log_probs.gather(-1, taken).squeeze(-1),
+                batch.advantages,
+                self.clip,
+            )
+        loss = ((losses * mask).sum(1) * batch.weights).mean()
+        self.log_mean("train/policy_loss", loss, len(mask))
+        self.log_mean("train/kl_to_old", kl, len(mask))
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        polyak_update(self.target_critic, self.critic, self.tau)
+
+    def validation_step(self, batch: Rollout, batch_idx: int) -> None:
+        reward = batch.actions.rewards.mean()
+        self.log("val/reward", reward, sync_dist=True, batch_size=len(batch.actions.rewards))
+
+    def log_mean(self, name: str, value: Tensor | float, count: int) -> None:
+        self.log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=count)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves out the frozen weights: they come from `model.name_or_path` again."""
+        frozen = {
+            f"backbone.{name}"
+            for name, parameter in self.backbone.named_parameters(remove_duplicate=False)
+            if not parameter.requires_grad
+        }
+        checkpoint["state_dict"] = {
+            key: value for key, value in checkpoint["state_dict"].items() if key not in frozen
+        }

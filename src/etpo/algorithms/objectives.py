@@ -1,0 +1,145 @@
+"""Policy and critic losses of token-level RL, per prefix; the caller masks, weights and reduces.
+
+The gradient of the policy losses is that of the regularized return J only if the losses are SUMMED
+over the tokens that pi visits, each action t weighted by gamma^t (`action_weights`). Averaging over
+an action's length or leaving out gamma^t changes the direction. Every function is pure and keeps
+the dtype of its inputs.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from etpo.algorithms.soft_bellman import expectation
+
+
+def policy_objective(
+    log_pi: Tensor,
+    log_ref: Tensor,
+    log_old: Tensor | None,
+    q: Tensor,
+    beta: float,
+    eta: float = 0.0,
+) -> Tensor:
+    """L(x) = sum_w pi(w) [beta log(pi/pi_ref) + eta log(pi/pi_old) - Q(x, w)]: [..., V] -> [...].
+
+    Exact over the vocabulary: no sampling, no importance ratio. Only `log_pi` gets a gradient.
+    eta = 0 is the paper's objective (-V(x) in value) and `log_old` may be None; eta > 0 adds the
+    proximal term eta KL(pi || pi_old). The optimum for a given Q is
+    pi_ref^{beta/(beta+eta)} pi_old^{eta/(beta+eta)} exp(Q/(beta+eta)) / Z. ETPO, arXiv 2402.06700.
+    """
+    scores = policy_scores(log_ref, log_old, q, beta, eta)
+    return folded_objective(log_pi, scores, beta + eta)
+
+
+def policy_scores(
+    log_ref: Tensor, log_old: Tensor | None, q: Tensor, beta: float, eta: float = 0.0
+) -> Tensor:
+    """S = beta log pi_ref + eta log pi_old + Q: all [..., V]; all that the objective keeps of them.
+
+    One tensor over the vocabulary in place of three; pi* = softmax(S / (beta + eta)).
+    """
+    scores = q + beta * log_ref
+    return scores + eta * log_old if eta > 0 else scores
+
+
+def folded_objective(log_pi: Tensor, scores: Tensor, temperature: float) -> Tensor:
+    """L(x) = sum_w pi(w) [temperature log pi(w) - S(x, w)]: [..., V], [..., V] -> [...].
+
+    `scores` are those of `policy_scores`, `temperature` = beta + eta. Only `log_pi` gets a gradient.
+    """
+    return expectation(log_pi, temperature * log_pi - scores.detach())
+
+
+def taken_token_correction(
+    log_pi_taken: Tensor, log_old_taken: Tensor, advantage: Tensor, clip: float | None
+) -> Tensor:
+    """-min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) of the sampled token: all [...] -> [...].
+
+    ratio = pi/pi_old at the token that was taken, A = G - Q(x, w_taken) the critic's error there.
+    `clip` None leaves the ratio alone. Only `log_pi_taken` gets a gradient. The surrogate is that
+    of PPO, arXiv 1707.06347, equation 7.
+    """
+    advantage = advantage.detach()
+    ratio = (log_pi_taken - log_old_taken.detach()).exp()
+    gain = ratio * advantage
+    if clip is not None:
+        gain = torch.minimum(gain, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    return -gain
+
+
+def doubly_robust_objective(
+    log_pi: Tensor,
+    log_ref: Tensor,
+    log_old: Tensor,
+    q: Tensor,
+    taken: Tensor,
+    returns: Tensor,
+    beta: float,
+    eta: float = 0.0,
+    clip: float | None = None,
+) -> Tensor:
+    """`policy_objective` plus the sampled correction of the critic's error: -> [...].
+
+    `log_pi`, `log_ref`, `log_old` and `q` are [..., V], `taken` int64 [...] the sampled tokens,
+    `returns` [...] their lambda-returns G. The exact term is a control variate of the sampled one,
+    so the SAME q stands in both, a masked Q too: Q(x, w_taken) is read here from `q`. At
+    pi = pi_old and lambda = 1 the gradient is unbiased for every critic that does not depend on the
+    batch. Related: Q-Prop, arXiv 1611.02247; interpolated policy gradients, arXiv 1706.00387.
+    """
+
+    def at_taken(x: Tensor) -> Tensor:
+        return x.gather(-1, taken.unsqueeze(-1)).squeeze(-1)
+
+    correction = taken_token_correction(
+        at_taken(log_pi), at_taken(log_old), returns - at_taken(q), clip
+    )
+    return policy_objective(log_pi, log_ref, log_old, q, beta, eta) + correction
+
+
+def masked_q(q: Tensor, value: Tensor, log_old: Tensor, floor: float) -> Tensor:
+    """Q with V(x) in place of extrapolation: [..., V], [...], [..., V] -> [..., V].
+
+    Tokens with pi_old(w) < `floor` (in [0, 1]; 0 masks nothing) were hardly ever sampled: they take
+    Q = V(x), so that only pi_ref pulls on them. Soft values that meet this Q in a lambda-return
+    must be computed from it too.
+    """
+    return torch.where(log_old.exp() < floor, value.unsqueeze(-1), q)
+
+
+def centred_advantage(advantage: Tensor, log_pi: Tensor) -> Tensor:
+    """A(x, w) - E_pi[A(x, .)]: [..., V], [..., V] -> [..., V]; no gradient reaches the policy.
+
+    With Q = value + centred advantage, E_pi[Q] is the value head alone (dueling networks, Wang et
+    al., arXiv 1511.06581, with pi in place of the uniform mean).
+    """
+    return advantage - expectation(log_pi.detach(), advantage).unsqueeze(-1)
+
+
+def dueling_q(value: Tensor, advantage: Tensor, log_pi: Tensor) -> Tensor:
+    """Q(x, w) = value(x) + A(x, w) - E_pi[A(x, .)]: [...], [..., V], [..., V] -> [..., V]."""
+    return value.unsqueeze(-1) + centred_advantage(advantage, log_pi)
+
+
+def critic_loss(
+    q_taken: Tensor, targets: Tensor, mask: Tensor, kind: str, huber_delta: float = 1.0
+) -> Tensor:
+    """Per-token loss of Q(x_k, w_k) against its target, 0 where `mask` is false; all [...].
+
+    `kind` is "huber" (quadratic up to an error of `huber_delta`, linear beyond) or "mse" (half the
+    squared error, so that both agree on small errors). Targets get no gradient.
+    Raises ValueError for another kind.
+    """
+    if kind not in ("huber", "mse"):
+        raise ValueError(f"critic loss must be huber or mse, got {kind!r}")
+    targets = targets.detach()
+    if kind == "huber":
+        loss = F.huber_loss(q_taken, targets, reduction="none", delta=huber_delta)
+    else:
+        loss = 0.5 * (q_taken - targets).square()
+    return torch.where(mask, loss, torch.zeros_like(loss))
+
+
+def action_weights(gamma: float, step: Tensor) -> Tensor:
+    """gamma^t of the action number t in its episode: [B] -> [B], float (default dtype for ints)."""
+    return float(gamma) ** step

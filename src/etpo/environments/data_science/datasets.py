@@ -1,0 +1,172 @@
+"""Where the rows come from: code, scikit-learn, a CSV file, OpenML.
+
+The names are the 14 data sets of the ETPO paper (arXiv 2402.06700, section 5), four sets that
+come with scikit-learn, and `csv` for a file of the user's own.
+"""
+
+import csv
+import difflib
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from sklearn import datasets as bundled
+
+from etpo.environments.data_science import generated
+from etpo.environments.data_science.encoding import Dataset, Table, encode
+from etpo.errors import ConfigError
+
+__all__ = ["DATASET_NAMES", "Dataset", "load_dataset"]
+
+_GENERATED = {"tic_tac_toe": generated.tic_tac_toe, "balance_scale": generated.balance_scale}
+_BUNDLED = {
+    "iris": bundled.load_iris,
+    "wine": bundled.load_wine,
+    "breast_cancer": bundled.load_breast_cancer,
+    "digits": bundled.load_digits,
+}
+_OPENML = {  # version 1 of each, as CAAFE and ETPO take them
+    "breast_w": "breast-w",
+    "cmc": "cmc",
+    "credit_g": "credit-g",
+    "diabetes": "diabetes",
+    "pc1": "pc1",
+    "airlines": "airlines",
+    "eucalyptus": "eucalyptus",
+    "jungle_chess": "jungle_chess_2pcs_raw_endgame_complete",
+}
+_KAGGLE = ("kidney_stone", "health_insurance", "pharyngitis", "spaceship_titanic")
+DATASET_NAMES = (*_GENERATED, *_BUNDLED, *_OPENML, *_KAGGLE, "csv")
+
+
+def load_dataset(
+    name: str,
+    *,
+    path: str | None = None,
+    target: str | None = None,
+    data_dir: str | None = None,
+    missing: str = "impute",
+) -> Dataset:
+    """Load and encode the data set called `name`, one of `DATASET_NAMES`.
+
+    `csv` reads the comma-separated UTF-8 file `path` with a header row; its target is the column
+    `target`, the last one by default. A cell that is empty, `?`, `NA`, `NaN` or `nan` is missing.
+    Sets that neither code nor scikit-learn has are read from `data_dir`/NAME.csv (`data_dir`
+    defaults to the environment variable ETPO_DATA_DIR), then from OpenML if they are there.
+
+    Raises ConfigError where the name, the file or its content cannot be used.
+    """
+    if missing not in ("impute", "drop"):
+        raise ConfigError(f"environment.missing={missing} is unknown; allowed: impute, drop")
+    if name not in DATASET_NAMES:
+        raise ConfigError(_unknown(name))
+    if name == "csv":
+        return _load_csv(path, target, missing)
+    for key, value in (("path", path), ("target", target)):
+        if value is not None:
+            raise ConfigError(
+                f"environment.{key} is read with environment.dataset=csv only, "
+                f"not with environment.dataset={name}"
+            )
+    where = f"environment.dataset={name}"
+    if name in _GENERATED:
+        table = _GENERATED[name]()
+    elif name in _BUNDLED:
+        table = _bundled_table(name)
+    else:
+        file = _file_in(data_dir or os.environ.get("ETPO_DATA_DIR"), name)
+        if file is not None:
+            where += f" ({file})"
+            table = _read_csv(file, where)
+        else:
+            table = _openml_table(name)
+    return encode(name, table, table.columns[-1], missing, where)
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(str(name), DATASET_NAMES, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"environment.dataset={name} is unknown; {hint}known: {', '.join(DATASET_NAMES)}"
+
+
+def _load_csv(path: str | None, target: str | None, missing: str) -> Dataset:
+    if path is None:
+        raise ConfigError("environment.path=FILE.csv is needed with environment.dataset=csv")
+    file = Path(path).expanduser()
+    where = f"environment.path={path}"
+    table = _read_csv(file, where)
+    name = re.sub(r"\W+", "_", file.stem)
+    return encode(name, table, target or table.columns[-1], missing, where)
+
+
+def _read_csv(file: Path, where: str) -> Table:
+    """Cells without surrounding blanks; lines without any cell are passed over."""
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            reader = csv.reader(lines)
+            table = [(reader.line_num, tuple(map(str.strip, row))) for row in reader if row]
+    except FileNotFoundError:
+        raise ConfigError(f"{where}: no such file") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{where} cannot be read as UTF-8 CSV: {_one_line(error)}") from None
+    if not table:
+        raise ConfigError(f"{where} is empty; a header row and data rows are needed")
+    columns = table[0][1]
+    if len(set(columns)) < len(columns):
+        raise ConfigError(f"{where}: two columns of the header have the same name")
+    for line, row in table:
+        if len(row) != len(columns):
+            raise ConfigError(f"{where}: line {line} has {len(row)} cells, not {len(columns)}")
+    return Table(columns, [row for _, row in table[1:]])
+
+
+def _bundled_table(name: str) -> Table:
+    content = _BUNDLED[name]()
+    classes = (str(content.target_names[label]) for label in content.target)
+    return _table((*content.feature_names, "class"), content.data.tolist(), classes)
+
+
+def _file_in(data_dir: str | None, name: str) -> Path | None:
+    """`data_dir`/`name`.csv if it is there."""
+    if not data_dir:
+        return None
+    folder = Path(data_dir).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"environment.data_dir={data_dir} is no folder")
+    file = folder / f"{name}.csv"
+    return file if file.is_file() else None
+
+
+def _openml_table(name: str) -> Table:
+    """Fetch from OpenML; scikit-learn keeps a copy in its own data folder."""
+    advice = (
+        f"put {name}.csv (header row, target last) into environment.data_dir or ETPO_DATA_DIR, "
+        "or give environment.dataset=csv environment.path=FILE"
+    )
+    if name not in _OPENML:
+        raise ConfigError(
+            f"environment.dataset={name}: no {name}.csv in environment.data_dir, and OpenML does "
+            f"not have it (it is on Kaggle); {advice}"
+        )
+    try:
+        content = bundled.fetch_openml(
+            name=_OPENML[name], version=1, as_frame=True, parser="auto", n_retries=1
+        )
+    except Exception as error:  # network, HTTP, parser and cache errors share no base class
+        raise ConfigError(
+            f"environment.dataset={name}: no {name}.csv in environment.data_dir, and OpenML "
+            f"({_OPENML[name]!r}) failed with {_one_line(error)}; {advice}"
+        ) from None
+    features = content.data.astype(object)
+    rows = features.where(features.notna(), "").values.tolist()
+    return _table((*features.columns, content.target.name), rows, map(str, content.target))
+
+
+def _table(columns: Iterable[str], rows: Iterable[list], classes: Iterable[str]) -> Table:
+    cells = [(*map(str, row), label) for row, label in zip(rows, classes, strict=True)]
+    return Table(tuple(map(str, columns)), cells)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -1,0 +1,168 @@
+"""The data-science task: write `build_model`, be paid by ROC AUC, read the error, try again.
+
+Sources: the task and its repair prompt are those of ETPO (arXiv 2402.06700, section 5);
+`mode="improve"` is an addition that gives several useful actions to one episode.
+"""
+
+import string
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+from etpo.environments.data_science import prompts
+from etpo.environments.data_science.datasets import load_dataset
+from etpo.environments.data_science.scoring import ProgramScorer, Score
+from etpo.environments.sandbox import Sandbox
+from etpo.environments.text_env import TextObservation, TextVectorEnv
+from etpo.errors import ConfigError
+
+MAX_SEED = 2**32 - 1
+
+
+class DataScienceEnv(TextVectorEnv):
+    """`num_envs` copies of one data set's task, scored together in one sandbox.
+
+    `mode="repair"` (the paper's): a failure (reward -1) leads to the repair prompt; the first
+    success or the `max_attempts`-th attempt ends the episode. `mode="improve"`: an episode always
+    lasts `max_attempts`; a success leads to the improve prompt, and every attempt is paid its
+    own score. The attempt limit belongs to the task: every end is a termination.
+
+    The constructor loads and checks everything but starts no process: the sandbox starts at the
+    first `reset` or `step`. The task holds no randomness beyond `split_seed` and `seed`, so the
+    seed of `reset` changes nothing. The spaces describe printable ASCII; other text is accepted.
+
+    Raises ConfigError (from the constructor) for every value that is not allowed.
+    """
+
+    task_name = "data_science"
+    program_from_action = staticmethod(prompts.program_from_action)
+
+    def __init__(
+        self,
+        *,
+        dataset: str,
+        sandbox: Sandbox,
+        path: str | None = None,
+        target: str | None = None,
+        data_dir: str | None = None,
+        missing: str = "impute",
+        protocol: str = "held_out",
+        split_seed: int = 0,
+        n_splits: int = 5,
+        max_attempts: int = 5,
+        mode: str = "repair",
+        num_envs: int = 1,
+        seed: int = 0,
+    ) -> None:
+        _check_choice("mode", mode, ("repair", "improve"))
+        _check_choice("protocol", protocol, ("held_out", "paper"))
+        for key, value in (("max_attempts", max_attempts), ("n_splits", n_splits)):
+            _check_integer(key, value, 1)
+        _check_integer("num_envs", num_envs, 1)
+        for key, value in (("split_seed", split_seed), ("seed", seed)):
+            _check_integer(key, value, 0, MAX_SEED)
+        self.dataset = load_dataset(
+            dataset, path=path, target=target, data_dir=data_dir, missing=missing
+        )
+        self.sandbox = sandbox
+        self.scorer = ProgramScorer(
+            self.dataset,
+            sandbox,
+            protocol=protocol,
+            split_seed=split_seed,
+            n_splits=n_splits,
+            seed=seed,
+        )
+        self.protocol = protocol
+        self.mode = mode
+        self.max_attempts = max_attempts
+        self.num_envs = num_envs
+        self.on_score: Callable[[int, int], None] | None = None
+        self.task = prompts.Task(
+            name=self.dataset.name,
+            rows=self.scorer.n_train_rows,
+            features=self.dataset.features.shape[1],
+            classes=self.dataset.n_classes,
+        )
+        text = spaces.Text(16_384, min_length=0, charset=string.printable)
+        self.single_action_space = text
+        self.single_observation_space = spaces.Dict(
+            {key: deepcopy(text) for key in TextObservation.__annotations__}
+        )
+        self.action_space = _copies(self.single_action_space, num_envs)
+        self.observation_space = _copies(self.single_observation_space, num_envs)
+        self._attempts = np.zeros(num_envs, dtype=np.int64)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[tuple[TextObservation, ...], dict[str, Any]]:
+        """Open a new episode in every environment; episodes under way are abandoned."""
+        super().reset(seed=seed)
+        self.scorer.start()
+        self._attempts[:] = 0
+        return tuple(prompts.observation(self.task) for _ in range(self.num_envs)), {}
+
+    def step(
+        self, actions: Sequence[str]
+    ) -> tuple[tuple[TextObservation, ...], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Score one action per environment; what is returned is told in `TextVectorEnv`."""
+        if len(actions) != self.num_envs:
+            raise ValueError(f"{len(actions)} actions for {self.num_envs} environments")
+        programs = [prompts.program_from_action(action) for action in actions]
+        scores = self.scorer.score(programs, self.on_score)
+        self._attempts += 1
+        failed = np.array([score.error is not None for score in scores])
+        terminations = self._attempts >= self.max_attempts
+        if self.mode == "repair":
+            terminations |= ~failed
+        observations = [
+            prompts.observation(self.task, _attempt(program, score))
+            for program, score in zip(programs, scores, strict=True)
+        ]
+        final_observations = np.full(self.num_envs, None, dtype=object)
+        infos = {
+            "final_obs": final_observations,
+            "error": np.array([score.error for score in scores], dtype=object),
+            "attempt": self._attempts.copy(),
+            "cached": np.array([score.cached for score in scores]),
+        }
+        for index in np.flatnonzero(terminations):
+            final_observations[index] = observations[index]
+            observations[index] = prompts.observation(self.task)
+        self._attempts[terminations] = 0
+        rewards = np.array([score.reward for score in scores], dtype=np.float64)
+        truncations = np.zeros(self.num_envs, dtype=bool)
+        return tuple(observations), rewards, terminations, truncations, infos
+
+    def held_out(self, programs: Sequence[str]) -> list[Score] | None:
+        """Scores on the rows that enter no reward; None under `protocol="paper"`."""
+        return self.scorer.held_out(programs)
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Stop the sandbox (called once, by `close`)."""
+        if hasattr(self, "scorer"):  # the constructor may have raised
+            self.scorer.close()
+
+
+def _attempt(program: str, score: Score) -> prompts.Attempt:
+    failed = score.error is not None
+    return prompts.Attempt(program, score.error, None if failed else score.reward)
+
+
+def _copies(space: spaces.Space, count: int) -> spaces.Tuple:
+    return spaces.Tuple([deepcopy(space) for _ in range(count)])
+
+
+def _check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"environment.{key}={value} is unknown; allowed: {', '.join(allowed)}")
+
+
+def _check_integer(key: str, value: int, lowest: int, highest: int | None = None) -> None:
+    limit = np.inf if highest is None else highest
+    if type(value) is not int or not lowest <= value <= limit:
+        allowed = f"{lowest} or more" if highest is None else f"from {lowest} to {highest}"
+        raise ConfigError(f"environment.{key}={value} is not allowed; an integer, {allowed}")

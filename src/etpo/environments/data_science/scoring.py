@@ -1,0 +1,211 @@
+"""What a program is worth: its mean ROC AUC over random splits, drawn where it cannot see them.
+
+Deviations from the paper (arXiv 2402.06700, section 5), all but the last undone by
+`protocol="paper"`: 40% of the rows never enter a reward; GridSearchCV is allowed; a split that
+leaves a class out of a half, where ROC AUC is not defined, is drawn again.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from sklearn.impute import SimpleImputer
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import train_test_split
+
+from etpo.environments.data_science.encoding import Dataset
+from etpo.environments.sandbox import Outcome, Sandbox, Split
+
+FAILURE_REWARD = -1.0
+HELD_OUT_FRACTION = 0.4
+_UNSTRATIFIED_DRAWS = 100
+
+
+class Score(NamedTuple):
+    """reward: mean ROC AUC in [0, 1], or -1 with the error text; cached: known before this call."""
+
+    reward: float
+    error: str | None
+    cached: bool
+
+
+def impute(
+    x_train: np.ndarray, x_test: np.ndarray, categorical: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fill NaN by the median (numeric columns) or the most frequent category of `x_train`.
+
+    A column that is empty in `x_train` is filled with 0.
+    """
+    x_train, x_test = x_train.copy(), x_test.copy()
+    for strategy, columns in (("median", ~categorical), ("most_frequent", categorical)):
+        if columns.any():
+            imputer = SimpleImputer(strategy=strategy, keep_empty_features=True)
+            x_train[:, columns] = imputer.fit_transform(x_train[:, columns])
+            x_test[:, columns] = imputer.transform(x_test[:, columns])
+    return x_train, x_test
+
+
+def roc_auc(y_test: np.ndarray, probabilities: np.ndarray) -> float:
+    """ROC AUC of the second column (two classes) or one-vs-one macro, of [m, n_classes] floats.
+
+    Probabilities are rounded to 1e-9 first: a parallel forest differs in the last bits. Raises
+    ValueError where those of several classes do not sum to one.
+    """
+    rounded = np.round(probabilities, 9)
+    if rounded.shape[1] == 2:
+        return float(roc_auc_score(y_test, rounded[:, 1]))
+    return float(roc_auc_score(y_test, rounded, multi_class="ovo", average="macro"))
+
+
+class ProgramScorer:
+    """Scores programs on one data set and remembers what it has scored.
+
+    Under `held_out`, 40% of the rows (stratified) are set aside by `split_seed`. The reward is the
+    mean ROC AUC over `n_splits` random 50/50 splits of the other rows, under `paper` of all rows.
+    The splits come from `split_seed` too and are as random as the paper's: not stratified, unless
+    100 draws leave a class out of a half. `seed` and the program's text alone seed its run, so a
+    reward depends on neither order nor neighbours.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        sandbox: Sandbox,
+        *,
+        protocol: str = "held_out",
+        split_seed: int = 0,
+        n_splits: int = 5,
+        seed: int = 0,
+    ) -> None:
+        self.dataset = dataset
+        self.sandbox = sandbox
+        self.protocol = protocol
+        self.n_splits = n_splits
+        self.seed = seed
+        self.cache_hits = 0
+        self._cache: dict[str, Score] = {}
+        self._started = False
+        random = np.random.RandomState(split_seed)
+        rows = np.arange(len(dataset.target))
+        self.reward_rows, self.held_out_rows = rows, rows[:0]
+        if protocol == "held_out":
+            reward_rows, held_out_rows = train_test_split(
+                rows, test_size=HELD_OUT_FRACTION, stratify=dataset.target, random_state=random
+            )
+            self.reward_rows, self.held_out_rows = np.sort(reward_rows), np.sort(held_out_rows)
+        halves = [draw_halves(self.reward_rows, dataset.target, random) for _ in range(n_splits)]
+        self.n_train_rows = len(halves[0][0])
+        self._splits, self._y_tests = self._prepare(halves)
+
+    def start(self) -> None:
+        """Start the sandbox; done once, by the first score at the latest."""
+        if not self._started:
+            self.sandbox.start()
+            self._started = True
+
+    def close(self) -> None:
+        """Stop the sandbox."""
+        if self._started:
+            self.sandbox.close()
+            self._started = False
+
+    def score(
+        self,
+        programs: Sequence[str],
+        on_result: Callable[[int, int], None] | None = None,
+    ) -> list[Score]:
+        """One `Score` per program; equal programs run once.
+
+        `on_result(done, total)` is called after each of the `total` programs that are run.
+        """
+        fresh = [p for p in dict.fromkeys(programs) if p not in self._cache]
+        known = set(programs) - set(fresh)
+        self._cache |= self._run(fresh, self._splits, self._y_tests, on_result)
+        scores = []
+        for program in programs:
+            scores.append(self._cache[program]._replace(cached=program in known))
+            known.add(program)
+        self.cache_hits += sum(score.cached for score in scores)
+        return scores
+
+    def held_out(self, programs: Sequence[str]) -> list[Score] | None:
+        """Fit on all reward rows and score once on the held-out rows; None under `paper`."""
+        if not len(self.held_out_rows):
+            return None
+        splits, y_tests = self._prepare([(self.reward_rows, self.held_out_rows)])
+        scores = self._run(list(dict.fromkeys(programs)), splits, y_tests, None)
+        return [scores[program] for program in programs]
+
+    def program_seed(self, program: str) -> int:
+        """The seed, in 0..2**32 - 1, that a program runs with."""
+        return int.from_bytes(hashlib.sha256(f"{self.seed}\n{program}".encode()).digest()[:4])
+
+    def _prepare(
+        self, halves: list[tuple[np.ndarray, np.ndarray]]
+    ) -> tuple[list[Split], list[np.ndarray]]:
+        """Imputed splits from (training rows, test rows), and the labels that stay here."""
+        x, y, categorical = self.dataset.features, self.dataset.target, self.dataset.categorical
+        splits = []
+        for train, test in halves:
+            x_train, x_test = impute(x[train], x[test], categorical)
+            splits.append(Split(x_train=x_train, y_train=y[train], x_test=x_test))
+        return splits, [y[test] for _, test in halves]
+
+    def _run(
+        self,
+        programs: list[str],
+        splits: list[Split],
+        y_tests: list[np.ndarray],
+        on_result: Callable[[int, int], None] | None,
+    ) -> dict[str, Score]:
+        refused = "RuntimeError: GridSearchCV is not allowed"
+        scores = {
+            program: Score(FAILURE_REWARD, refused, cached=False)
+            for program in programs
+            if self.protocol == "paper" and "GridSearchCV(" in program
+        }
+        programs = [program for program in programs if program not in scores]
+        if not programs:
+            return scores
+        self.start()
+        done = 0
+
+        def count(*_: object) -> None:
+            nonlocal done
+            done += 1
+            on_result(done, len(programs))
+
+        outcomes = self.sandbox.run(
+            programs,
+            splits,
+            self.dataset.n_classes,
+            [self.program_seed(program) for program in programs],
+            on_result=count if on_result else None,
+        )
+        for program, outcome in zip(programs, outcomes, strict=True):
+            scores[program] = _score(outcome, y_tests)
+        return scores
+
+
+def draw_halves(
+    rows: np.ndarray, target: np.ndarray, random: np.random.RandomState
+) -> tuple[np.ndarray, np.ndarray]:
+    """Two random halves of `rows`, each with every class; stratified only if 100 draws fail."""
+    n_classes = len(np.unique(target[rows]))
+    for _ in range(_UNSTRATIFIED_DRAWS):
+        train, test = train_test_split(rows, test_size=0.5, random_state=random)
+        if all(len(np.unique(target[half])) == n_classes for half in (train, test)):
+            return train, test
+    train, test = train_test_split(rows, test_size=0.5, random_state=random, stratify=target[rows])
+    return train, test
+
+
+def _score(outcome: Outcome, y_tests: list[np.ndarray]) -> Score:
+    if outcome.error is not None:
+        return Score(FAILURE_REWARD, outcome.error, cached=False)
+    try:
+        aucs = [roc_auc(y, p) for y, p in zip(y_tests, outcome.probabilities, strict=True)]
+    except ValueError as error:
+        return Score(FAILURE_REWARD, f"ValueError: {error}", cached=False)
+    return Score(float(np.mean(aucs)), None, cached=False)

@@ -1,0 +1,103 @@
+"""The best program as a file that runs without this package.
+
+`best_action.py` needs NumPy, pandas, scikit-learn and `best_action_data.csv` beside it.
+"""
+
+import inspect
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from etpo.environments.data_science.scoring import ProgramScorer, impute, roc_auc
+
+DATA_FILE = "best_action_data.csv"
+
+_TEMPLATE = '''\
+# {title}
+# Run: python best_action.py   ({data_file} must lie beside this file)
+{program}
+
+
+def _evaluate():
+    """Print {measure}."""
+    import random
+    from pathlib import Path
+
+    import numpy as np
+    import pandas as pd
+    from sklearn.impute import SimpleImputer
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import train_test_split
+
+{functions}
+
+    table = pd.read_csv(
+        Path(__file__).with_name({data_file!r}), float_precision="round_trip"
+    )
+    x = table.iloc[:, :-2].to_numpy(dtype=float)
+    y = table.iloc[:, -2].to_numpy(dtype=int)
+    held_out = table.iloc[:, -1].to_numpy() == "held_out"
+    categorical = np.zeros(x.shape[1], dtype=bool)
+    categorical[{categorical}] = True
+    rows = np.arange(len(y))
+    if held_out.any():
+        halves = [(rows[~held_out], rows[held_out])]
+    else:
+        halves = [
+            train_test_split(rows, test_size=0.5, stratify=y, random_state=1000 + i)
+            for i in range({n_splits})
+        ]
+    aucs = []
+    for train, test in halves:
+        x_train, x_test = impute(x[train], x[test], categorical)
+        random.seed({seed})
+        np.random.seed({seed})
+        model = build_model(x_train, y[train])
+        probabilities = np.asarray(model.predict_proba(x_test), dtype=float)
+        aucs.append(roc_auc(y[test], probabilities))
+    print(f"{measure}: {{np.mean(aucs):.6f}}")
+
+
+if __name__ == "__main__":
+    _evaluate()
+'''
+
+
+def best_program_script(program: str, scorer: ProgramScorer) -> str:
+    """The text of `best_action.py`: `program`, and a main part that scores it.
+
+    It prints the ROC AUC on the held-out rows, the number of `ProgramScorer.held_out`; under
+    `protocol="paper"`, which holds no rows out, the mean over fresh 50/50 splits.
+    """
+    dataset = scorer.dataset
+    functions = "\n\n".join(inspect.getsource(function) for function in (impute, roc_auc))
+    held_out = len(scorer.held_out_rows) > 0
+    return _TEMPLATE.format(
+        title=f"The best program found for {dataset.name}.",
+        data_file=DATA_FILE,
+        program=program.rstrip(),
+        measure="held-out ROC AUC" if held_out else "mean ROC AUC over fresh 50/50 splits",
+        functions=textwrap.indent(functions, "    ").rstrip(),
+        categorical=np.flatnonzero(dataset.categorical).tolist(),
+        n_splits=scorer.n_splits,
+        seed=scorer.program_seed(program),
+    )
+
+
+def write_program_data(scorer: ProgramScorer, folder: Path) -> Path:
+    """Write `best_action_data.csv` into `folder` and return its path.
+
+    Columns: the encoded features (an empty cell is missing), the class number, and `split`, which
+    is `reward` or `held_out`.
+    """
+    dataset = scorer.dataset
+    split = np.full(len(dataset.target), "reward", dtype=object)
+    split[scorer.held_out_rows] = "held_out"
+    table = pd.DataFrame(dataset.features)
+    table["class"] = dataset.target
+    table["split"] = split
+    file = Path(folder) / DATA_FILE
+    table.to_csv(file, index=False, header=[*dataset.feature_names, "class", "split"])
+    return file

@@ -1,0 +1,207 @@
+"""A causal language model of the Hugging Face library as policy, with its frozen reference."""
+
+import contextlib
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from etpo.environments.text_env import TextObservation
+from etpo.errors import ConfigError
+from etpo.models.prompting import PromptTemplate
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class TokenOutput(NamedTuple):
+    """log_probs: float32 [B, K, V] over the vocabulary; features: [B, K, D] last hidden states."""
+
+    log_probs: Tensor
+    features: Tensor
+
+
+class PromptBatch(NamedTuple):
+    """ids: int64 [B, P], padded on the left; mask: bool [B, P]; dropped: tokens cut in all."""
+
+    ids: Tensor
+    mask: Tensor
+    dropped: int
+
+
+def tiny_checkpoint() -> str:
+    """The folder of the embedded base model."""
+    return str(Path(__file__).parent / "tiny" / "checkpoint")
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """Positions [B, T] that count the tokens of `mask` [B, T]; padding gets position 0."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+class Backbone(nn.Module):
+    """Policy pi_theta and reference pi_ref over one tokenizer.
+
+    Without `lora` the reference is a frozen copy of the pretrained weights; with it, the policy
+    with its adapter switched off. pi is softmax(logits / temperature), for the reference too, and
+    the same pi is sampled and trained. Padded vocabulary ids take no probability. Dropout is off
+    in every forward.
+
+    name_or_path: hub id or local folder of a causal LM.
+    prompt: how observations become tokens.
+    stop_tokens: further tokens that end an action, besides the tokenizer's EOS.
+    stop_strings: strings that end an action; the string itself is not part of the action text.
+    lora: arguments of `peft.LoraConfig`, or None for full fine-tuning.
+    Raises ConfigError for a path that holds no causal LM and for values out of range.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str,
+        prompt: PromptTemplate,
+        *,
+        dtype: str = "float32",
+        attn_implementation: str = "sdpa",
+        temperature: float = 1.0,
+        max_prompt_tokens: int = 1024,
+        stop_tokens: Sequence[str] = (),
+        stop_strings: Sequence[str] = (),
+        gradient_checkpointing: bool = False,
+        lora: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if dtype not in DTYPES:
+            raise ConfigError(f"model.dtype={dtype}: allowed are {', '.join(DTYPES)}")
+        self.prompt = prompt
+        self.temperature = temperature
+        self.max_prompt_tokens = max_prompt_tokens
+        self.stop_strings = list(stop_strings)
+        self.tokenizer = load_tokenizer(name_or_path)
+        model = load_model(name_or_path, DTYPES[dtype], attn_implementation)
+        model.generation_config = None
+        self.reference = None if lora else copy.deepcopy(model).requires_grad_(False)
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        self.policy = get_peft_model(model, LoraConfig(**lora)) if lora else model
+        largest = max(self.tokenizer.get_vocab().values())
+        self.vocabulary_size = min(model.config.get_text_config().vocab_size, largest + 1)
+        self.feature_size = model.config.get_text_config().hidden_size
+        self.stop_ids = stop_ids(self.tokenizer, stop_tokens)
+        pad = self.tokenizer.pad_token_id
+        self.pad_id = pad if pad is not None else self.stop_ids[0]
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Keeps evaluation mode: dropout is off in every forward."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.policy.parameters()).device
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """The parameters that are trained."""
+        return [p for p in self.policy.parameters() if p.requires_grad]
+
+    def encode(self, observations: Sequence[TextObservation]) -> PromptBatch:
+        """Prompts as left-padded tensors on the CPU."""
+        prompts = [
+            self.prompt.encode(self.tokenizer, o, self.max_prompt_tokens) for o in observations
+        ]
+        width = max(len(p.ids) for p in prompts)
+        ids = torch.full((len(prompts), width), self.pad_id)
+        mask = torch.zeros(len(prompts), width, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
+            mask[row, width - len(prompt.ids) :] = True
+        return PromptBatch(ids, mask, sum(p.dropped for p in prompts))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an action [l]; its stop token or stop string is left out."""
+        kept = [int(i) for i in ids]
+        if kept and kept[-1] in self.stop_ids:
+            kept.pop()
+        text = self.tokenizer.decode(
+            kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        ends = [text.find(stop) for stop in self.stop_strings]
+        return text[: min((end for end in ends if end >= 0), default=len(text))]
+
+    def forward(
+        self, ids: Tensor, mask: Tensor, keep: int, *, reference: bool = False
+    ) -> TokenOutput:
+        """Next-token distributions after each of the last `keep` positions of ids [B, T]."""
+        with contextlib.ExitStack() as stack:
+            if reference:
+                stack.enter_context(torch.no_grad())
+            if reference and self.reference is None:
+                stack.enter_context(self.policy.disable_adapter())
+            model = self.reference if reference and self.reference is not None else self.policy
+            out = model(
+                input_ids=ids,
+                attention_mask=mask.long(),
+                position_ids=position_ids(mask),
+                logits_to_keep=keep,
+                output_hidden_states=True,
+                use_cache=False,
+            )
+        return TokenOutput(self.normalise(out.logits), out.hidden_states[-1][:, -keep:])
+
+    def normalise(self, logits: Tensor) -> Tensor:
+        """float32 log pi [..., V] of raw logits [..., >= V], at the policy's temperature."""
+        logits = logits[..., : self.vocabulary_size].float()
+        return torch.log_softmax(logits / self.temperature, dim=-1)
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub id or folder; ConfigError where there is none."""
+    check_model_path(name_or_path)
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(_not_a_model(name_or_path, error)) from error
+
+
+def load_model(name_or_path: str, dtype: torch.dtype, attn_implementation: str) -> nn.Module:
+    """The causal LM of a hub id or folder; ConfigError where there is none."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name_or_path, dtype=dtype, attn_implementation=attn_implementation
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(_not_a_model(name_or_path, error)) from error
+
+
+def check_model_path(name_or_path: str) -> None:
+    """Raises ConfigError unless `name_or_path` has a readable model configuration."""
+    try:
+        AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(_not_a_model(name_or_path, error)) from error
+
+
+def _not_a_model(name_or_path: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:160]
+    return (
+        f"model.name_or_path={name_or_path}: not a causal language model that can be loaded; "
+        f"allowed are a hub id or a folder with config.json, weights and tokenizer ({reason})"
+    )
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[str]) -> list[int]:
+    """Token ids that end an action: EOS and `stop_tokens`; ConfigError for an unknown token."""
+    vocabulary = tokenizer.get_vocab()
+    unknown = [token for token in stop_tokens if token not in vocabulary]
+    if unknown:
+        raise ConfigError(f"model.stop_tokens: the tokenizer has no token {unknown[0]!r}")
+    ids = [vocabulary[token] for token in stop_tokens]
+    if tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    if not ids:
+        raise ConfigError("model.stop_tokens: needed, since the tokenizer has no EOS token")
+    return sorted(set(ids))

@@ -1,0 +1,74 @@
+"""Soft token critics Q_phi(x, w) over the whole vocabulary: a dueling head and what feeds it."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from etpo.models.backbone import Backbone, position_ids
+
+
+class DuelingHead(nn.Module):
+    """Features [..., D] -> (value [...], advantage [..., V]), both float32.
+
+    Q(x, w) = value + advantage(w) - E_pi[advantage]; both outputs start at exactly zero, so that
+    a token that was never tried keeps advantage 0 (Wang et al., arXiv 1511.06581).
+    """
+
+    def __init__(self, feature_size: int, vocabulary_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.LayerNorm(feature_size), nn.Linear(feature_size, hidden_size), nn.GELU()
+        )
+        self.value = nn.Linear(hidden_size, 1)
+        self.advantage = nn.Linear(hidden_size, vocabulary_size)
+        for layer in (self.value, self.advantage):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.body(features.float())
+        return self.value(hidden).squeeze(-1), self.advantage(hidden)
+
+
+class HeadCritic(nn.Module):
+    """A dueling head on the frozen reference's last hidden states: no further language model."""
+
+    def __init__(self, backbone: Backbone, hidden_size: int = 512) -> None:
+        super().__init__()
+        self.head = DuelingHead(backbone.feature_size, backbone.vocabulary_size, hidden_size)
+
+    def forward(self, ids: Tensor, mask: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """ids, mask [B, T]; features [B, K, D] of the last K positions -> [B, K], [B, K, V]."""
+        return self.head(features)
+
+
+class TrunkCritic(nn.Module):
+    """A dueling head on a trainable copy of the whole language model, as in the paper."""
+
+    def __init__(self, backbone: Backbone, hidden_size: int = 512) -> None:
+        super().__init__()
+        source = backbone.reference if backbone.reference is not None else backbone.policy
+        self.trunk = copy.deepcopy(source.base_model).requires_grad_(True).float()
+        self.head = DuelingHead(backbone.feature_size, backbone.vocabulary_size, hidden_size)
+
+    def train(self, mode: bool = True) -> "TrunkCritic":
+        """Keeps evaluation mode: dropout is off in every forward."""
+        return super().train(False)
+
+    def forward(self, ids: Tensor, mask: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """ids, mask [B, T]; features [B, K, D] only gives K -> [B, K], [B, K, V]."""
+        out = self.trunk(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            position_ids=position_ids(mask),
+            use_cache=False,
+        )
+        return self.head(out.last_hidden_state[:, -features.shape[1] :])
+
+
+@torch.no_grad()
+def polyak_update(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """target <- (1 - tau) target + tau source, parameter by parameter; 0 <= tau <= 1."""
+    for old, new in zip(target.parameters(), source.parameters(), strict=True):
+        old.lerp_(new, tau)

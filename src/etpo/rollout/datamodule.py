@@ -1,0 +1,133 @@
+"""The environment as a LightningDataModule: every epoch is one policy iteration."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, IterableDataset
+
+from etpo.environments.text_env import TextVectorEnv
+from etpo.errors import ConfigError
+from etpo.rollout.collector import OnProgress, collect
+from etpo.rollout.episode import Rollout
+from etpo.rollout.replay import OnPolicyBuffer
+
+
+def derived_seed(*keys: int) -> int:
+    """A 63-bit seed that is a function of `keys` (>= 0) alone."""
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
+
+
+class RolloutDataModule(LightningDataModule):
+    """Collects fresh actions from the current policy and serves them as minibatches.
+
+    The random numbers of iteration i depend on (seed, i, rank) only, so that a resumed run draws
+    the same ones.
+
+    environment: `num_envs` copies of the task, per rank.
+    actions_per_iteration: over all ranks; a multiple of ranks * num_envs and of
+    ranks * minibatch_size.
+    minibatch_size: actions per training step and rank.
+    update_epochs: passes over each iteration's actions.
+    max_new_tokens: length limit of an action.
+    Raises ConfigError for values out of range.
+    """
+
+    def __init__(
+        self,
+        environment: TextVectorEnv,
+        *,
+        actions_per_iteration: int,
+        minibatch_size: int,
+        update_epochs: int,
+        max_new_tokens: int,
+        num_envs: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.environment = environment
+        self.actions_per_iteration = actions_per_iteration
+        self.minibatch_size = minibatch_size
+        self.update_epochs = update_epochs
+        self.max_new_tokens = max_new_tokens
+        self.num_envs = num_envs
+        self.seed = seed
+        self.on_progress: OnProgress | None = None
+        self.rollout: Rollout | None = None
+        self.greedy_rollout: Rollout | None = None
+        self.check(world_size=1)
+
+    def check(self, world_size: int) -> None:
+        """Raises ConfigError where the sizes do not fit together on `world_size` ranks."""
+        sizes = ("num_envs", "minibatch_size", "update_epochs", "max_new_tokens")
+        for key in ("actions_per_iteration", *sizes):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"rollout.{key}={getattr(self, key)}: allowed is 1 or more")
+        for key in ("num_envs", "minibatch_size"):
+            unit = world_size * getattr(self, key)
+            if self.actions_per_iteration % unit:
+                raise ConfigError(
+                    f"rollout.actions_per_iteration={self.actions_per_iteration}: allowed are "
+                    f"multiples of {unit} (rollout.{key}={getattr(self, key)} on "
+                    f"{world_size} process{'es' if world_size > 1 else ''})"
+                )
+
+    def setup(self, stage: str) -> None:
+        self.check(self.trainer.world_size)
+
+    @property
+    def actions_per_rank(self) -> int:
+        return self.actions_per_iteration // self.trainer.world_size
+
+    def train_dataloader(self) -> DataLoader:
+        batches = self.actions_per_rank // self.minibatch_size
+        buffer = OnPolicyBuffer(self.fill, batches, self.minibatch_size, self.update_epochs)
+        return DataLoader(buffer, batch_size=None)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(GreedyEpisodes(self), batch_size=None)
+
+    def fill(self) -> tuple[Any, torch.Generator]:
+        """Rolls out the current policy and lets the algorithm annotate what came of it."""
+        module = self.trainer.lightning_module
+        iteration, rank = self.trainer.current_epoch, self.trainer.global_rank
+        device = module.backbone.device
+        decoding = torch.Generator(device).manual_seed(
+            derived_seed(self.seed, iteration, rank, 0)
+        )
+        with self.trainer.precision_plugin.forward_context():
+            self.rollout = collect(
+                module.backbone,
+                self.environment,
+                self.actions_per_rank // self.num_envs,
+                self.max_new_tokens,
+                decoding,
+                seed=derived_seed(self.seed, iteration, rank, 1),
+                on_progress=self.on_progress,
+            )
+            batch = module.annotate(self.rollout)
+        shuffling = torch.Generator().manual_seed(derived_seed(self.seed, iteration, rank, 2))
+        return batch, shuffling
+
+
+class GreedyEpisodes(IterableDataset):
+    """One greedy action in every environment: what validation sees of the current policy."""
+
+    def __init__(self, datamodule: RolloutDataModule) -> None:
+        self.datamodule = datamodule
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self):
+        data = self.datamodule
+        trainer = data.trainer
+        yield collect(
+            trainer.lightning_module.backbone,
+            data.environment,
+            1,
+            data.max_new_tokens,
+            None,
+            seed=derived_seed(data.seed, trainer.current_epoch, trainer.global_rank, 3),
+        )

@@ -1,0 +1,110 @@
+"""Typed records of what a rollout produced; B actions, prompts of P and actions of L tokens."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Actions(NamedTuple):
+    """One policy iteration's actions, ordered by round, then by environment.
+
+    Prompts are padded on the left, actions on the right; an action ends with its stop token or at
+    the length limit.
+    """
+
+    prompt_ids: Tensor  # int64 [B, P]
+    prompt_mask: Tensor  # bool [B, P]
+    action_ids: Tensor  # int64 [B, L]
+    action_mask: Tensor  # bool [B, L]
+    log_probs: Tensor  # float32 [B, L], of the taken tokens, recorded while sampling
+    rewards: Tensor  # float32 [B]
+    terminated: Tensor  # bool [B], the episode ended here and its value is 0
+    truncated: Tensor  # bool [B], the episode was cut here and its value is bootstrapped
+    step: Tensor  # int64 [B], t: number of the action in its episode, from 0
+
+
+class Record(NamedTuple):
+    """One action as a person reads it; a line of `episodes.jsonl`."""
+
+    env: int
+    attempt: int
+    prompt: str
+    action: str
+    reward: float
+    error: str | None
+    cached: bool
+
+
+class Rollout(NamedTuple):
+    """Actions, the next prompts of the truncated ones, their records, and how long it took.
+
+    bootstrap_ids, bootstrap_mask: [B', P'] prompts of the true next observations, one for every
+    truncated action, in order.
+    """
+
+    actions: Actions
+    bootstrap_ids: Tensor
+    bootstrap_mask: Tensor
+    records: list[Record]
+    num_envs: int
+    dropped_prompt_tokens: int
+    generate_seconds: float
+    score_seconds: float
+
+
+def sequence(actions: Actions) -> tuple[Tensor, Tensor]:
+    """Inputs ids, mask [B, P + L - 1] whose last L positions predict the L action tokens."""
+    ids = torch.cat([actions.prompt_ids, actions.action_ids], dim=1)[:, :-1]
+    mask = torch.cat([actions.prompt_mask, actions.action_mask], dim=1)[:, :-1]
+    return ids, mask
+
+
+def pad_stack(rows: list[Tensor], value: float, *, left: bool) -> Tensor:
+    """Concatenates [b, T_i] blocks to [sum b, max T], padded with `value` on one side."""
+    width = max(block.shape[1] for block in rows)
+    padded = []
+    for block in rows:
+        gap = width - block.shape[1]
+        padded.append(
+            torch.nn.functional.pad(block, (gap, 0) if left else (0, gap), value=value)
+        )
+    return torch.cat(padded)
+
+
+class EpisodeLayout(NamedTuple):
+    """Where the tokens of each environment's episodes lie, one after the other.
+
+    index: int64 [N, K] into the flattened [B * L] tokens, valid tokens first, in time order.
+    valid: bool [N, K].
+    """
+
+    index: Tensor
+    valid: Tensor
+
+
+def episode_layout(action_mask: Tensor, num_envs: int) -> EpisodeLayout:
+    """Layout of [B, L] tokens whose rows are ordered by round, then by environment."""
+    batch, length = action_mask.shape
+    by_env = (batch // num_envs, num_envs, length)
+    position = torch.arange(batch * length, device=action_mask.device).view(by_env)
+    position = position.transpose(0, 1).reshape(num_envs, -1)
+    valid = action_mask.reshape(-1)[position]
+    order = torch.argsort(~valid, dim=1, stable=True)
+    width = int(valid.sum(1).max())
+    return EpisodeLayout(
+        position.gather(1, order)[:, :width], valid.gather(1, order)[:, :width]
+    )
+
+
+def pack(values: Tensor, layout: EpisodeLayout) -> Tensor:
+    """[B, L] -> [N, K]; padding becomes 0."""
+    packed = values.reshape(-1)[layout.index]
+    return torch.where(layout.valid, packed, torch.zeros_like(packed))
+
+
+def unpack(packed: Tensor, layout: EpisodeLayout, like: Tensor) -> Tensor:
+    """[N, K] -> [B, L] in the shape of `like`; padding becomes 0."""
+    flat = torch.zeros(like.numel(), dtype=packed.dtype, device=packed.device)
+    flat[layout.index[layout.valid]] = packed[layout.valid]
+    return flat.view(like.shape)

@@ -1,0 +1,25 @@
+"""Numbers of one iteration's rollout; docs/metrics.md is their glossary."""
+
+from etpo.rollout.episode import Rollout
+
+
+def rollout_metrics(rollout: Rollout) -> dict[str, float]:
+    """Means over the actions of this rank; seconds and tokens per second of this rank."""
+    records = rollout.records
+    first = [r.reward for r in records if r.attempt == 1]
+    episodes = sum(r.attempt == 1 for r in records)
+    tokens = int(rollout.actions.action_mask.sum())
+    return {
+        "rollout/reward": sum(r.reward for r in records) / len(records),
+        "rollout/first_attempt_reward": sum(first) / len(first),
+        "rollout/episode_reward": sum(r.reward for r in records) / episodes,
+        "rollout/best_reward": max(r.reward for r in records),
+        "rollout/valid_rate": sum(r.error is None for r in records) / len(records),
+        "rollout/distinct_actions": len({r.action for r in records}) / len(records),
+        "rollout/cached_rate": sum(r.cached for r in records) / len(records),
+        "rollout/action_tokens": tokens / len(records),
+        "rollout/dropped_prompt_tokens": float(rollout.dropped_prompt_tokens),
+        "time/generate_seconds": rollout.generate_seconds,
+        "time/score_seconds": rollout.score_seconds,
+        "time/tokens_per_second": tokens / rollout.generate_seconds,
+    }
