@@ -1,9 +1,22 @@
 """Fixtures that several folders of tests use."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Starcoder2Config,
+)
+
+from etpo.environments.text_env import TextVectorEnv
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -15,3 +28,113 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data sets at {folder}; set ETPO_DATA_DIR")
     return folder
+
+
+FAMILIES = {
+    "llama": (LlamaConfig, []),
+    "codellama": (LlamaConfig, ["▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"]),
+    "qwen": (
+        Qwen2Config,
+        ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>", "<|file_sep|>"],
+    ),
+    "qwen-instruct": (Qwen2Config, ["<|im_start|>", "<|im_end|>"]),
+    "deepseek": (LlamaConfig, ["<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"]),
+    "starcoder": (
+        Starcoder2Config,
+        ["<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<file_sep>"],
+    ),
+}
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def save_checkpoint(folder: Path, family: str) -> Path:
+    """A randomly initialised two-layer checkpoint of a model family, with a byte tokenizer."""
+    config_class, control_tokens = FAMILIES[family]
+    special = ["<s>", "</s>", "<pad>", *control_tokens]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(special + alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=control_tokens,
+        chat_template=CHAT_TEMPLATE if "<|im_end|>" in control_tokens else None,
+    ).save_pretrained(folder)
+    config = config_class(
+        vocab_size=len(special) + len(alphabet) + 7,  # padded, as real checkpoints are
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Callable[[str], Path]:
+    """checkpoint(family): the folder of that family's small random checkpoint."""
+    saved: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in saved:
+            saved[family] = save_checkpoint(tmp_path_factory.mktemp(family), family)
+        return saved[family]
+
+    return get
+
+
+class LetterEnv(TextVectorEnv):
+    """Pays the share of the letter c in the action; an episode lasts `length` actions."""
+
+    task_name = "letters"
+
+    def __init__(self, num_envs: int, length: int = 3) -> None:
+        self.num_envs, self.length = num_envs, length
+        self.closed_count = 0
+
+    def reset(self, *, seed=None, options=None):
+        self.attempts = np.zeros(self.num_envs, dtype=int)
+        return [self.first() for _ in range(self.num_envs)], {}
+
+    def first(self):
+        return {"instruction": "go", "prefix": "go", "suffix": ""}
+
+    def step(self, actions):
+        rewards = np.array([a.count("c") / max(len(a), 4) for a in actions])
+        self.attempts += 1
+        done = self.attempts >= self.length
+        following = [{"instruction": "go", "prefix": f"go{a[:2]}", "suffix": ""} for a in actions]
+        infos = {
+            "final_obs": np.full(self.num_envs, None, dtype=object),
+            "error": [None] * self.num_envs,
+            "attempt": self.attempts.copy(),
+            "cached": [False] * self.num_envs,
+        }
+        for env in np.flatnonzero(done):
+            infos["final_obs"][env], following[env] = following[env], self.first()
+        self.attempts[done] = 0
+        return following, rewards, done, np.zeros(self.num_envs, dtype=bool), infos
+
+    def close_extras(self, **kwargs):
+        self.closed_count += 1
+
+
+@pytest.fixture
+def letter_env() -> type[LetterEnv]:
+    return LetterEnv

@@ -23,32 +23,18 @@ def policy_objective(
 ) -> Tensor:
     """L(x) = sum_w pi(w) [beta log(pi/pi_ref) + eta log(pi/pi_old) - Q(x, w)]: [..., V] -> [...].
 
-    Exact over the vocabulary: no sampling, no importance ratio. Only `log_pi` gets a gradient.
+    Exact over the vocabulary: no sampling, no importance ratio. Only `log_pi`, which must be
+    normalised, gets a gradient: E_pi[f grad log pi], f the bracket, held constant because
+    E_pi[grad f] = 0; so it is exactly 0, not rounding noise, at Q = 0 and pi = pi_ref.
     eta = 0 is the paper's objective (-V(x) in value) and `log_old` may be None; eta > 0 adds the
     proximal term eta KL(pi || pi_old). The optimum for a given Q is
     pi_ref^{beta/(beta+eta)} pi_old^{eta/(beta+eta)} exp(Q/(beta+eta)) / Z. ETPO, arXiv 2402.06700.
     """
-    scores = policy_scores(log_ref, log_old, q, beta, eta)
-    return folded_objective(log_pi, scores, beta + eta)
-
-
-def policy_scores(
-    log_ref: Tensor, log_old: Tensor | None, q: Tensor, beta: float, eta: float = 0.0
-) -> Tensor:
-    """S = beta log pi_ref + eta log pi_old + Q: all [..., V]; all that the objective keeps of them.
-
-    One tensor over the vocabulary in place of three; pi* = softmax(S / (beta + eta)).
-    """
-    scores = q + beta * log_ref
-    return scores + eta * log_old if eta > 0 else scores
-
-
-def folded_objective(log_pi: Tensor, scores: Tensor, temperature: float) -> Tensor:
-    """L(x) = sum_w pi(w) [temperature log pi(w) - S(x, w)]: [..., V], [..., V] -> [...].
-
-    `scores` are those of `policy_scores`, `temperature` = beta + eta. Only `log_pi` gets a gradient.
-    """
-    return expectation(log_pi, temperature * log_pi - scores.detach())
+    # f(w) = beta log(pi/pi_ref) + eta log(pi/pi_old) - Q(x, w)
+    cost = beta * (log_pi - log_ref) - q
+    if eta > 0:
+        cost = cost + eta * (log_pi - log_old)
+    return expectation(log_pi, cost.detach())
 
 
 def taken_token_correction(

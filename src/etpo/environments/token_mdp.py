@@ -9,9 +9,11 @@ V tokens, A actions. Solvers are differentiable with respect to the policy unles
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -60,6 +62,11 @@ class Episodes(NamedTuple):
     continues: Tensor  # bool, the next token of the episode is in the data
     valid: Tensor  # bool
     probability: Tensor  # float64 [N], start, transitions and terminations: the environment's part
+
+    @property
+    def next_token(self) -> Tensor:
+        """int64 [N, K], the token at the next prefix; meaningful where `continues`."""
+        return F.pad(self.token[:, 1:], (0, 1))
 
     def probabilities(self, log_pi: Tensor) -> Tensor:
         """Probability of each episode under the policy [S, P, V] -> [N]; they sum to 1."""
@@ -234,7 +241,7 @@ class TokenMDP:
         for action, path in enumerate(self.tree.paths):
             inside = [
                 (state, prefix, token, step, state, following, 0.0, 1.0, 1, 1)
-                for (prefix, token), (following, _) in zip(path, path[1:], strict=False)
+                for (prefix, token), (following, _) in pairwise(path)
             ]
             end = (state, *path[-1], step)
             reward = self.rewards[state, action].item()
@@ -284,10 +291,10 @@ class TokenMDP:
 def _fixed_point(
     sweep: Callable[[Tensor], tuple[Tensor, Tensor]], value: Tensor, tolerance: float = 1e-13
 ) -> tuple[Tensor, Tensor]:
-    """Repeats value -> (log pi, value) until the value moves by less than `tolerance`."""
+    """Repeats value -> (log pi, value) until the value's largest relative move is `tolerance`."""
     for _ in range(10_000):
         log_pi, updated = sweep(value)
-        if (updated - value).abs().max() < tolerance:
+        if (updated - value).abs().max() <= tolerance * updated.abs().max().clamp(min=1):
             return log_pi, updated
         value = updated
     raise RuntimeError("soft value iteration did not converge: need gamma (1 - termination) < 1")

@@ -12,6 +12,8 @@ from etpo.environments.data_science.prompts import HEADER, SUFFIX, program_from_
 from etpo.environments.sandbox import Sandbox
 from etpo.errors import ConfigError
 
+pytestmark = pytest.mark.filterwarnings("ignore:lbfgs failed to converge")
+
 REPOSITORY = Path(__file__).parents[3]
 
 GOOD = """    from sklearn.naive_bayes import GaussianNB
@@ -161,7 +163,7 @@ def test_wrong_number_of_actions(sandbox):
         ({"mode": "retry"}, r"environment\.mode=retry.*repair, improve"),
         ({"protocol": "cv"}, r"environment\.protocol=cv.*held_out, paper"),
         ({"missing": "zero"}, r"environment\.missing=zero.*impute, drop"),
-        ({"dataset": "iris"}, r"environment\.dataset=iris.*did you mean iris"),
+        ({"dataset": "irs"}, r"environment\.dataset=irs.*did you mean iris"),
     ],
 )
 def test_bad_values_name_the_key(arguments, expected, sandbox):

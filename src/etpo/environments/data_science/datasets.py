@@ -133,7 +133,7 @@ def _file_in(data_dir: str | None, name: str) -> Path | None:
         return None
     folder = Path(data_dir).expanduser()
     if not folder.is_dir():
-        raise ConfigError(f"environment.data_dir={data_dir} is no folder")
+        raise ConfigError(f"environment.data_dir={data_dir} (or ETPO_DATA_DIR) is no folder")
     file = folder / f"{name}.csv"
     return file if file.is_file() else None
 

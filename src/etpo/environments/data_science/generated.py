@@ -1,6 +1,5 @@
 """Data sets that follow from a rule: no file and no network is needed."""
 
-from collections.abc import Iterator
 from itertools import product
 
 from etpo.environments.data_science.encoding import Table
@@ -20,7 +19,7 @@ def tic_tac_toe() -> Table:
     ]
     rows = [
         (*board, "positive" if _wins(board, "x") else "negative")
-        for board in sorted(set(_final_boards("b" * 9, "x")))
+        for board in sorted(_final_boards())
     ]
     return Table((*columns, "Class"), rows)
 
@@ -43,13 +42,18 @@ def _wins(board: str, player: str) -> bool:
     return any(all(board[cell] == player for cell in line) for line in _LINES)
 
 
-def _final_boards(board: str, player: str) -> Iterator[str]:
-    """Boards that end a game continued from `board` by `player`; a board may come twice."""
-    for cell in range(9):
-        if board[cell] != "b":
-            continue
-        after = board[:cell] + player + board[cell + 1 :]
-        if _wins(after, player) or "b" not in after:
-            yield after
-        else:
-            yield from _final_boards(after, "o" if player == "x" else "x")
+def _final_boards() -> set[str]:
+    """Every board that ends a game, move by move over sets of open boards."""
+    open_boards, final = {"b" * 9}, set()
+    for move in range(9):
+        player = "xo"[move % 2]
+        after = {
+            board[:cell] + player + board[cell + 1 :]
+            for board in open_boards
+            for cell in range(9)
+            if board[cell] == "b"
+        }
+        won = {board for board in after if _wins(board, player)}
+        final |= won
+        open_boards = after - won
+    return final | open_boards

@@ -139,7 +139,8 @@ class ProgramScorer:
 
     def program_seed(self, program: str) -> int:
         """The seed, in 0..2**32 - 1, that a program runs with."""
-        return int.from_bytes(hashlib.sha256(f"{self.seed}\n{program}".encode()).digest()[:4])
+        text = f"{self.seed}\n{program}".encode(errors="surrogatepass")
+        return int.from_bytes(hashlib.sha256(text).digest()[:4])
 
     def _prepare(
         self, halves: list[tuple[np.ndarray, np.ndarray]]

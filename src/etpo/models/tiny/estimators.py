@@ -46,8 +46,8 @@ SHALLOW_TREE = "DecisionTreeClassifier(max_depth=3)"
 SEEDS = ("0", "42")
 
 FOREST_SETTINGS = {
-    "n_estimators": ("10", "10", "20", "50", "100", "5"),
-    "max_depth": ("2", "2", "3", "3", "4", "5", "10", "None"),
+    "n_estimators": ("10", "10", "20", "50", "100"),
+    "max_depth": ("2", "3", "3", "4", "5", "10", "None"),
     "min_samples_leaf": ("5", "10", "20", "2"),
     "max_features": ("'sqrt'", "'log2'", "None", "1"),
     "random_state": SEEDS,
@@ -64,7 +64,7 @@ ESTIMATORS = (
     Estimator(
         "LogisticRegression",
         "linear_model",
-        14,
+        12,
         2,
         {
             "C": ("1.0", "0.1", "0.01", "10", "0.001"),
@@ -104,7 +104,7 @@ ESTIMATORS = (
         fit_owner="DecisionTreeClassifier",
     ),
     Estimator(
-        "RandomForestClassifier", "ensemble", 10, 10, FOREST_SETTINGS, **FOREST_MISTAKES
+        "RandomForestClassifier", "ensemble", 11, 10, FOREST_SETTINGS, **FOREST_MISTAKES
     ),
     Estimator("ExtraTreesClassifier", "ensemble", 5, 6, FOREST_SETTINGS, **FOREST_MISTAKES),
     Estimator(
@@ -208,7 +208,7 @@ ESTIMATORS = (
     Estimator(
         "GaussianNB",
         "naive_bayes",
-        11,
+        9,
         1,
         {"var_smoothing": ("1e-9", "1e-6", "1e-3", "0.1")},
         misspelt={"var_smoothing": "smoothing"},
@@ -219,11 +219,11 @@ ESTIMATORS = (
     Estimator(
         "SVC",
         "svm",
-        10,
+        12,
         8,
         {
             "C": ("0.01", "0.1", "1.0", "10", "100"),
-            "kernel": ("'linear'", "'linear'", "'rbf'", "'poly'", "'sigmoid'"),
+            "kernel": ("'linear'", "'rbf'", "'rbf'", "'poly'", "'sigmoid'"),
             "gamma": ("'scale'", "0.01", "0.001", "0.1"),
             "random_state": SEEDS,
         },

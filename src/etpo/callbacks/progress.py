@@ -1,0 +1,115 @@
+"""How far a run is: bars on a terminal, and one line per iteration everywhere."""
+
+import logging
+import time
+from functools import partial
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from etpo.callbacks.iteration import iteration_metrics
+
+log = logging.getLogger("etpo")
+
+# (label, metric, format) of an iteration's line
+COLUMNS = (
+    ("reward", "rollout/reward", ".3f"),
+    ("valid", "rollout/valid_rate", ".0%"),
+    ("greedy", "val/reward", ".3f"),
+    ("KL", "rollout/kl_to_reference", ".3f"),
+    ("tokens/s", "time/tokens_per_second", ".0f"),
+)
+
+
+class RolloutProgress(Callback):
+    """Prints on rank zero; without a terminal only the lines.
+
+    A line goes to standard output from here and, as a record of the logger "etpo", to the log
+    file: that logger should neither have a handler for the console nor propagate to one.
+    """
+
+    def __init__(self) -> None:
+        self.console = Console()
+        self.bars: Progress | None = None
+        self.started = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.started = time.perf_counter()
+        if trainer.is_global_zero and self.console.is_terminal:
+            self.open(trainer)
+
+    def open(self, trainer: Trainer) -> None:
+        """Shows the bars and has the collector and the environment report to them."""
+        self.bars = Progress(
+            TextColumn("{task.description:10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self.iterations = self.bars.add_task(
+            "iterations", total=trainer.max_epochs, completed=trainer.current_epoch
+        )
+        self.stage = self.bars.add_task("rollout", total=None)
+        trainer.datamodule.on_progress = self.show
+        if hasattr(trainer.datamodule.environment, "on_score"):
+            trainer.datamodule.environment.on_score = partial(self.show, "scoring")
+        self.bars.start()
+
+    def show(self, stage: str, done: int, total: int) -> None:
+        """Sets the lower bar: `done` of `total` parts of a stage of the iteration."""
+        self.bars.update(self.stage, description=stage, completed=done, total=total)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.bars is not None:
+            self.show("updating", batch_idx + 1, trainer.num_training_batches)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = iteration_metrics(trainer, pl_module)
+        now = time.perf_counter()
+        seconds, self.started = now - self.started, now
+        if not trainer.is_global_zero:
+            return
+        line = iteration_line(trainer.current_epoch + 1, trainer.max_epochs, metrics, seconds)
+        self.console.print(line, soft_wrap=True, markup=False, highlight=False)
+        log.info(line)
+        if self.bars is not None:
+            self.bars.advance(self.iterations)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.close(trainer)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self.close(trainer)
+
+    def close(self, trainer: Trainer) -> None:
+        """Gives the terminal back."""
+        if self.bars is None:
+            return
+        self.bars.stop()
+        self.bars = None
+        trainer.datamodule.on_progress = None
+        if hasattr(trainer.datamodule.environment, "on_score"):
+            trainer.datamodule.environment.on_score = None
+
+
+def iteration_line(number: int, total: int, metrics: dict[str, float], seconds: float) -> str:
+    """Iteration `number` (from 1) of `total` in one line; metrics that are missing are left out."""
+    parts = [f"iteration {number:>{len(str(total))}}/{total}"]
+    parts += [f"{label} {metrics[name]:{form}}" for label, name, form in COLUMNS if name in metrics]
+    return "  ".join([*parts, f"{seconds:.1f} s"])

@@ -1,0 +1,238 @@
+"""Train the tiny base language model from nothing: `python -m etpo.models.tiny.build`.
+
+Prompt and answer are tokenized apart and joined as prompt ids + answer ids + end id, with no start
+id; the model is a Llama of about 0.9 million float32 parameters with tied embeddings.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+from etpo.models.tiny.corpus import Example, sample_example
+from etpo.models.tiny.grammar import parse
+from etpo.models.tiny.tokenizer import CONTEXT, train_tokenizer
+
+CHECKPOINT = Path(__file__).parent / "checkpoint"
+VOCABULARY = 1024
+TOKENIZER_EXAMPLES = 20_000
+PROMPT_WEIGHT = 0.1
+BUCKET = 32
+WARMUP = 100
+HELD_OUT = 1024
+
+
+class Batch(NamedTuple):
+    """Padded on the right.
+
+    ids: [batch, length] int64; weight: [batch, length] float32, 1 on the answer and its end id,
+    `PROMPT_WEIGHT` on the prompt, 0 on padding.
+    """
+
+    ids: Tensor
+    weight: Tensor
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> Batch:
+    """Prompt ids + answer ids + end id of every example."""
+    prompts = tokenizer([example.prompt for example in examples])["input_ids"]
+    actions = tokenizer([example.action for example in examples])["input_ids"]
+    length = max(len(left) + len(right) + 1 for left, right in zip(prompts, actions, strict=True))
+    ids = torch.full((len(examples), length), tokenizer.pad_token_id)
+    weight = torch.zeros(ids.shape)
+    for row, (prompt, action) in enumerate(zip(prompts, actions, strict=True)):
+        end = len(prompt) + len(action) + 1
+        ids[row, :end] = torch.tensor([*prompt, *action, tokenizer.eos_token_id])
+        weight[row, : len(prompt)] = PROMPT_WEIGHT
+        weight[row, len(prompt) : end] = 1.0
+    return Batch(ids[:, :CONTEXT], weight[:, :CONTEXT])
+
+
+def batches(
+    tokenizer: PreTrainedTokenizerFast, rng: random.Random, batch_size: int
+) -> Iterator[Batch]:
+    """Endless fresh batches; examples of like length share one."""
+    while True:
+        examples = [sample_example(rng) for _ in range(BUCKET * batch_size)]
+        examples.sort(key=lambda example: len(example.prompt) + len(example.action))
+        starts = list(range(0, len(examples), batch_size))
+        rng.shuffle(starts)
+        for start in starts:
+            yield encode(tokenizer, examples[start : start + batch_size])
+
+
+def language_model_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
+    """Weighted mean cross-entropy per token, in nats."""
+    logits = model(input_ids=batch.ids[:, :-1]).logits  # [batch, length - 1, vocabulary]
+    loss = functional.cross_entropy(
+        logits.flatten(0, 1).float(), batch.ids[:, 1:].flatten(), reduction="none"
+    )
+    weight = batch.weight[:, 1:].flatten()
+    return (loss * weight).sum() / weight.sum()
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama with fresh weights, drawn from PyTorch's global generator."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    return LlamaForCausalLM(config)
+
+
+def train(
+    model: LlamaForCausalLM, data: Iterator[Batch], steps: int, learning_rate: float
+) -> list[float]:
+    """Adam with linear warm-up and cosine decay to a twentieth; the loss of every step."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
+    model.train()
+    losses = []
+    started = time.monotonic()
+    for step in range(steps):
+        cosine = 0.525 + 0.475 * math.cos(math.pi * step / steps)
+        optimizer.param_groups[0]["lr"] = learning_rate * min(1.0, (step + 1) / WARMUP) * cosine
+        loss = language_model_loss(model, next(data))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if (step + 1) % 200 == 0:
+            mean = sum(losses[-200:]) / 200
+            print(f"step {step + 1}  loss {mean:.3f}  {time.monotonic() - started:.0f} s", flush=True)
+    return losses
+
+
+@torch.no_grad()
+def sample_actions(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str]
+) -> list[str]:
+    """One answer to each prompt at temperature 1."""
+    model.eval()
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
+    output = model.generate(**inputs, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=80)
+    return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def evaluate(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, samples: int
+) -> dict[str, float]:
+    """Held-out loss per answer token, and how first attempts at temperature 1 fare.
+
+    in_grammar: share of the answers that the grammar can produce, letter by letter; valid: share
+    that the grammar produces without a mistake.
+    """
+    model.eval()
+    rng = random.Random(f"held out {seed}")
+    examples = [sample_example(rng) for _ in range(HELD_OUT)]
+    examples.sort(key=lambda example: len(example.prompt))
+    loss = tokens = 0.0
+    for start in range(0, HELD_OUT, 64):
+        batch = encode(tokenizer, examples[start : start + 64])
+        answer = batch._replace(weight=(batch.weight == 1.0).float())
+        count = answer.weight.sum().item()
+        loss += language_model_loss(model, answer).item() * count
+        tokens += count
+    prompts = [example.prompt for example in examples if example.kind == "first"]
+    bodies = sample_actions(model, tokenizer, rng.choices(prompts, k=samples))
+    programs = [parse(body) for body in bodies]
+    known = [program for program in programs if program is not None]
+    return {
+        "held_out_loss": loss / tokens,
+        "in_grammar": len(known) / samples,
+        "valid": sum(program.mistake is None for program in known) / samples,
+    }
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the checkpoint and SHA256SUMS over its files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"
+    stated = json.loads(settings.read_text()) | {"add_bos_token": False, "add_eos_token": False}
+    settings.write_text(json.dumps(stated, indent=2, sort_keys=True) + "\n")
+    names = sorted(path.name for path in folder.iterdir() if path.name != "SHA256SUMS")
+    sums = (f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}" for name in names)
+    (folder / "SHA256SUMS").write_text("\n".join(sums) + "\n")
+
+
+def build(
+    folder: Path, steps: int, seed: int, batch_size: int, learning_rate: float, samples: int
+) -> tuple[list[float], dict[str, float]]:
+    """Train tokenizer and model, save them to `folder`; (training losses, evaluation)."""
+    set_seed(seed)
+    rng = random.Random(seed)
+    examples = [sample_example(rng) for _ in range(TOKENIZER_EXAMPLES)]
+    texts = [example.action for example in examples]
+    texts += [example.prompt for example in examples[: TOKENIZER_EXAMPLES // 3]]
+    tokenizer = train_tokenizer(texts, VOCABULARY)
+    model = new_model(tokenizer)
+    print(f"{sum(weight.numel() for weight in model.parameters())} parameters", flush=True)
+    losses = train(model, batches(tokenizer, rng, batch_size), steps, learning_rate)
+    save(model, tokenizer, folder)
+    return losses, evaluate(model, tokenizer, seed, samples)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the tiny base language model.")
+    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="folder of the checkpoint")
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=64, help="examples per step")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak of the schedule")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=512, help="answers sampled at the end")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    _, measured = build(
+        options.out,
+        options.steps,
+        options.seed,
+        options.batch_size,
+        options.learning_rate,
+        options.samples,
+    )
+    print("  ".join(f"{name} {value:.3f}" for name, value in measured.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+"""Policy and critic losses: formulas, exact gradients by enumeration, and what must break them."""
+
+from math import inf
+
+import pytest
+import torch
+
+from etpo.algorithms.objectives import (
+    action_weights,
+    centred_advantage,
+    critic_loss,
+    doubly_robust_objective,
+    masked_q,
+    policy_objective,
+    taken_token_correction,
+)
+from etpo.algorithms.soft_bellman import (
+    kl_divergence,
+    lambda_returns,
+    soft_lambda_returns,
+    soft_value,
+)
+from etpo.environments.token_mdp import TokenMDP
+
+BETA = 0.3
+
+
+def normal(*shape, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=rng, dtype=torch.float64)
+
+
+def f64(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_policy_objective_is_the_formula():
+    log_pi, log_ref, log_old = normal(3, 4, 5).log_softmax(-1)
+    q = normal(4, 5, seed=1)
+    plain = policy_objective(log_pi, log_ref, None, q, BETA)
+    torch.testing.assert_close(plain, -soft_value(log_pi, log_ref, q, BETA))
+    proximal = policy_objective(log_pi, log_ref, log_old, q, BETA, eta=0.2)
+    torch.testing.assert_close(proximal, plain + 0.2 * kl_divergence(log_pi, log_old))
+
+
+@pytest.mark.parametrize("clip", [None, 0.2])
+@pytest.mark.parametrize("eta", [0.0, 0.2])
+def test_gradcheck_through_the_log_softmax(eta, clip):
+    logits = normal(4, 5).requires_grad_()
+    log_ref, log_old = normal(2, 4, 5, seed=1).log_softmax(-1)
+    q, returns, taken = normal(4, 5, seed=2), normal(4, seed=3), torch.tensor([0, 3, 4, 1])
+
+    def plain(x):
+        return policy_objective(x.log_softmax(-1), log_ref, log_old, q, BETA, eta)
+
+    def robust(x):
+        return doubly_robust_objective(
+            x.log_softmax(-1), log_ref, log_old, q, taken, returns, BETA, eta, clip
+        )
+
+    assert torch.autograd.gradcheck(plain, logits)
+    assert torch.autograd.gradcheck(robust, logits)
+
+
+def test_only_the_policy_gets_a_gradient():
+    log_pi, log_ref, log_old = (
+        normal(4, 5, seed=s).log_softmax(-1).requires_grad_() for s in range(3)
+    )
+    q, returns = normal(4, 5, seed=3).requires_grad_(), normal(4, seed=4).requires_grad_()
+    taken = torch.tensor([0, 3, 4, 1])
+    loss = doubly_robust_objective(log_pi, log_ref, log_old, q, taken, returns, BETA, 0.2, 0.2)
+    loss.sum().backward()
+    assert log_pi.grad is not None
+    assert [x.grad for x in (log_ref, log_old, q, returns)] == [None] * 4
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.2])
+def test_gradient_vanishes_at_the_closed_form_optimum_only(eta):
+    log_ref, log_old = normal(2, 4, 5, seed=1).log_softmax(-1)
+    q = normal(4, 5, seed=2)
+    # pi ~ pi_ref^{beta/(beta+eta)} pi_old^{eta/(beta+eta)} exp(Q/(beta+eta))
+    optimum = (BETA * log_ref + eta * log_old + q) / (BETA + eta)
+    for shift, still in ((0.0, True), (0.1, False)):
+        logits = (optimum + shift * normal(4, 5, seed=3)).requires_grad_()
+        loss = policy_objective(logits.log_softmax(-1), log_ref, log_old, q, BETA, eta)
+        loss.sum().backward()
+        assert (logits.grad.abs().max() < 1e-12) is still
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("eta", [0.0, 0.2])
+def test_nothing_moves_without_reward_at_the_reference(dtype, eta):
+    logits = normal(7, 1000).to(dtype).requires_grad_()
+    before, log_ref = logits.detach().clone(), logits.detach().log_softmax(-1)
+    optimizer = torch.optim.Adam([logits], lr=0.1, eps=1e-30)  # any rounding noise would show
+    for _ in range(3):
+        log_pi = logits.log_softmax(-1)
+        zero = torch.zeros_like(log_ref)
+        loss = doubly_robust_objective(
+            log_pi, log_ref, log_ref, zero, zero[:, 0].long(), zero[:, 0], BETA, eta, 0.2
+        )
+        optimizer.zero_grad()
+        loss.sum().backward()
+        assert (logits.grad == 0).all()
+        optimizer.step()
+    assert torch.equal(logits, before)
+    # the reward is what moves it
+    q = torch.zeros_like(log_ref).index_fill_(1, torch.tensor([3]), 1.0)
+    loss = policy_objective(logits.log_softmax(-1), log_ref, log_ref, q, BETA, eta)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    assert (gradient[:, 3] < 0).all()
+
+
+def test_masked_ids_leave_loss_and_gradient_alone():
+    logits, q = normal(4, 5).requires_grad_(), normal(4, 5, seed=2)
+    log_ref = normal(4, 5, seed=1).log_softmax(-1)
+
+    def pad(x, value):
+        return torch.nn.functional.pad(x, (0, 2), value=value)
+
+    log_pi = pad(logits, -inf).log_softmax(-1)
+    loss = policy_objective(log_pi, pad(log_ref, -inf), pad(log_ref, -inf), pad(q, 9.0), BETA, 0.2)
+    plain = policy_objective(logits.log_softmax(-1), log_ref, log_ref, q, BETA, 0.2)
+    torch.testing.assert_close(loss, plain)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    (expected,) = torch.autograd.grad(plain.sum(), logits)
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "clip", "loss", "slope"),
+    [  # slope = d loss / d ratio
+        (1.0, 2.0, 0.2, -2.0, -2.0),
+        (1.5, 1.0, 0.2, -1.2, 0.0),  # gained enough: stop
+        (1.5, -1.0, 0.2, 1.5, 1.0),  # went the wrong way: pull back in full
+        (0.5, 1.0, 0.2, -0.5, -1.0),
+        (0.5, -1.0, 0.2, 0.8, 0.0),
+        (1.5, 1.0, None, -1.5, -1.0),
+        (0.5, -1.0, None, 0.5, 1.0),
+    ],
+)
+def test_taken_token_correction_by_hand(ratio, advantage, clip, loss, slope):
+    log_old = f64(0.3).log()
+    log_pi = (f64(ratio).log() + log_old).requires_grad_()
+    value = taken_token_correction(log_pi, log_old, f64(advantage), clip)
+    value.sum().backward()
+    assert value.item() == pytest.approx(loss)
+    assert log_pi.grad.item() / ratio == pytest.approx(slope)
+
+
+class Enumerated:
+    """The exact gradient of J, and the mean and spread of its estimators over all episodes."""
+
+    def __init__(self, seed):
+        mdp = self.mdp = TokenMDP.random(seed, acyclic=True)
+        self.log_ref = mdp.random_policy(10)
+        self.logits = mdp.random_policy(11).requires_grad_()
+        self.log_pi = self.logits.log_softmax(-1)
+        self.log_old = self.log_pi.detach()
+        e = self.e = mdp.enumerate_episodes(horizon=3)
+        self.at = (e.state, e.prefix)
+        self.weight = e.valid * action_weights(mdp.gamma, e.step.double())
+        self.probability = e.probabilities(self.log_old)
+        self.critic = normal(*self.logits.shape, seed=20)
+        self.exact_q = mdp.evaluate(self.log_old, self.log_ref, BETA)[0]
+        self.gradient = self.grad(-mdp.regularized_return(self.log_pi, self.log_ref, BETA))
+
+    def grad(self, loss):
+        return torch.autograd.grad(loss, self.logits, retain_graph=True)[0]
+
+    def returns(self, q, lambda_, form="q"):
+        e = self.e
+        v = soft_value(self.log_old, self.log_ref, q, BETA)[e.next_state, e.next_prefix]
+        if form == "q":
+            q_taken = q[e.next_state, e.next_prefix, e.next_token]
+            return lambda_returns(e.rewards, e.discounts, v, q_taken, lambda_, e.continues)
+        kl = kl_divergence(self.log_old, self.log_ref)[e.next_state, e.next_prefix]
+        return soft_lambda_returns(e.rewards, e.discounts, v, kl, lambda_, BETA, e.continues)
+
+    def losses(self, q, returns, eta=0.0, clip=0.2):
+        return doubly_robust_objective(
+            self.log_pi[self.at],
+            self.log_ref[self.at],
+            self.log_old[self.at],
+            q[self.at],
+            self.e.token,
+            returns,
+            BETA,
+            eta,
+            clip,
+        )
+
+    def error(self, losses, weight=None):
+        """Relative error of the mean gradient of per-token losses [N, K] summed with weights."""
+        weight = self.weight if weight is None else weight
+        mean = self.grad((self.probability * (weight * losses).sum(1)).sum())
+        return ((mean - self.gradient).norm() / self.gradient.norm()).item()
+
+    def variance(self, losses):
+        """E |g - E g|^2 / |E g|^2 of the gradient g of one episode."""
+        total = 0.0
+        for p, loss in zip(self.probability, (self.weight * losses).sum(1), strict=True):
+            total += p.item() * (self.grad(loss) - self.gradient).square().sum().item()
+        return total / self.gradient.square().sum().item()
+
+
+@pytest.fixture(params=range(2))
+def case(request):
+    return Enumerated(request.param)
+
+
+def test_plain_objective_needs_the_exact_q(case):
+    def plain(q):
+        return policy_objective(case.log_pi, case.log_ref, None, q, BETA)[case.at]
+
+    assert case.error(plain(case.exact_q)) < 1e-12
+    assert case.error(plain(case.critic)) > 0.5
+    by_visitation = case.mdp.visitation(case.log_old) * policy_objective(
+        case.log_pi, case.log_ref, None, case.exact_q, BETA
+    )
+    torch.testing.assert_close(case.grad(by_visitation.sum()), case.gradient)
+
+
+@pytest.mark.parametrize("clip", [None, 0.2])
+@pytest.mark.parametrize("eta", [0.0, 0.2])
+@pytest.mark.parametrize("form", ["q", "kl"])
+def test_doubly_robust_gradient_is_exact_for_a_random_critic(case, clip, eta, form):
+    returns = case.returns(case.critic, 1.0, form)
+    assert case.error(case.losses(case.critic, returns, eta, clip)) < 1e-12
+
+
+def test_doubly_robust_gradient_needs_sums_and_discounted_actions(case):
+    losses = case.losses(case.critic, case.returns(case.critic, 1.0))
+    e = case.e
+    same_action = (e.step.unsqueeze(2) == e.step.unsqueeze(1)) & e.valid.unsqueeze(1)
+    assert case.error(losses, case.weight / same_action.sum(2)) > 0.05, "mean over an action"
+    assert case.error(losses, e.valid.double()) > 0.02, "no gamma^t"
+    biased = case.losses(case.critic, case.returns(case.critic, 0.5))
+    assert case.error(biased) > 0.05, "a bootstrap from a random critic"
+
+
+def test_masked_q_must_stand_in_both_terms(case):
+    value = soft_value(case.log_old, case.log_ref, case.critic, BETA)
+    q = masked_q(case.critic, value, case.log_old, floor=0.2)
+    assert (q != case.critic).any()
+    for returns in (case.returns(case.critic, 1.0), case.returns(q, 1.0)):
+        assert case.error(case.losses(q, returns)) < 1e-12
+        exact_term = policy_objective(case.log_pi, case.log_ref, None, q, BETA)[case.at]
+        taken = (*case.at, case.e.token)
+        raw_correction = taken_token_correction(
+            case.log_pi[taken], case.log_old[taken], returns - case.critic[taken], 0.2
+        )
+        assert case.error(exact_term + raw_correction) > 0.05
+
+
+def test_exact_critic_makes_the_control_variate_pay(case):
+    exact_term = policy_objective(case.log_pi, case.log_ref, None, case.exact_q, BETA)[case.at]
+    taken = (*case.at, case.e.token)
+    advantage = (
+        case.returns(case.exact_q, 1.0, "kl")
+        - BETA * (case.log_old - case.log_ref)[taken]
+        - soft_value(case.log_old, case.log_ref, case.exact_q, BETA)[case.at]
+    )
+    policy_gradient = taken_token_correction(
+        case.log_pi[taken], case.log_old[taken], advantage, None
+    )
+    assert case.error(policy_gradient) < 1e-12
+    plain = case.variance(exact_term)
+    robust = case.variance(case.losses(case.exact_q, case.returns(case.exact_q, 1.0)))
+    robust_kl = case.variance(case.losses(case.exact_q, case.returns(case.exact_q, 1.0, "kl")))
+    assert plain < robust < robust_kl < case.variance(policy_gradient)
+
+
+def test_unweighted_vocabulary_mean_ignores_q():
+    """The official code's loss mean_w(beta log pi - Q): one gradient for every Q table."""
+    logits = normal(4, 5).requires_grad_()
+    log_ref = normal(4, 5, seed=1).log_softmax(-1)
+
+    def gradients(objective):
+        tables = (torch.zeros(4, 5, dtype=torch.float64), 10 * normal(4, 5, seed=2))
+        return [
+            torch.autograd.grad(objective(logits.log_softmax(-1), q).sum(), logits)[0]
+            for q in tables
+        ]
+
+    first, second = gradients(lambda log_pi, q: (BETA * log_pi - q).mean(-1))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    first, second = gradients(lambda log_pi, q: policy_objective(log_pi, log_ref, None, q, BETA))
+    assert (first - second).abs().max() > 0.1
+
+
+def test_masked_q_replaces_rare_tokens_only():
+    log_old = f64(0.01, 0.02, 0.97).log()
+    q = masked_q(f64(5, 6, 7), f64(1).squeeze(), log_old, floor=0.015)
+    assert q.tolist() == [1, 6, 7]
+    assert masked_q(f64(5, 6, 7), f64(1).squeeze(), log_old, floor=0.0).tolist() == [5, 6, 7]
+
+
+def test_centred_advantage_has_zero_mean_under_the_policy():
+    advantage, log_pi = normal(4, 5).requires_grad_(), normal(4, 5, seed=1).log_softmax(-1)
+    log_pi.requires_grad_()
+    centred = centred_advantage(advantage, log_pi)
+    mean = (log_pi.exp() * centred).sum(-1)
+    torch.testing.assert_close(mean, torch.zeros_like(mean))
+    # a shift per prefix, nothing else
+    torch.testing.assert_close(
+        (centred - centred[:, :1]).detach(), (advantage - advantage[:, :1]).detach()
+    )
+    centred.square().sum().backward()
+    assert log_pi.grad is None
+    assert advantage.grad.abs().max() > 0.1
+
+
+def test_critic_loss_by_hand():
+    # errors 0.5, 3, -3; delta 2: e^2 / 2 inside, 2 (|e| - 1) beyond
+    q, targets = f64(1.5, 4, -2).requires_grad_(), f64(1, 1, 1).requires_grad_()
+    mask = torch.tensor([True, True, True])
+    assert critic_loss(q, targets, mask, "huber", 2.0).tolist() == [0.125, 4, 4]
+    assert critic_loss(q, targets, mask, "mse").tolist() == [0.125, 4.5, 4.5]
+    mask = torch.tensor([True, False, True])
+    loss = critic_loss(q, targets, mask, "mse")
+    assert loss.tolist() == [0.125, 0, 4.5]
+    loss.sum().backward()
+    assert q.grad.tolist() == [0.5, 0, -3]
+    assert targets.grad is None
+    with pytest.raises(ValueError, match="huber or mse"):
+        critic_loss(q, targets, mask, "l1")
+
+
+def test_action_weights_are_powers_of_gamma():
+    steps = torch.tensor([0, 1, 3])
+    torch.testing.assert_close(action_weights(0.5, steps), torch.tensor([1, 0.5, 0.125]))
+    assert action_weights(0.0, steps).tolist() == [1, 0, 0]
+    assert action_weights(1, steps).tolist() == [1, 1, 1]

@@ -1,0 +1,106 @@
+import pytest
+import torch
+
+from etpo.errors import ConfigError
+from etpo.models.backbone import Backbone
+from etpo.models.critics import HeadCritic, TrunkCritic, polyak_update
+from etpo.models.prompting import CompletionTemplate
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+
+
+def observations(*prefixes):
+    return [{"instruction": "", "prefix": p, "suffix": ""} for p in prefixes]
+
+
+def build(folder, **settings):
+    return Backbone(str(folder), CompletionTemplate(), **settings)
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_reference_is_the_pretrained_policy_and_stays(checkpoint, lora):
+    backbone = build(checkpoint("llama"), lora=lora)
+    prompts = backbone.encode(observations("hello", "a longer prompt"))
+    before = backbone(prompts.ids, prompts.mask, 1, reference=True)
+    torch.testing.assert_close(
+        backbone(prompts.ids, prompts.mask, 1).log_probs, before.log_probs, rtol=0, atol=1e-6
+    )
+    for parameter in backbone.policy_parameters():
+        parameter.data.add_(0.1)
+    after = backbone(prompts.ids, prompts.mask, 1, reference=True)
+    assert torch.equal(before.log_probs, after.log_probs)
+    assert (backbone(prompts.ids, prompts.mask, 1).log_probs - after.log_probs).abs().max() > 1e-2
+
+
+def test_padding_changes_nothing(checkpoint):
+    backbone = build(checkpoint("llama"))
+    alone = backbone.encode(observations("hello"))
+    padded = backbone.encode(observations("hello", "a longer prompt"))
+    torch.testing.assert_close(
+        backbone(padded.ids, padded.mask, 2).log_probs[0],
+        backbone(alone.ids, alone.mask, 2).log_probs[0],
+        rtol=0,
+        atol=1e-5,
+    )
+
+
+def test_padded_vocabulary_ids_have_no_probability(checkpoint):
+    backbone = build(checkpoint("llama"))
+    prompts = backbone.encode(observations("hello"))
+    log_probs = backbone(prompts.ids, prompts.mask, 1).log_probs
+    assert log_probs.shape[-1] == backbone.vocabulary_size == 256 + 3
+    torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(1, 1))
+
+
+def test_temperature_is_part_of_the_policy(checkpoint):
+    cold, warm = (build(checkpoint("llama"), temperature=t) for t in (0.5, 1.0))
+    prompts = cold.encode(observations("hello"))
+    halved = torch.log_softmax(2 * warm(prompts.ids, prompts.mask, 1).log_probs, -1)
+    torch.testing.assert_close(cold(prompts.ids, prompts.mask, 1).log_probs, halved)
+
+
+def test_decode_drops_stop_token_and_stop_string(checkpoint):
+    backbone = build(checkpoint("llama"), stop_strings=["\ndef "])
+    ids = backbone.tokenizer("x = 1\ndef ", add_special_tokens=False)["input_ids"]
+    assert backbone.decode(ids) == "x = 1"
+    assert backbone.decode([*ids[:5], backbone.tokenizer.eos_token_id]) == "x = 1"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": "int8"}, "model.dtype=int8: allowed are float32, bfloat16, float16"),
+        ({"stop_tokens": ["<nope>"]}, "model.stop_tokens: the tokenizer has no token '<nope>'"),
+    ],
+)
+def test_bad_values_are_config_errors(checkpoint, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        build(checkpoint("llama"), **settings)
+
+
+def test_a_folder_without_a_model_is_a_config_error(tmp_path):
+    with pytest.raises(ConfigError, match="model.name_or_path=.*not a causal language model"):
+        build(tmp_path)
+
+
+@pytest.mark.parametrize("critic_class", [HeadCritic, TrunkCritic])
+def test_critic_starts_at_zero_and_shares_nothing_with_the_policy(checkpoint, critic_class):
+    backbone = build(checkpoint("qwen"))
+    critic = critic_class(backbone, hidden_size=16)
+    prompts = backbone.encode(observations("hello", "a longer prompt"))
+    features = backbone(prompts.ids, prompts.mask, 3, reference=True).features
+    value, advantage = critic(prompts.ids, prompts.mask, features)
+    assert value.shape == (2, 3)
+    assert advantage.shape == (2, 3, backbone.vocabulary_size)
+    assert not value.any()
+    assert not advantage.any()
+    shared = {id(p) for p in backbone.parameters()} & {id(p) for p in critic.parameters()}
+    assert not shared
+    assert all(p.requires_grad for p in critic.parameters())
+
+
+def test_polyak_update_is_an_average():
+    target, source = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    expected = 0.75 * target.weight + 0.25 * source.weight
+    polyak_update(target, source, 0.25)
+    torch.testing.assert_close(target.weight, expected)

@@ -1,0 +1,72 @@
+import torch
+
+from etpo.models.backbone import Backbone
+from etpo.models.prompting import CompletionTemplate
+from etpo.rollout.collector import collect
+from etpo.rollout.episode import episode_layout, pack, pad_stack, sequence, unpack
+from etpo.rollout.metrics import rollout_metrics
+
+
+def rollout(folder, env, rounds=4):
+    backbone = Backbone(str(folder), CompletionTemplate())
+    return collect(backbone, env, rounds, 6, torch.Generator().manual_seed(0), seed=0), backbone
+
+
+def test_episodes_end_restart_and_are_cut_at_the_last_round(checkpoint, letter_env):
+    played, backbone = rollout(checkpoint("llama"), letter_env(2, length=3))
+    actions = played.actions
+    # rows are ordered by round, then environment; episodes of three actions, then a new one
+    assert actions.step.tolist() == [0, 0, 1, 1, 2, 2, 0, 0]
+    assert actions.terminated.tolist() == [False] * 4 + [True] * 2 + [False] * 2
+    assert actions.truncated.tolist() == [False] * 6 + [True] * 2
+    assert [r.attempt for r in played.records] == [1, 1, 2, 2, 3, 3, 1, 1]
+    # the bootstrap prompts are the true next observations of the two open episodes
+    following = [f"go{r.action[:2]}" for r in played.records[-2:]]
+    expected = backbone.encode([{"instruction": "", "prefix": p, "suffix": ""} for p in following])
+    assert torch.equal(played.bootstrap_ids, expected.ids)
+    assert torch.equal(played.bootstrap_mask, expected.mask)
+
+
+def test_a_termination_in_the_last_round_needs_no_bootstrap(checkpoint, letter_env):
+    played, _ = rollout(checkpoint("llama"), letter_env(2, length=2))
+    assert not played.actions.truncated.any()
+    assert len(played.bootstrap_ids) == 0
+
+
+def test_rows_hold_what_was_sampled(checkpoint, letter_env):
+    played, backbone = rollout(checkpoint("llama"), letter_env(3))
+    actions = played.actions
+    for row, record in enumerate(played.records):
+        prompt = actions.prompt_ids[row][actions.prompt_mask[row]]
+        assert backbone.tokenizer.decode(prompt) == record.prompt
+        assert backbone.decode(actions.action_ids[row][actions.action_mask[row]].tolist()) == (
+            record.action
+        )
+        assert record.reward == record.action.count("c") / max(len(record.action), 4)
+    metrics = rollout_metrics(played)
+    assert metrics["rollout/reward"] == sum(r.reward for r in played.records) / 12
+    assert metrics["rollout/action_tokens"] == actions.action_mask.sum() / 12
+
+
+def test_sequence_drops_the_last_token_only(checkpoint, letter_env):
+    played, _ = rollout(checkpoint("llama"), letter_env(3))
+    ids, mask = sequence(played.actions)
+    width = played.actions.prompt_ids.shape[1]
+    assert torch.equal(ids[:, width:], played.actions.action_ids[:, :-1])
+    assert torch.equal(mask[:, :width], played.actions.prompt_mask)
+
+
+def test_layout_lays_tokens_of_an_environment_in_time_order():
+    # 2 environments, 2 rounds; rows: (round 0, env 0), (0, 1), (1, 0), (1, 1)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 0, 0], [1, 1, 1]]).bool()
+    values = torch.tensor([[1.0, 2, 9], [3, 9, 9], [4, 9, 9], [5, 6, 7]])
+    layout = episode_layout(mask, num_envs=2)
+    assert pack(values, layout).tolist() == [[1, 2, 4, 0], [3, 5, 6, 7]]
+    back = unpack(pack(values, layout), layout, like=values)
+    assert torch.equal(back, values * mask)
+
+
+def test_pad_stack_pads_on_the_given_side():
+    rows = [torch.tensor([[1, 2]]), torch.tensor([[3]])]
+    assert pad_stack(rows, 0, left=True).tolist() == [[1, 2], [0, 3]]
+    assert pad_stack(rows, 0, left=False).tolist() == [[1, 2], [3, 0]]

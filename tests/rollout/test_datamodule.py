@@ -1,0 +1,69 @@
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from etpo.errors import ConfigError
+from etpo.rollout.datamodule import RolloutDataModule, derived_seed
+from etpo.rollout.replay import OnPolicyBuffer
+
+SIZES = {
+    "actions_per_iteration": 32,
+    "minibatch_size": 8,
+    "update_epochs": 2,
+    "max_new_tokens": 4,
+    "num_envs": 4,
+    "seed": 0,
+}
+
+
+class Batch(NamedTuple):
+    row: torch.Tensor
+    double: torch.Tensor
+
+
+def test_buffer_serves_every_action_once_per_epoch_and_refills():
+    fills = []
+
+    def fill():
+        fills.append(len(fills))
+        rows = torch.arange(6) + 10 * len(fills)
+        return Batch(rows, 2 * rows), torch.Generator().manual_seed(len(fills))
+
+    buffer = OnPolicyBuffer(fill, batches_per_epoch=2, minibatch_size=3, epochs=2)
+    for iteration in (1, 2):
+        batches = list(buffer)
+        assert len(batches) == len(buffer) == 4
+        for epoch in (batches[:2], batches[2:]):
+            rows = torch.cat([b.row for b in epoch])
+            assert sorted(rows.tolist()) == [10 * iteration + i for i in range(6)]
+        assert all(torch.equal(b.double, 2 * b.row) for b in batches)
+    assert len(fills) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_envs": 5}, "rollout.actions_per_iteration=32: allowed are multiples of 5"),
+        ({"minibatch_size": 7}, "rollout.actions_per_iteration=32: allowed are multiples of 7"),
+        ({"minibatch_size": 0}, "rollout.minibatch_size=0: allowed is 1 or more"),
+        ({"update_epochs": -1}, "rollout.update_epochs=-1: allowed is 1 or more"),
+    ],
+)
+def test_impossible_sizes_are_config_errors(letter_env, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        RolloutDataModule(letter_env(4), **(SIZES | changes))
+
+
+def test_sizes_must_fit_all_processes(letter_env):
+    data = RolloutDataModule(letter_env(4), **SIZES)
+    data.check(world_size=4)
+    with pytest.raises(ConfigError, match="multiples of 64 .*on 8 processes"):
+        RolloutDataModule(letter_env(4), **(SIZES | {"num_envs": 8})).check(world_size=8)
+
+
+def test_derived_seeds_differ_and_repeat():
+    seeds = [derived_seed(s, i, r, k) for s in range(3) for i in range(3) for r in (0, 1) for k in (0, 1)]
+    assert len(set(seeds)) == len(seeds)
+    assert derived_seed(0, 1, 2, 3) == derived_seed(0, 1, 2, 3)
+    assert all(0 <= s < 2**63 for s in seeds)
