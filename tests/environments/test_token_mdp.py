@@ -1,6 +1,7 @@
 """The oracle against enumeration, closed forms and optimality conditions: float64 throughout."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_truncated_episodes_with_the_exact_bootstrap_give_the_value_of_a_cyclic_
     cut = e.valid & (e.discounts == mdp.gamma) & ~e.continues
     assert cut.any(), "no truncated episode"
     gains = e.rewards - BETA * (log_pi - log_ref)[e.state, e.prefix, e.token]
-    gains = gains + cut * mdp.gamma * value[e.next_state, e.next_prefix]
+    gains = gains + cut * (mdp.gamma * value[e.next_state, e.next_prefix])
     total = (
         e.probabilities(log_pi) * (e.valid * mdp.gamma ** e.step.double() * gains).sum(1)
     ).sum()
@@ -76,7 +77,7 @@ def test_evaluation_solves_the_bellman_equations_at_every_prefix():
     log_pi, log_ref = mdp.random_policy(1), mdp.random_policy(2)
     q, v = mdp.evaluate(log_pi, log_ref, BETA)
     for action, path in enumerate(mdp.tree.paths):
-        for (prefix, token), (following, _) in zip(path, path[1:], strict=False):
+        for (prefix, token), (following, _) in pairwise(path):
             torch.testing.assert_close(q[:, prefix, token], v[:, following])
         goes_on = mdp.gamma * (1 - mdp.termination[:, action])
         last = mdp.rewards[:, action] + goes_on * (mdp.transitions[:, action] @ v[:, 0])

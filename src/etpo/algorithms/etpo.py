@@ -38,7 +38,7 @@ class TokenBatch(NamedTuple):
     action_ids: Tensor  # int64 [B, L]
     action_mask: Tensor  # bool [B, L]
     old_log_probs: Tensor  # float32 [B, L, V], log pi_old
-    scores: Tensor  # float32 [B, L, V], beta log pi_ref + eta log pi_old + Q
+    q: Tensor  # float32 [B, L, V], Q + beta log(pi_ref/pi_old)
     features: Tensor  # [B, L, D], of the frozen reference
     returns: Tensor  # float32 [B, L], lambda-returns G
     advantages: Tensor  # float32 [B, L], G - Q(x, w)
@@ -168,7 +168,7 @@ class ETPO(LightningModule):
             action_ids=actions.action_ids,
             action_mask=actions.action_mask,
             old_log_probs=old.log_pi,
-            scores=objectives.policy_scores(old.log_ref, old.log_pi, old.q, self.beta, self.eta),
+            q=objectives.rebased_q(old.q, old.log_ref, old.log_pi, self.beta),
             features=old.features,
             returns=returns,
             advantages=returns - q_taken,
@@ -247,7 +247,9 @@ class ETPO(LightningModule):
         kl = (kl * mask).sum(1).mean()
         if self.max_kl is not None:
             self.policy_stopped = bool(self.all_gather(kl).mean() > self.max_kl)
-        losses = objectives.folded_objective(log_pi, batch.scores, self.beta + self.eta)
+        losses = objectives.policy_objective(
+            log_pi, batch.old_log_probs, None, batch.q, self.beta + self.eta
+        )
         if self.correction:
             taken = batch.action_ids.unsqueeze(-1)
             losses = losses + objectives.taken_token_correction(

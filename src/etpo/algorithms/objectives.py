@@ -129,3 +129,13 @@ def critic_loss(
 def action_weights(gamma: float, step: Tensor) -> Tensor:
     """gamma^t of the action number t in its episode: [B] -> [B], float (default dtype for ints)."""
     return float(gamma) ** step
+
+
+def rebased_q(q: Tensor, log_ref: Tensor, log_old: Tensor, beta: float) -> Tensor:
+    """Q(x, w) + beta log(pi_ref/pi_old): all [..., V]; moves the reference from pi_ref to pi_old.
+
+    With it `policy_objective(log_pi, log_old, None, rebased_q, beta + eta)` equals
+    `policy_objective(log_pi, log_ref, log_old, q, beta, eta)`, so that a buffer keeps two tensors
+    over the vocabulary in place of three.
+    """
+    return q + beta * (log_ref - log_old)

@@ -11,7 +11,7 @@ FILES = ("best_action.py", "best_action.txt")
 
 
 class BestAction(Callback):
-    """Keeps the sampled action of the highest reward over all ranks and iterations; ties: the first.
+    """Keeps the sampled action of the highest reward over ranks and iterations; ties: the first.
 
     It is written whenever it improves: by `environment.write_best_action(folder, action)` where the
     environment has that method and the action did not fail, else as text to `best_action.txt`.

@@ -39,7 +39,7 @@ class EpisodeLog(Callback):
 
 
 def cut_back(file: Path, iteration: int) -> None:
-    """Keeps the lines before the first one of `iteration` or later, or that was not fully written."""
+    """Keeps the lines before the first that is of `iteration` or later or was not fully written."""
     end = 0
     with file.open("rb+") as lines:
         for line in lines:

@@ -292,7 +292,7 @@ def _fixed_point(
     sweep: Callable[[Tensor], tuple[Tensor, Tensor]], value: Tensor, tolerance: float = 1e-13
 ) -> tuple[Tensor, Tensor]:
     """Repeats value -> (log pi, value) until the value's largest relative move is `tolerance`."""
-    for _ in range(10_000):
+    for _ in range(5000):
         log_pi, updated = sweep(value)
         if (updated - value).abs().max() <= tolerance * updated.abs().max().clamp(min=1):
             return log_pi, updated

@@ -1,0 +1,186 @@
+"""What a run came to: `summary.json`, and what is printed when it ends."""
+
+import json
+import math
+import os
+import platform
+import resource
+import shlex
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
+
+from etpo.callbacks.iteration import gather, iteration_metrics
+
+PACKAGES = ("etpo", "lightning", "torch", "transformers", "scikit-learn", "numpy")
+
+# key of the summary: metric of the iteration
+FIRST = {"first_mean_reward": "rollout/reward", "valid_rate_first": "rollout/valid_rate"}
+LAST = {
+    "last_mean_reward": "rollout/reward",
+    "last_greedy_reward": "val/reward",
+    "valid_rate_last": "rollout/valid_rate",
+    "kl_to_reference_last": "rollout/kl_to_reference",
+}
+
+
+class RunSummary(Callback):
+    """Counts what a run spends and keeps its first and last numbers, over all ranks.
+
+    A resumed run goes on counting, so that its summary covers the iterations before it too.
+    Logs `time/iteration_seconds`.
+    """
+
+    def __init__(self) -> None:
+        self.iterations = 0
+        self.counts = {"env_steps": 0, "action_tokens": 0, "cache_hits": 0}
+        self.numbers: dict[str, float | None] = dict.fromkeys([*FIRST, *LAST, "best_reward"])
+        self.generate_seconds = 0.0
+        self.wall_seconds = 0.0
+        self.peak_memory_mib = 0.0
+        self.started = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = iteration_metrics(trainer, pl_module)
+        rollout = trainer.datamodule.rollout
+        ranks = gather(
+            {
+                "env_steps": len(rollout.records),
+                "action_tokens": int(rollout.actions.action_mask.sum()),
+                "cache_hits": sum(record.cached for record in rollout.records),
+                "best_reward": max(record.reward for record in rollout.records),
+            }
+        )
+        for key in self.counts:
+            self.counts[key] += sum(rank[key] for rank in ranks)
+        best = max(rank["best_reward"] for rank in ranks)
+        if self.iterations == 0:
+            self.numbers |= {key: metrics.get(name) for key, name in FIRST.items()}
+            self.numbers["best_reward"] = best
+        self.numbers |= {key: metrics.get(name) for key, name in LAST.items()}
+        self.numbers["best_reward"] = max(best, self.numbers["best_reward"])
+        self.generate_seconds += metrics["time/generate_seconds"]
+        self.iterations = trainer.current_epoch + 1
+        self.peak_memory_mib = max(self.peak_memory_mib, peak_memory_mib(pl_module.device))
+        now = time.perf_counter()
+        seconds, self.started = now - self.started, now
+        self.wall_seconds += seconds
+        pl_module.log("time/iteration_seconds", seconds, sync_dist=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "started"}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        vars(self).update(state_dict)
+
+    def summary(self) -> dict[str, Any]:
+        """The run's numbers by key of `summary.json`; null where no iteration was completed."""
+        tokens = self.counts["action_tokens"]
+        return {
+            "iterations": self.iterations,
+            **self.counts,
+            **self.numbers,
+            "tokens_per_second": tokens / self.generate_seconds if tokens else None,
+            "wall_seconds": self.wall_seconds,
+            "peak_memory_mib": self.peak_memory_mib,
+        }
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The largest memory so far: of this process on a CPU, of its tensors on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def write_summary(
+    folder: Path,
+    *,
+    status: str,
+    collected: RunSummary,
+    identity: dict[str, Any],
+    held_out_auc: float | None,
+) -> dict[str, Any]:
+    """Writes `folder/summary.json` in one step and returns what it holds.
+
+    status: finished or interrupted. identity: algorithm, environment, dataset, model, seed,
+    sandbox and what else tells runs apart. Numbers that are not finite become null.
+    """
+    versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    summary = {
+        "status": status,
+        **identity,
+        **collected.summary(),
+        "held_out_auc": held_out_auc,
+        "versions": versions,
+    }
+    for key, value in summary.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            summary[key] = None
+    part = folder / "summary.json.part"
+    part.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, folder / "summary.json")
+    return summary
+
+
+def print_closing(summary: dict[str, Any], folder: Path) -> None:
+    """Says how the run went, where its files are, and how to go on."""
+    console = Console()
+    iterations, seconds = summary["iterations"], summary["wall_seconds"]
+    console.print(
+        f"\n[bold]{summary['status'].capitalize()}[/bold] after {iterations} iterations, "
+        f"{summary['env_steps']} actions, {seconds:.0f} s",
+        highlight=False,
+    )
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for label, value in closing_numbers(summary):
+        table.add_row(label, value)
+    for label, name in (
+        ("metrics", "metrics.csv"),
+        ("curve", "learning_curve.png"),
+        ("best action", "best_action.py"),
+        ("best action", "best_action.txt"),
+        ("checkpoint", "checkpoints/last.ckpt"),
+    ):
+        if (folder / name).exists():
+            table.add_row(label, str(folder / name))
+    if (folder / "checkpoints" / "last.ckpt").exists():
+        last = shlex.quote(f"ckpt_path={folder / 'checkpoints' / 'last.ckpt'}")
+        longer = (
+            "" if summary["status"] == "interrupted" else f" trainer.max_epochs={2 * iterations}"
+        )
+        table.add_row("resume", f"etpo-train {last}{longer}")
+        table.add_row("evaluate", f"etpo-evaluate {last}")
+    # a path or command is never broken, so that it can be copied
+    for column in table.columns:
+        column.no_wrap, column.overflow = True, "ignore"
+    console.print(table, soft_wrap=True, highlight=False, markup=False)
+
+
+def closing_numbers(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Label and text of the numbers that are known."""
+
+    def text(key: str, form: str) -> str:
+        return "-" if summary[key] is None else f"{summary[key]:{form}}"
+
+    rows = [
+        ("mean reward", f"{text('first_mean_reward', '.3f')} -> {text('last_mean_reward', '.3f')}"),
+        ("valid actions", f"{text('valid_rate_first', '.0%')} -> {text('valid_rate_last', '.0%')}"),
+        ("greedy reward", text("last_greedy_reward", ".3f")),
+        ("best reward", text("best_reward", ".3f")),
+        ("held-out AUC", text("held_out_auc", ".3f")),
+        ("KL to reference", text("kl_to_reference_last", ".3f")),
+        ("tokens per second", text("tokens_per_second", ".0f")),
+    ]
+    return [row for row in rows if row[1] not in ("-", "- -> -")]

@@ -1,0 +1,209 @@
+import functools
+
+import pytest
+import torch
+from lightning import Callback, Trainer
+
+from etpo.algorithms.etpo import ETPO
+from etpo.errors import ConfigError
+from etpo.models.backbone import Backbone
+from etpo.models.critics import HeadCritic, TrunkCritic
+from etpo.models.prompting import CompletionTemplate
+from etpo.rollout.datamodule import RolloutDataModule
+
+SETTINGS = {
+    "beta": 0.01,
+    "gamma": 0.9,
+    "lambda_": 0.9,
+    "eta": 0.05,
+    "floor": 0.0,
+    "correction": True,
+    "clip": 0.2,
+    "max_kl": 0.5,
+    "tau": 1.0,
+    "policy_lr": 3e-3,
+    "critic_lr": 3e-3,
+    "critic_loss": "huber",
+    "huber_delta": 1.0,
+    "max_grad_norm": 1.0,
+    "annotation_batch": 8,
+}
+
+
+def build(folder, critic=HeadCritic, **changes):
+    return ETPO(
+        lambda: Backbone(str(folder), CompletionTemplate()),
+        functools.partial(critic, hidden_size=32),
+        functools.partial(torch.optim.AdamW, eps=1e-5, weight_decay=0.0),
+        **(SETTINGS | changes),
+    )
+
+
+def fit(module, env, iterations, tmp_path, callbacks=(), **sizes):
+    data = RolloutDataModule(
+        env,
+        **{
+            "actions_per_iteration": 8 * env.num_envs,
+            "minibatch_size": 16,
+            "update_epochs": 4,
+            "max_new_tokens": 5,
+            "num_envs": env.num_envs,
+            "seed": 0,
+        }
+        | sizes,
+    )
+    trainer = Trainer(
+        max_epochs=iterations,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=list(callbacks),
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, data)
+    return data
+
+
+class Rewards(Callback):
+    def __init__(self):
+        self.values = []
+
+    def on_train_epoch_end(self, trainer, module):
+        self.values.append(module.rollout_metrics["rollout/reward"])
+
+
+class Worthless:
+    """Makes every reward of an environment zero."""
+
+    def __init__(self, env):
+        self.env = env
+        self.num_envs = env.num_envs
+        self.reset = env.reset
+
+    def step(self, actions):
+        observations, rewards, *rest = self.env.step(actions)
+        return observations, 0 * rewards, *rest
+
+
+@pytest.mark.parametrize("critic", [HeadCritic, TrunkCritic])
+@pytest.mark.parametrize("correction", [True, False])
+def test_nothing_moves_without_reward(checkpoint, letter_env, tmp_path, critic, correction):
+    module = build(checkpoint("llama"), critic, correction=correction)
+    before = [p.clone() for p in module.backbone.policy_parameters()]
+    fit(module, Worthless(letter_env(4)), 1, tmp_path)
+    for old, new in zip(before, module.backbone.policy_parameters(), strict=True):
+        # what remains is the rounding of a float32 KL; a real step is of the size of policy_lr
+        torch.testing.assert_close(old, new, rtol=0, atol=1e-3 * module.policy_lr)
+
+
+def test_the_policy_moves_with_reward(checkpoint, letter_env, tmp_path):
+    module = build(checkpoint("llama"))
+    before = [p.clone() for p in module.backbone.policy_parameters()]
+    fit(module, letter_env(4), 1, tmp_path)
+    pairs = zip(before, module.backbone.policy_parameters(), strict=True)
+    assert max((old - new).abs().max() for old, new in pairs) > 3e-3
+
+
+def test_it_learns(checkpoint, letter_env, tmp_path):
+    rewards = Rewards()
+    fit(build(checkpoint("llama")), letter_env(16), 25, tmp_path, [rewards], minibatch_size=32)
+    assert rewards.values[0] < 0.1
+    assert min(rewards.values[-3:]) > 0.5
+
+
+def test_lambda_returns_equal_a_loop_over_episodes(checkpoint, letter_env, tmp_path):
+    module = build(checkpoint("llama"))
+    data = fit(module, letter_env(3), 1, tmp_path, minibatch_size=6)
+    rollout = data.rollout
+    actions = rollout.actions
+    generator = torch.Generator().manual_seed(0)
+    shape = actions.action_mask.shape
+    values, q_taken = (torch.randn(shape, generator=generator) for _ in range(2))
+    prompts = rollout.bootstrap_ids, rollout.bootstrap_mask
+    bootstrap = iter(module.evaluate_prefixes(*prompts, 1).value[:, 0].tolist())
+    at_end = [next(bootstrap) if cut else 0.0 for cut in actions.truncated.tolist()]
+    returns = module.lambda_returns(actions, values, q_taken, rollout)
+    gamma, lambda_ = module.gamma, module.lambda_
+    for env in range(3):
+        after = None  # (V, Q, G) of the token that follows in the same episode
+        for row in reversed(range(env, shape[0], 3)):
+            length = int(actions.action_mask[row].sum())
+            for j in reversed(range(length)):
+                reward, discount = 0.0, 1.0
+                if j == length - 1:
+                    reward, discount = float(actions.rewards[row]), gamma
+                if j == length - 1 and actions.terminated[row]:
+                    expected = reward
+                elif j == length - 1 and actions.truncated[row]:
+                    expected = reward + gamma * at_end[row]
+                else:
+                    v, q, g = after
+                    expected = reward + discount * (v + lambda_ * (g - q))
+                assert abs(float(returns[row, j]) - expected) < 1e-5
+                after = float(values[row, j]), float(q_taken[row, j]), expected
+        assert actions.truncated[env::3].sum() == 1
+
+
+def test_trust_region_leaves_a_stopped_policy_without_gradient(checkpoint, letter_env, tmp_path):
+    class Stopped(Callback):
+        def __init__(self):
+            self.moved, self.critic_moved = [], []
+
+        def weights(self, module):
+            policy = torch.cat([p.detach().flatten() for p in module.backbone.policy_parameters()])
+            critic = torch.cat([p.detach().flatten() for p in module.critic.parameters()])
+            return policy, critic
+
+        def on_train_batch_start(self, trainer, module, batch, index):
+            self.before = self.weights(module)
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            policy, critic = self.weights(module)
+            self.moved.append((module.policy_stopped, not torch.equal(policy, self.before[0])))
+            self.critic_moved.append(not torch.equal(critic, self.before[1]))
+
+    watch = Stopped()
+    fit(build(checkpoint("llama"), max_kl=0.02), letter_env(8), 3, tmp_path, [watch])
+    assert {stopped for stopped, _ in watch.moved} == {True, False}
+    assert all(moved != stopped for stopped, moved in watch.moved)
+    assert all(watch.critic_moved)
+
+
+def test_target_critic_follows_once_per_iteration(checkpoint, letter_env, tmp_path):
+    module = build(checkpoint("llama"), tau=1.0)
+    fit(module, letter_env(4), 1, tmp_path)
+    pairs = zip(module.critic.parameters(), module.target_critic.parameters(), strict=True)
+    assert all(torch.equal(new, target) for new, target in pairs)
+    assert any(p.any() for p in module.target_critic.head.value.parameters())
+
+
+def test_checkpoints_leave_out_the_frozen_reference(checkpoint, letter_env, tmp_path):
+    module = build(checkpoint("llama"))
+    saved = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(saved)
+    keys = saved["state_dict"]
+    assert not any(key.startswith("backbone.reference.") for key in keys)
+    trained = {f"backbone.policy.{n}" for n, _ in module.backbone.policy.named_parameters()}
+    assert trained <= set(keys)
+    assert any(key.startswith("target_critic.") for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("beta", -0.1, "algorithm.beta=-0.1: allowed is a number, 0 or more"),
+        ("gamma", 1.5, "algorithm.gamma=1.5: allowed is a number, 0 or more and at most 1"),
+        ("tau", 0, "algorithm.tau=0: allowed is a number, above 0 and at most 1"),
+        ("clip", 0, "algorithm.clip=0: allowed is a number, above 0"),
+        ("critic_loss", "l1", "algorithm.critic_loss=l1: allowed are huber, mse"),
+    ],
+)
+def test_bad_values_stop_before_the_model_is_loaded(key, value, message):
+    def backbone():
+        raise AssertionError("the model was loaded")
+
+    with pytest.raises(ConfigError, match=message):
+        ETPO(backbone, None, None, **(SETTINGS | {key: value}))
