@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from etpo.callbacks.iteration import gather
+from etpo.callbacks.ranks import gather
 
 FILES = ("best_action.py", "best_action.txt")
 

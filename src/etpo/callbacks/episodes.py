@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
 
-from etpo.callbacks.iteration import gather
+from etpo.callbacks.ranks import gather
 
 
 class EpisodeLog(Callback):

@@ -67,4 +67,5 @@ def learning_curve(rows: list[dict[str, str]], actions_per_iteration: int, title
     for axes in (reward, valid):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", linewidth=0.5, alpha=0.4)
+    figure.align_ylabels()
     return figure

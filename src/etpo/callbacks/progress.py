@@ -16,17 +16,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from etpo.callbacks.iteration import iteration_metrics
-
 log = logging.getLogger("etpo")
 
 # (label, metric, format) of an iteration's line
 COLUMNS = (
-    ("reward", "rollout/reward", ".3f"),
-    ("valid", "rollout/valid_rate", ".0%"),
-    ("greedy", "val/reward", ".3f"),
-    ("KL", "rollout/kl_to_reference", ".3f"),
-    ("tokens/s", "time/tokens_per_second", ".0f"),
+    ("reward", "rollout/reward", "6.3f"),
+    ("valid", "rollout/valid_rate", "4.0%"),
+    ("greedy", "val/reward", "6.3f"),
+    ("KL", "rollout/kl_to_reference", "6.3f"),
+    ("tokens/s", "time/tokens_per_second", "5.0f"),
 )
 
 
@@ -78,7 +76,7 @@ class RolloutProgress(Callback):
             self.show("updating", batch_idx + 1, trainer.num_training_batches)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        metrics = iteration_metrics(trainer, pl_module)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         now = time.perf_counter()
         seconds, self.started = now - self.started, now
         if not trainer.is_global_zero:

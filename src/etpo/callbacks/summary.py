@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
-from rich.table import Table
 
-from etpo.callbacks.iteration import gather, iteration_metrics
+from etpo.callbacks.ranks import gather
 
 PACKAGES = ("etpo", "lightning", "torch", "transformers", "scikit-learn", "numpy")
 
@@ -29,6 +28,24 @@ LAST = {
     "valid_rate_last": "rollout/valid_rate",
     "kl_to_reference_last": "rollout/kl_to_reference",
 }
+# label and path of what a run leaves
+FILES = (
+    ("metrics", "metrics.csv"),
+    ("learning curve", "learning_curve.png"),
+    ("best action", "best_action.py"),
+    ("best action", "best_action.txt"),
+    ("episodes", "episodes.jsonl"),
+    ("checkpoint", "checkpoints/last.ckpt"),
+)
+# attributes of RunSummary that a checkpoint keeps
+STATE = (
+    "iterations",
+    "counts",
+    "numbers",
+    "generate_seconds",
+    "wall_seconds",
+    "peak_memory_mib",
+)
 
 
 class RunSummary(Callback):
@@ -51,7 +68,7 @@ class RunSummary(Callback):
         self.started = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        metrics = iteration_metrics(trainer, pl_module)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         rollout = trainer.datamodule.rollout
         ranks = gather(
             {
@@ -78,10 +95,11 @@ class RunSummary(Callback):
         pl_module.log("time/iteration_seconds", seconds, sync_dist=True)
 
     def state_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "started"}
+        return {name: getattr(self, name) for name in STATE}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        vars(self).update(state_dict)
+        for name in STATE:
+            setattr(self, name, state_dict[name])
 
     def summary(self) -> dict[str, Any]:
         """The run's numbers by key of `summary.json`; null where no iteration was completed."""
@@ -136,36 +154,24 @@ def write_summary(
 
 def print_closing(summary: dict[str, Any], folder: Path) -> None:
     """Says how the run went, where its files are, and how to go on."""
-    console = Console()
-    iterations, seconds = summary["iterations"], summary["wall_seconds"]
+    iterations, interrupted = summary["iterations"], summary["status"] == "interrupted"
+    rows = closing_numbers(summary)
+    for label, name in FILES:
+        if (folder / name).exists():
+            rows.append((label, str(folder / name)))
+    last = folder / "checkpoints" / "last.ckpt"
+    if last.exists():
+        checkpoint = shlex.quote(f"ckpt_path={last}")
+        more = "" if interrupted else f" trainer.max_epochs={2 * iterations}"
+        rows.append(("go on" if interrupted else "train longer", f"etpo-train {checkpoint}{more}"))
+        rows.append(("evaluate", f"etpo-evaluate {checkpoint}"))
+    console = Console(soft_wrap=True, highlight=False)
     console.print(
         f"\n[bold]{summary['status'].capitalize()}[/bold] after {iterations} iterations, "
-        f"{summary['env_steps']} actions, {seconds:.0f} s",
-        highlight=False,
+        f"{summary['env_steps']} actions, {summary['wall_seconds']:.0f} s"
     )
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for label, value in closing_numbers(summary):
-        table.add_row(label, value)
-    for label, name in (
-        ("metrics", "metrics.csv"),
-        ("curve", "learning_curve.png"),
-        ("best action", "best_action.py"),
-        ("best action", "best_action.txt"),
-        ("checkpoint", "checkpoints/last.ckpt"),
-    ):
-        if (folder / name).exists():
-            table.add_row(label, str(folder / name))
-    if (folder / "checkpoints" / "last.ckpt").exists():
-        last = shlex.quote(f"ckpt_path={folder / 'checkpoints' / 'last.ckpt'}")
-        longer = (
-            "" if summary["status"] == "interrupted" else f" trainer.max_epochs={2 * iterations}"
-        )
-        table.add_row("resume", f"etpo-train {last}{longer}")
-        table.add_row("evaluate", f"etpo-evaluate {last}")
-    # a path or command is never broken, so that it can be copied
-    for column in table.columns:
-        column.no_wrap, column.overflow = True, "ignore"
-    console.print(table, soft_wrap=True, highlight=False, markup=False)
+    for label, text in rows:
+        console.print(f"  {label:<18}{text}", markup=False)
 
 
 def closing_numbers(summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -4,9 +4,9 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 
 from etpo.rollout.episode import Actions, Record, Rollout
@@ -114,15 +114,16 @@ class Module(LightningModule):
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         if self.current_epoch == self.fails_at and self.failure is not None:
             raise self.failure
+        if batch_idx == 0:
+            self.log_dict(
+                self.rollout_metrics, on_step=False, on_epoch=True, sync_dist=True, batch_size=1
+            )
         loss = self.layer(batch).pow(2).mean()
         self.log("train/critic_loss", loss, on_step=False, on_epoch=True, batch_size=1)
         return loss
 
     def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
         self.log("val/reward", GREEDY[self.current_epoch], batch_size=1)
-
-    def on_train_epoch_end(self) -> None:
-        self.log_dict(self.rollout_metrics, sync_dist=True)
 
 
 def run(
@@ -142,7 +143,7 @@ def run(
         max_epochs=max_epochs,
         callbacks=callbacks,
         logger=list(loggers),
-        enable_checkpointing=any("Checkpoint" in type(c).__name__ for c in callbacks),
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
@@ -162,18 +163,11 @@ def run(
     return trainer
 
 
-@pytest.fixture
-def checkpointed(tmp_path: Path):
-    """Callbacks followed by the checkpoint of every iteration in `tmp_path/checkpoints`."""
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
-    def build(*callbacks: Callback) -> list[Callback]:
-        last = ModelCheckpoint(
-            tmp_path / "checkpoints",
-            "last",
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        )
-        return [*callbacks, last]
-
-    return build
+def last_checkpoint(folder: Path) -> ModelCheckpoint:
+    """Writes `folder/checkpoints/last.ckpt` after every iteration."""
+    return ModelCheckpoint(
+        folder / "checkpoints",
+        "last",
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )
