@@ -56,11 +56,12 @@ class MetricsCSVLogger(Logger):
 
 
 def rows_before(file: Path, iteration: int) -> list[dict[str, str]]:
-    """The rows of the iterations before `iteration`, as they are written."""
+    """The rows of the iterations before `iteration`, as they are written; empty cells left out."""
     if not file.exists():
         return []
     with file.open(newline="") as lines:
         rows = list(csv.DictReader(lines))
+    rows = [{name: value for name, value in row.items() if value} for row in rows]
     return [row for row in rows if int(row["iteration"]) < iteration]
 
 

@@ -3,8 +3,10 @@ import json
 import urllib.error
 
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.datasets import load_iris
+from sklearn.utils import Bunch
 
 from etpo.environments.data_science import datasets
 from etpo.environments.data_science.datasets import load_dataset
@@ -188,9 +190,6 @@ def test_openml_failure_is_one_line(tmp_path, monkeypatch):
 
 def test_openml_frame_is_encoded_like_the_csv(data_dir, monkeypatch):
     """The frame as fetch_openml(as_frame=True) gives it: numbers, categories, None and NaN."""
-    import pandas as pd
-    from sklearn.utils import Bunch
-
     frame = pd.read_csv(data_dir / "credit_g.csv", keep_default_na=False)
     for column in frame.select_dtypes(exclude="number"):
         frame[column] = frame[column].astype("category")
@@ -208,12 +207,12 @@ def test_openml_frame_is_encoded_like_the_csv(data_dir, monkeypatch):
 
 
 def test_openml_missing_cells(monkeypatch):
-    import pandas as pd
-    from sklearn.utils import Bunch
-
-    data = pd.DataFrame({"n": [1.0, np.nan] * 4, "c": pd.Series(["u", None] * 4, dtype="category")})
+    category = pd.Series(["u", None] * 4, dtype="category")
+    text = pd.Series(["u", None] * 4, dtype=object)
+    boolean = pd.Series([True, pd.NA] * 4, dtype="boolean")
+    data = pd.DataFrame({"n": [1.0, np.nan] * 4, "c": category, "t": text, "b": boolean})
     content = Bunch(data=data, target=pd.Series(["p", "q"] * 4, name="t", dtype="category"))
     monkeypatch.delenv("ETPO_DATA_DIR", raising=False)
     monkeypatch.setattr(datasets.bundled, "fetch_openml", lambda **_: content)
     dataset = load_dataset("eucalyptus")
-    np.testing.assert_array_equal(dataset.features, [[1, 0], [np.nan, np.nan]] * 4)
+    np.testing.assert_array_equal(dataset.features, [[1, 0, 0, 0], [np.nan] * 4] * 4)

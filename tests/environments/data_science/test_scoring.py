@@ -58,11 +58,14 @@ def tiny(counts, missing=(), columns=1):
 
 def test_impute_by_hand():
     nan = np.nan
-    x_train = np.array([[1.0, 2.0, nan], [nan, 2.0, nan], [4.0, nan, nan], [10.0, 0.0, nan]])
+    x_train = np.array(
+        [[1.0, 2.0, nan], [nan, 2.0, nan], [4.0, nan, nan], [10.0, 0.0, nan], [nan, 1.0, nan]]
+    )
     x_test = np.array([[nan, nan, nan], [100.0, 5.0, 3.0]])
     train, test = impute(x_train, x_test, np.array([False, True, False]))
-    # the median of 1, 4, 10 is 4; category 2 is the most frequent; an empty column becomes 0
-    np.testing.assert_array_equal(train, [[1, 2, 0], [4, 2, 0], [4, 2, 0], [10, 0, 0]])
+    # the median of 1, 4, 10 is 4 (mean 5); category 2 is the most frequent (median 1.5); an empty
+    # column becomes 0
+    np.testing.assert_array_equal(train, [[1, 2, 0], [4, 2, 0], [4, 2, 0], [10, 0, 0], [4, 1, 0]])
     np.testing.assert_array_equal(test, [[4, 2, 0], [100, 5, 3]])
     assert np.isnan(x_train).any()
 

@@ -25,11 +25,13 @@ def _evaluate():
     import random
     from pathlib import Path
 
+    import joblib
     import numpy as np
     import pandas as pd
     from sklearn.impute import SimpleImputer
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import train_test_split
+    from threadpoolctl import threadpool_limits
 
 {functions}
 
@@ -54,9 +56,16 @@ def _evaluate():
         x_train, x_test = impute(x[train], x[test], categorical)
         random.seed({seed})
         np.random.seed({seed})
-        model = build_model(x_train, y[train])
-        probabilities = np.asarray(model.predict_proba(x_test), dtype=float)
-        aucs.append(roc_auc(y[test], probabilities))
+        np.random.bit_generator.randbits = random.Random({seed}).getrandbits
+        with threadpool_limits(1), joblib.parallel_config(backend="sequential"):
+            model = build_model(x_train, y[train])
+            found = np.asarray(model.predict_proba(x_test), dtype=float)
+        classes = np.asarray(getattr(model, "classes_", range({n_classes})))
+        if len(classes) == found.shape[1]:  # a class that the model never saw gets 0
+            placed = np.zeros((len(test), {n_classes}))
+            placed[:, classes.astype(int)] = found
+            found = placed
+        aucs.append(roc_auc(y[test], found))
     print(f"{measure}: {{np.mean(aucs):.6f}}")
 
 
@@ -68,7 +77,8 @@ if __name__ == "__main__":
 def best_program_script(program: str, scorer: ProgramScorer) -> str:
     """The text of `best_action.py`: `program`, and a main part that scores it.
 
-    It prints the ROC AUC on the held-out rows, the number of `ProgramScorer.held_out`; under
+    It prepares and runs the program as the sandbox does (seeds, one thread, order of classes) and
+    prints the ROC AUC on the held-out rows, the number of `ProgramScorer.held_out`; under
     `protocol="paper"`, which holds no rows out, the mean over fresh 50/50 splits.
     """
     dataset = scorer.dataset
@@ -81,6 +91,7 @@ def best_program_script(program: str, scorer: ProgramScorer) -> str:
         measure="held-out ROC AUC" if held_out else "mean ROC AUC over fresh 50/50 splits",
         functions=textwrap.indent(functions, "    ").rstrip(),
         categorical=np.flatnonzero(dataset.categorical).tolist(),
+        n_classes=dataset.n_classes,
         n_splits=scorer.n_splits,
         seed=scorer.program_seed(program),
     )

@@ -8,6 +8,7 @@ import ctypes
 import importlib.util
 import math
 import os
+import platform
 import resource
 import signal
 import sys
@@ -46,7 +47,6 @@ class _RulesetAttr(ctypes.Structure):
 
 class _PathBeneathAttr(ctypes.Structure):
     _pack_ = 1
-    _layout_ = "ms"
     _fields_ = [("access", ctypes.c_uint64), ("parent", ctypes.c_int32)]
 
 
@@ -72,7 +72,9 @@ def readable_paths() -> tuple[list[Path], list[Path]]:
     for key in ("stdlib", "platstdlib"):
         folder = Path(sysconfig.get_path(key))
         listed.append(folder)
-        readable += [p for p in _entries(folder) if p.name not in ("site-packages", "dist-packages")]
+        readable += [
+            p for p in _entries(folder) if p.name not in ("site-packages", "dist-packages")
+        ]
     for name in LIBRARIES:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
@@ -132,7 +134,7 @@ def hide_from_ptrace() -> None:
     _prctl(_PR_SET_DUMPABLE, 0)
 
 
-def leave_namespaces() -> bool:
+def enter_namespaces() -> bool:
     """Move this process to its own user, network and IPC namespaces; false where refused.
 
     No PID namespace: a program can neither fork nor signal, so it would add nothing.
@@ -156,9 +158,13 @@ def limit_resources(memory_mib: int, cpu_seconds: float) -> None:
         "RLIMIT_NOFILE": (MAX_OPEN_FILES, MAX_OPEN_FILES),
         "RLIMIT_CORE": (0, 0),
     }
-    for name, limit in limits.items():
+    for name, (soft, hard) in limits.items():
+        number = getattr(resource, name)
+        highest = resource.getrlimit(number)[1]
+        if highest != resource.RLIM_INFINITY:
+            soft, hard = min(soft, highest), min(hard, highest)
         try:
-            resource.setrlimit(getattr(resource, name), limit)
+            resource.setrlimit(number, (soft, hard))
         except (ValueError, OSError):  # macOS refuses RLIMIT_AS
             if sys.platform == "linux":
                 raise
@@ -184,8 +190,13 @@ def restrict_system_calls(program: bytes) -> None:
 
 
 def is_full_supported() -> bool:
-    """Whether Landlock and the seccomp table are there."""
-    return landlock_abi() > 0 and seccomp.is_supported()
+    """Whether Landlock and the seccomp filter are there."""
+    return landlock_abi() > 0 and is_filter_supported()
+
+
+def is_filter_supported() -> bool:
+    """Whether this is Linux on a processor that the seccomp filter knows."""
+    return sys.platform == "linux" and platform.machine() in seccomp.AUDIT_ARCH
 
 
 def _entries(folder: Path) -> list[Path]:

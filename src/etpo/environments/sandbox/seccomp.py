@@ -118,11 +118,6 @@ _MASK = 0xFFFFFFFF
 Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, operand
 
 
-def is_supported(machine: str | None = None) -> bool:
-    """Whether the filter knows this processor's system-call numbers."""
-    return (machine or platform.machine()) in AUDIT_ARCH
-
-
 def program(machine: str | None = None) -> bytes:
     """The filter as an array of `struct sock_filter` for `machine` (default: this one).
 

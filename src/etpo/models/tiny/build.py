@@ -33,7 +33,7 @@ CHECKPOINT = Path(__file__).parent / "checkpoint"
 VOCABULARY = 1024
 TOKENIZER_EXAMPLES = 20_000
 PROMPT_WEIGHT = 0.1
-BUCKET = 32
+POOL = 4096
 WARMUP = 100
 HELD_OUT = 1024
 
@@ -49,32 +49,51 @@ class Batch(NamedTuple):
     weight: Tensor
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> Batch:
-    """Prompt ids + answer ids + end id of every example."""
+def encode(
+    tokenizer: PreTrainedTokenizerFast, examples: list[Example]
+) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, answer ids + end id) of every example, by rising total length."""
     prompts = tokenizer([example.prompt for example in examples])["input_ids"]
     actions = tokenizer([example.action for example in examples])["input_ids"]
-    length = max(len(left) + len(right) + 1 for left, right in zip(prompts, actions, strict=True))
-    ids = torch.full((len(examples), length), tokenizer.pad_token_id)
+    ends = [[*action, tokenizer.eos_token_id] for action in actions]
+    return sorted(zip(prompts, ends, strict=True), key=lambda pair: len(pair[0]) + len(pair[1]))
+
+
+def collate(pairs: list[tuple[list[int], list[int]]], pad: int) -> Batch:
+    """One padded batch."""
+    length = max(len(prompt) + len(action) for prompt, action in pairs)
+    ids = torch.full((len(pairs), length), pad)
     weight = torch.zeros(ids.shape)
-    for row, (prompt, action) in enumerate(zip(prompts, actions, strict=True)):
-        end = len(prompt) + len(action) + 1
-        ids[row, :end] = torch.tensor([*prompt, *action, tokenizer.eos_token_id])
+    for row, (prompt, action) in enumerate(pairs):
+        end = len(prompt) + len(action)
+        ids[row, :end] = torch.tensor([*prompt, *action])
         weight[row, : len(prompt)] = PROMPT_WEIGHT
         weight[row, len(prompt) : end] = 1.0
     return Batch(ids[:, :CONTEXT], weight[:, :CONTEXT])
 
 
+def group(
+    pairs: list[tuple[list[int], list[int]]], pad: int, batch_tokens: int
+) -> Iterator[Batch]:
+    """Neighbours in `pairs`, which are sorted by length, in batches of `batch_tokens` cells."""
+    chosen = []
+    for pair in pairs:
+        if chosen and (len(chosen) + 1) * (len(pair[0]) + len(pair[1])) > batch_tokens:
+            yield collate(chosen, pad)
+            chosen = []
+        chosen.append(pair)
+    yield collate(chosen, pad)
+
+
 def batches(
-    tokenizer: PreTrainedTokenizerFast, rng: random.Random, batch_size: int
+    tokenizer: PreTrainedTokenizerFast, rng: random.Random, batch_tokens: int
 ) -> Iterator[Batch]:
     """Endless fresh batches; examples of like length share one."""
     while True:
-        examples = [sample_example(rng) for _ in range(BUCKET * batch_size)]
-        examples.sort(key=lambda example: len(example.prompt) + len(example.action))
-        starts = list(range(0, len(examples), batch_size))
-        rng.shuffle(starts)
-        for start in starts:
-            yield encode(tokenizer, examples[start : start + batch_size])
+        pairs = encode(tokenizer, [sample_example(rng) for _ in range(POOL)])
+        ready = list(group(pairs, tokenizer.pad_token_id, batch_tokens))
+        rng.shuffle(ready)
+        yield from ready
 
 
 def language_model_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
@@ -155,10 +174,8 @@ def evaluate(
     model.eval()
     rng = random.Random(f"held out {seed}")
     examples = [sample_example(rng) for _ in range(HELD_OUT)]
-    examples.sort(key=lambda example: len(example.prompt))
     loss = tokens = 0.0
-    for start in range(0, HELD_OUT, 64):
-        batch = encode(tokenizer, examples[start : start + 64])
+    for batch in group(encode(tokenizer, examples), tokenizer.pad_token_id, 4096):
         answer = batch._replace(weight=(batch.weight == 1.0).float())
         count = answer.weight.sum().item()
         loss += language_model_loss(model, answer).item() * count
@@ -196,7 +213,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 
 def build(
-    folder: Path, steps: int, seed: int, batch_size: int, learning_rate: float, samples: int
+    folder: Path, steps: int, seed: int, batch_tokens: int, learning_rate: float, samples: int
 ) -> tuple[list[float], dict[str, float]]:
     """Train tokenizer and model, save them to `folder`; (training losses, evaluation)."""
     set_seed(seed)
@@ -207,7 +224,7 @@ def build(
     tokenizer = train_tokenizer(texts, VOCABULARY)
     model = new_model(tokenizer)
     print(f"{sum(weight.numel() for weight in model.parameters())} parameters", flush=True)
-    losses = train(model, batches(tokenizer, rng, batch_size), steps, learning_rate)
+    losses = train(model, batches(tokenizer, rng, batch_tokens), steps, learning_rate)
     save(model, tokenizer, folder)
     return losses, evaluate(model, tokenizer, seed, samples)
 
@@ -217,9 +234,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="folder of the checkpoint")
     parser.add_argument("--steps", type=int, default=3000, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=64, help="examples per step")
+    parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens per step")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak of the schedule")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--samples", type=int, default=512, help="answers sampled at the end")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -227,7 +244,7 @@ def main() -> None:
         options.out,
         options.steps,
         options.seed,
-        options.batch_size,
+        options.batch_tokens,
         options.learning_rate,
         options.samples,
     )

@@ -1,9 +1,10 @@
 """A small run: known rewards, no language model, the real Trainer."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -105,6 +106,8 @@ class Module(LightningModule):
     def __init__(self, fails_at: int | None = None, failure: BaseException | None = None) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(1, 1)
+        torch.nn.init.ones_(self.layer.weight)
+        torch.nn.init.ones_(self.layer.bias)
         self.fails_at, self.failure = fails_at, failure
         self.rollout_metrics: dict[str, float] = {}
 
@@ -137,7 +140,6 @@ def run(
     **options: object,
 ) -> Trainer:
     """Fits, as `etpo-train` does; an interruption leaves `trainer.interrupted` true."""
-    torch.manual_seed(0)
     options = {"accelerator": "cpu", "devices": 1, "num_sanity_val_steps": 0} | options
     trainer = Trainer(
         max_epochs=max_epochs,
@@ -171,3 +173,37 @@ def last_checkpoint(folder: Path) -> ModelCheckpoint:
         save_on_train_epoch_end=True,
         enable_version_counter=False,
     )
+
+
+@pytest.fixture
+def fit() -> Callable[..., Trainer]:
+    return run
+
+
+@pytest.fixture
+def interrupted() -> Callable[[int], Module]:
+    """A module that is interrupted from the keyboard in the iteration given."""
+    return lambda iteration: Module(iteration, KeyboardInterrupt())
+
+
+@pytest.fixture
+def crashing() -> Callable[[int], Module]:
+    """A module that fails in the iteration given."""
+    return lambda iteration: Module(iteration, RuntimeError("broken"))
+
+
+@pytest.fixture
+def script_environment() -> ScriptEnvironment:
+    return ScriptEnvironment()
+
+
+@pytest.fixture
+def sampled() -> Callable[..., list[Record]]:
+    """The records of (iteration, rank=0)."""
+    return records
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Callable[[], ModelCheckpoint]:
+    """Builds the callback that writes `tmp_path/checkpoints/last.ckpt` after every iteration."""
+    return lambda: last_checkpoint(tmp_path)

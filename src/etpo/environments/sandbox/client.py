@@ -1,0 +1,264 @@
+"""The training process's side of one fork server: start it, give it work, check what returns."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from etpo.environments.sandbox import confinement, protocol
+
+_PACKAGE_ROOT = Path(__file__).parents[3]
+_START_SECONDS = 120.0
+_PROBABILITY_TOLERANCE = 1e-6
+_SERVER = """import json, sys
+settings, *sys.path = sys.argv[1:]
+del sys.argv[1:]
+from etpo.environments.sandbox.server import main
+main(**json.loads(settings))
+"""
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split: x_train [n, d] float64, y_train [n] int64 in 0..n_classes-1, x_test [m, d]."""
+
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_test: np.ndarray
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What one program made of one split: probabilities [m, n_classes], or an error text.
+
+    cpu_seconds: of all its threads. answered_late: the program was ended as idle while it waited
+    for this process, which had been stopped.
+    """
+
+    probabilities: np.ndarray | None
+    error: str | None
+    cpu_seconds: float
+    answered_late: bool = False
+
+
+class ServerError(RuntimeError):
+    """A server ended, hangs or cannot confine: nothing that the program should be blamed for."""
+
+
+class Server:
+    """One fork server; runs one program at a time. Safe to use from any one thread at a time."""
+
+    def __init__(self, level: str, deadline: float, memory_mib: int) -> None:
+        self._deadline = deadline
+        # only a server that hangs takes this long: load on the machine is no failure
+        self._patience = 120 + 20 * deadline
+        settings = {"level": level, "deadline": deadline, "memory_mib": memory_mib}
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(
+                _command(level, settings),
+                stdin=theirs,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env=_environment(),
+                cwd="/",
+                start_new_session=True,
+            )
+        _send_own_pidfd(self._control)
+
+    def wait_started(self) -> None:
+        """Return once the server can work; raise ServerError with its last words if it cannot."""
+        self._control.settimeout(_START_SECONDS)
+        started = False
+        with contextlib.suppress(OSError):
+            started = self._control.recv(1) == protocol.STARTED
+        if not started:
+            self.process.kill()
+            words = self.process.stderr.read().decode("utf-8", "replace").strip().splitlines()
+            self.close()
+            reason = words[-1] if words else f"no answer in {_START_SECONDS:g} seconds"
+            raise ServerError(f"the sandbox server did not start: {reason}")
+        self.process.stderr.close()
+        self._control.settimeout(self._patience)
+
+    def run(self, program: str, split: Split, n_classes: int, seed: int) -> Reply:
+        """Run one program on one split in a child of its own; raises ServerError."""
+        try:
+            ours, theirs = socket.socketpair()
+            with ours:
+                with theirs:
+                    socket.send_fds(self._control, [protocol.JOB], [theirs.fileno()])
+                ours.settimeout(self._patience)
+                answer, fitted = _converse(ours, program, split, n_classes, seed)
+            self._control.sendall(protocol.STOP)
+            report = _receive(self._control, protocol.REPORT.size)
+        except OSError as error:
+            raise ServerError(f"a sandbox server stopped answering: {error}") from error
+        if len(report) < protocol.REPORT.size:
+            raise ServerError("a sandbox server ended")
+        return self._reply(answer, protocol.REPORT.unpack(report), split, n_classes, fitted)
+
+    def close(self) -> None:
+        """End the server, and with it its child."""
+        with contextlib.suppress(OSError):
+            self._control.shutdown(socket.SHUT_RDWR)
+        self._control.close()
+        try:
+            self.process.wait(timeout=3)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stderr.close()
+
+    def _reply(
+        self, answer: bytes, report: tuple, split: Split, n_classes: int, fitted: bool
+    ) -> Reply:
+        limit, status, seconds = report
+        tag, payload = answer[:1], answer[1:]
+        if tag == protocol.FAILED:
+            return Reply(None, clean_text(payload), seconds)
+        shape = (len(split.x_test), n_classes)
+        if tag == protocol.RESULT and len(payload) == 8 * shape[0] * shape[1]:
+            probabilities = np.frombuffer(payload, np.float64).reshape(shape)
+            error = check_probabilities(probabilities)
+            return Reply(None if error else probabilities, error, seconds)
+        late = fitted and not tag and limit == protocol.IDLE_LIMIT
+        return Reply(None, self._end_text(limit, status), seconds, answered_late=late)
+
+    def _end_text(self, limit: bytes, status: int) -> str:
+        if limit == protocol.CPU_LIMIT:
+            return f"TimeoutError: more than {self._deadline:g} CPU seconds"
+        if limit == protocol.IDLE_LIMIT:
+            return f"TimeoutError: idle for more than {self._deadline:g} seconds"
+        if limit == protocol.THREAD_LIMIT:
+            return f"RuntimeError: more than {protocol.MAX_THREADS} threads"
+        if os.WIFSIGNALED(status):
+            reason = f"signal {os.WTERMSIG(status)}"
+        else:
+            reason = f"exit status {os.WEXITSTATUS(status)}"
+        return f"RuntimeError: the program ended the process ({reason})"
+
+
+def check_probabilities(probabilities: np.ndarray) -> str | None:
+    """Why [m, n_classes] are no class probabilities; None if they are.
+
+    Rows must sum to one where there are three or more classes, for ROC AUC one-vs-one needs it.
+    """
+    if not np.isfinite(probabilities).all():
+        return "ValueError: predict_proba returned NaN or infinite values"
+    tolerance = _PROBABILITY_TOLERANCE
+    if not ((probabilities >= -tolerance) & (probabilities <= 1 + tolerance)).all():
+        return "ValueError: predict_proba returned values outside 0 to 1"
+    if probabilities.shape[1] > 2 and not np.allclose(probabilities.sum(axis=1), 1):
+        return "ValueError: the rows of predict_proba do not sum to 1"
+    return None
+
+
+def clean_text(data: bytes) -> str:
+    """Untrusted bytes as one line of at most 600 bytes of printable text."""
+    text = data.decode("utf-8", "replace")
+    text = "".join(character if character.isprintable() else " " for character in text).strip()
+    text = text.encode()[: protocol.MAX_ERROR_BYTES].decode("utf-8", "ignore")
+    return text or "RuntimeError: the program failed without a message"
+
+
+def _converse(
+    connection: socket.socket, program: str, split: Split, n_classes: int, seed: int
+) -> tuple[bytes, bool]:
+    """(RESULT or FAILED with its payload, or b"" if the program ended; whether it said FITTED)."""
+    if connection.recv(1) != protocol.CONFINED:
+        reason = clean_text(_receive(connection, protocol.MAX_ERROR_BYTES))
+        raise ServerError(f"the sandbox cannot confine a program: {reason}")
+    n_train, n_features = split.x_train.shape
+    n_test = len(split.x_test)
+    code = program.encode("utf-8", "replace")
+    fitted = False
+    try:
+        header = (seed, n_train, n_features, n_test, n_classes, len(code))
+        connection.sendall(protocol.HEADER.pack(*header) + code)
+        connection.sendall(_raw(split.x_train, np.float64) + _raw(split.y_train, np.int64))
+        tag = connection.recv(1)
+        if tag == protocol.FITTED:
+            fitted = True
+            connection.sendall(_raw(split.x_test, np.float64))
+            tag = connection.recv(1)
+        if tag == protocol.RESULT:
+            return tag + _receive(connection, 8 * n_test * n_classes), fitted
+        if tag == protocol.FAILED:
+            return tag + _receive(connection, protocol.MAX_ERROR_BYTES), fitted
+    except (BrokenPipeError, ConnectionResetError):
+        return b"", fitted
+    return tag, fitted
+
+
+def _receive(connection: socket.socket, size: int) -> bytes:
+    """`size` bytes, or fewer where the other end closes."""
+    data = bytearray()
+    while len(data) < size:
+        chunk = connection.recv(min(size - len(data), 1 << 20))
+        if not chunk:
+            break
+        data += chunk
+    return bytes(data)
+
+
+def _raw(array: np.ndarray, dtype: type) -> bytes:
+    return np.ascontiguousarray(array, dtype=dtype).tobytes()
+
+
+def _send_own_pidfd(control: socket.socket) -> None:
+    """Hand the server a descriptor by which it notices the end of this process, however it ends.
+
+    Its closed socket would do, unless a process forked from this one still holds a copy.
+    """
+    try:
+        pidfd = os.pidfd_open(os.getpid())
+    except (AttributeError, OSError):  # not Linux, or before 5.3
+        control.sendall(protocol.PARENT)
+        return
+    with contextlib.suppress(OSError):  # a server that is gone is noticed by wait_started
+        socket.send_fds(control, [protocol.PARENT], [pidfd])
+    os.close(pidfd)
+
+
+def _environment() -> dict[str, str]:
+    """The server's environment: nothing of this process's but where libraries are found."""
+    threads = ("OMP", "OPENBLAS", "MKL", "BLIS", "NUMEXPR", "VECLIB_MAXIMUM")
+    environment = {f"{name}_NUM_THREADS": "1" for name in threads}
+    environment |= {
+        "HOME": "/nonexistent",
+        "LANG": "C.UTF-8",
+        "LOKY_MAX_CPU_COUNT": "1",
+        "PATH": "/usr/bin:/bin",
+        "PYTHONHASHSEED": "0",
+        "TZ": "UTC",
+    }
+    if "LD_LIBRARY_PATH" in os.environ:
+        environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+    return environment
+
+
+def _command(level: str, settings: dict[str, object]) -> list[str]:
+    # -I without its -E, which would ignore PYTHONHASHSEED; the environment is from scratch anyway
+    python = [sys.executable, "-s", "-P", "-c", _SERVER, json.dumps(settings)]
+    command = [*python, *(path for path in sys.path if path), str(_PACKAGE_ROOT)]
+    return [*_bubblewrap(), *command] if level == "bubblewrap" else command
+
+
+def _bubblewrap() -> list[str]:
+    """The `bwrap` call that shows Python and its libraries, read-only, and nothing else."""
+    package = str(_PACKAGE_ROOT / "etpo")
+    system = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache")
+    shown = [*system, sys.base_prefix, sys.prefix, *confinement.readable_paths()[1], package]
+    command = ["bwrap", "--unshare-all", "--new-session", "--tmpfs", "/tmp"]
+    for path in dict.fromkeys(map(str, shown)):
+        command += ["--ro-bind-try", path, path]
+    for path in confinement.hidden_paths():
+        command += ["--tmpfs", str(path)]
+    return [*command, "--proc", "/proc", "--dev", "/dev", "--"]

@@ -1,0 +1,99 @@
+"""The groups conf/callbacks and conf/logger, in runs of the real Trainer."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from etpo.callbacks.csv_logger import MetricsCSVLogger
+from etpo.config import CONF
+
+
+def compose_run(folder: Path, *overrides: str):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", [f"paths.output_dir={folder}", *overrides])
+
+
+def callbacks_of(folder: Path) -> list:
+    return [instantiate(c) for c in compose_run(folder).callbacks.values()]
+
+
+def loggers_of(folder: Path, *overrides: str) -> list:
+    return [instantiate(c) for c in compose_run(folder, *overrides).logger.values()]
+
+
+def load(folder: Path, name: str) -> dict:
+    return torch.load(folder / "checkpoints" / name)  # with `weights_only`: nothing but data
+
+
+def test_the_default_callbacks_leave_the_files_of_a_run(tmp_path, fit, script_environment):
+    fit(callbacks_of(tmp_path), 4, loggers=loggers_of(tmp_path), environment=script_environment)
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert names == {
+        "metrics.csv",
+        "episodes.jsonl",
+        "best_action.py",
+        "learning_curve.png",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+    }
+    # greedy rewards are 0.25, 0.75, 0.5, 0.625: the best checkpoint is that of iteration 1
+    assert load(tmp_path, "best.ckpt")["epoch"] == 1
+    assert load(tmp_path, "last.ckpt")["epoch"] == 3
+
+
+def test_an_interruption_leaves_the_last_completed_iteration(tmp_path, fit, interrupted):
+    fit(callbacks_of(tmp_path), 4, module=interrupted(3))
+    assert load(tmp_path, "last.ckpt")["epoch"] == 2
+    resumed = fit(callbacks_of(tmp_path), 4, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+    assert resumed.current_epoch == 4
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "best.ckpt",
+        "last.ckpt",
+    ]
+    assert load(tmp_path, "last.ckpt")["epoch"] == 3
+    assert load(tmp_path, "best.ckpt")["epoch"] == 1
+    lines = (tmp_path / "episodes.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines[::4]] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("best_first", [True, False])
+def test_a_run_resumed_from_its_best_keeps_two_checkpoints(tmp_path, fit, best_first):
+    name = "best.ckpt" if best_first else "last.ckpt"
+    fit(callbacks_of(tmp_path), 1)
+    fit(callbacks_of(tmp_path), 2, ckpt_path=tmp_path / "checkpoints" / name)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+    assert load(tmp_path, "last.ckpt")["epoch"] == 1
+
+
+@pytest.mark.parametrize("group", ["csv", "wandb", "tensorboard"])
+def test_metrics_csv_is_always_written(tmp_path, group):
+    first = instantiate(next(iter(compose_run(tmp_path, f"logger={group}").logger.values())))
+    assert isinstance(first, MetricsCSVLogger)
+
+
+def test_tensorboard_writes_beside_metrics_csv(tmp_path, fit):
+    fit([], 2, loggers=loggers_of(tmp_path, "logger=tensorboard"))
+    assert len(list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))) == 1
+    assert (tmp_path / "metrics.csv").exists()
+
+
+def test_wandb_runs_offline_without_an_account(tmp_path, fit, monkeypatch):
+    import wandb
+
+    for variable in ("WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no saved login
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_MODE", "offline")  # restored at the end: the logger sets it
+    try:
+        fit([], 1, loggers=loggers_of(tmp_path, "logger=wandb", "logger.wandb.offline=true"))
+        assert wandb.run.settings._offline
+        assert dict(wandb.run.summary)["val/reward"] == 0.25
+    finally:
+        wandb.finish()
+    assert len(list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
+    assert (tmp_path / "metrics.csv").exists()

@@ -1,0 +1,62 @@
+import pytest
+
+from etpo.callbacks.csv_logger import MetricsCSVLogger
+from etpo.callbacks.learning_curve import LearningCurve, learning_curve
+
+PNG = b"\x89PNG\r\n"
+
+
+def callback(folder):
+    return LearningCurve(folder, "iris", "/somewhere/tiny/checkpoint", 3)
+
+
+def test_lines_hold_the_metrics_against_actions():
+    rows = [
+        {"iteration": "0", "rollout/reward": "-0.5", "rollout/valid_rate": "0.25"},
+        {
+            "iteration": "1",
+            "rollout/reward": "0.5",
+            "rollout/valid_rate": "0.75",
+            "val/reward": "1.0",
+        },
+    ]
+    reward, valid = learning_curve(rows, 64, "title").axes
+    mean, greedy = (line.get_xydata().tolist() for line in reward.lines)
+    assert mean == [[64, -0.5], [128, 0.5]]
+    assert greedy == [[128, 1.0]]
+    assert valid.lines[0].get_xydata().tolist() == [[64, 0.25], [128, 0.75]]
+    assert reward.get_title() == "title"
+    assert all((reward.get_ylabel(), valid.get_ylabel(), valid.get_xlabel()))
+
+
+@pytest.mark.parametrize(
+    ("model", "title"),
+    [
+        ("/somewhere/tiny/checkpoint", "iris, tiny/checkpoint, seed 0"),
+        ("Qwen/Qwen2.5-Coder-0.5B", "iris, Qwen/Qwen2.5-Coder-0.5B, seed 0"),
+    ],
+)
+def test_the_title_names_the_run(tmp_path, model, title):
+    assert LearningCurve(tmp_path, "iris", model, 0).title == title
+
+
+def test_a_finished_run_leaves_a_figure(tmp_path, fit):
+    fit([callback(tmp_path)], 2, loggers=[MetricsCSVLogger(tmp_path)])
+    assert (tmp_path / "learning_curve.png").read_bytes().startswith(PNG)
+
+
+def test_an_interrupted_run_draws_its_completed_iterations(tmp_path, fit, interrupted, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "etpo.callbacks.learning_curve.learning_curve",
+        lambda rows, *args: drawn.append(rows) or learning_curve(rows, *args),
+    )
+    logger = MetricsCSVLogger(tmp_path)
+    assert fit([callback(tmp_path)], 4, loggers=[logger], module=interrupted(2)).interrupted
+    assert [row["iteration"] for row in drawn[0]] == ["0", "1"]
+    assert (tmp_path / "learning_curve.png").read_bytes().startswith(PNG)
+
+
+def test_no_completed_iteration_no_figure(tmp_path, fit, interrupted):
+    fit([callback(tmp_path)], 2, loggers=[MetricsCSVLogger(tmp_path)], module=interrupted(0))
+    assert not (tmp_path / "learning_curve.png").exists()

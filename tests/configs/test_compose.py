@@ -1,0 +1,62 @@
+"""Composes every YAML under conf/ in its place."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+
+from etpo.config import CONF, check_overrides
+from etpo.errors import ConfigError
+
+GROUPS = sorted(
+    str(path.relative_to(CONF).with_suffix(""))
+    for path in CONF.rglob("*.yaml")
+    if path.parent not in (CONF, CONF / "hydra", CONF / "paths")
+)
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+def targets(node):
+    if isinstance(node, DictConfig):
+        if "_target_" in node:
+            yield node._target_
+        for key in node:
+            if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
+                yield from targets(node[key])
+
+
+@pytest.mark.parametrize("option", GROUPS)
+def test_every_option_composes_and_names_what_exists(option):
+    group, _, name = option.rpartition("/")
+    key = group.replace("model/prompt", "model/prompt")
+    cfg = composed(f"{key}={name}")
+    found = list(targets(cfg))
+    assert found
+    for target in found:
+        module, _, attribute = target.rpartition(".")
+        assert hasattr(__import__(module, fromlist=[attribute]), attribute) or get_class(target)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("algorithm.bta=1", "algorithm.bta"),
+        ("model=gpt5", "model/gpt5"),
+        ("seed=[", "seed="),
+    ],
+)
+def test_unknown_keys_and_options_are_one_line(override, message):
+    with pytest.raises(ConfigError) as caught:
+        check_overrides("train", [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_sweeps_and_hydra_overrides_pass_the_check():
+    check_overrides("train", ["-m", "seed=0,1", "algorithm.beta=choice(0.1,0.2)", "hydra.run.dir=x"])
+    with pytest.raises(ConfigError, match="nope"):
+        check_overrides("train", ["-m", "nope=0,1"])
