@@ -18,6 +18,8 @@ from transformers import (
 
 from etpo.environments.text_env import TextVectorEnv
 
+torch.set_num_threads(1)
+
 REPOSITORY = Path(__file__).parents[1]
 
 

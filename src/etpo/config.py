@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -30,11 +30,16 @@ OmegaConf.register_new_resolver("short_hash", short_hash, replace=True)
 
 @contextmanager
 def exit_on_bad_input() -> Iterator[None]:
-    """Prints a ConfigError as one line on stderr and exits with status 2."""
+    """Prints a ConfigError, or one that Hydra wrapped, on one line of stderr; exits with 2."""
     try:
         yield
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ConfigError, InstantiationException) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, ConfigError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        print(f"error: {cause}", file=sys.stderr)
         sys.exit(2)
 
 

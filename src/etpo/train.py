@@ -1,19 +1,26 @@
 """`etpo-train`: compose the configuration, build the loop, run it, say how it went."""
 
 import logging
+import signal
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
+import wandb
 from hydra.utils import instantiate
 from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
+from etpo.callbacks.best_action import BestAction
 from etpo.callbacks.summary import RunSummary, print_closing, write_summary
-from etpo.config import CONF, check_config, exit_on_bad_input, resume_arguments
+from etpo.config import CONF, check_config, check_overrides, exit_on_bad_input, resume_arguments
 from etpo.environments.text_env import TextVectorEnv
+
+INTERRUPTED = 130  # exit status after Ctrl-C
 
 
 @dataclass
@@ -24,6 +31,10 @@ class Run:
     module: LightningModule
     datamodule: LightningDataModule
     trainer: Trainer
+
+    def callback(self, kind: type) -> Any:
+        """The trainer's callback of a class, or None."""
+        return next((c for c in self.trainer.callbacks if isinstance(c, kind)), None)
 
 
 def build(cfg: DictConfig) -> Run:
@@ -38,32 +49,105 @@ def build(cfg: DictConfig) -> Run:
     return Run(environment, module, datamodule, trainer)
 
 
+def fit(run: Run, ckpt_path: str | None) -> str:
+    """Trains until the last iteration or Ctrl-C; returns finished or interrupted."""
+    try:
+        run.trainer.fit(run.module, run.datamodule, ckpt_path=ckpt_path)
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
+        if not run.trainer.interrupted:
+            raise
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning left it ignored
+        return "interrupted"
+    return "finished"
+
+
+def close(run: Run, cfg: DictConfig, status: str) -> dict[str, Any]:
+    """Scores the best program on the held-out rows, once, and writes `summary.json`."""
+    best = run.callback(BestAction).best
+    held_out_auc = None
+    if best is not None and hasattr(run.environment, "held_out_score"):
+        held_out_auc = run.environment.held_out_score(best["action"])
+    identity = {
+        "algorithm": type(run.module).__name__.lower(),
+        "environment": run.environment.task_name,
+        "dataset": cfg.environment.get("dataset"),
+        "data_hash": getattr(run.environment, "content_hash", None),
+        "model": cfg.model.name_or_path,
+        "seed": cfg.seed,
+        "sandbox": getattr(run.environment, "sandbox_level", None),
+    }
+    return write_summary(
+        Path(cfg.paths.output_dir),
+        status=status,
+        collected=run.callback(RunSummary),
+        identity=identity,
+        held_out_auc=held_out_auc,
+    )
+
+
 def train(cfg: DictConfig) -> tuple[dict[str, Any], Run]:
     """Trains as `cfg` says; returns the summary and the objects of the run."""
     check_config(cfg)
     folder = Path(cfg.paths.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    if rank_zero_only.rank == 0:
+        log_to(folder / "train.log")
     seed_everything(cfg.seed, workers=True, verbose=False)
     run = build(cfg)
     try:
-        run.trainer.fit(run.module, run.datamodule, ckpt_path=cfg.ckpt_path)
+        status = fit(run, cfg.ckpt_path)
+        summary = {}
+        if run.trainer.is_global_zero:
+            summary = close(run, cfg, status)
+            print_closing(summary, folder)
     finally:
         run.environment.close()
-    return {}, run
+        wandb.finish()  # the next run of a multirun gets its own
+    return summary, run
+
+
+def log_to(file: Path) -> None:
+    """Sends the records of the logger `etpo` to `file` alone."""
+    logger = logging.getLogger("etpo")
+    for handler in list(logger.handlers):
+        handler.close()
+        logger.removeHandler(handler)
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def quiet() -> None:
+    """Silences what Lightning says about a loop that is meant to be as it is."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        r"Found \d+ module\(s\) in eval mode",
+        r"Your `IterableDataset` has `__len__` defined",
+        r".*does not have many workers",
+        r".*exists and is not empty",
+        r".*treespec, LeafSpec",
+    ):
+        warnings.filterwarnings("ignore", message)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def hydra_main(cfg: DictConfig) -> float | None:
+    quiet()
     with exit_on_bad_input():
-        summary, _ = train(cfg)
-    return summary.get("optimized_metric")
+        summary, run = train(cfg)
+    if summary.get("status") == "interrupted":
+        sys.exit(INTERRUPTED)
+    metric = run.trainer.callback_metrics.get(cfg.optimized_metric)
+    return None if metric is None else float(metric)
 
 
 def main() -> None:
     """Console script: `etpo-train [key=value ...]`."""
     with exit_on_bad_input():
         sys.argv[1:] = resume_arguments(sys.argv[1:])
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+        check_overrides("train", sys.argv[1:])
     hydra_main()
 
 

@@ -93,7 +93,7 @@ def closing(folder, status):
 
 def test_the_closing_says_how_it_went_and_how_to_go_on(tmp_path, capsys):
     # longer than a line of 80 columns, with a space, and not to be read as markup
-    folder = tmp_path / "a run [0]" / ("x" * 80)
+    folder = tmp_path / "a run [bold]" / ("x" * 80)
     (folder / "checkpoints").mkdir(parents=True)
     last = folder / "checkpoints" / "last.ckpt"
     last.touch()

@@ -41,7 +41,7 @@ class TokenBatch(NamedTuple):
     q: Tensor  # float32 [B, L, V], Q + beta log(pi_ref/pi_old)
     features: Tensor  # [B, L, D], of the frozen reference
     returns: Tensor  # float32 [B, L], lambda-returns G
-    advantages: Tensor  # float32 [B, L], G - Q(x, w)
+    advantages: Tensor  # float32 [B, L], G - Q(x, w) less its leave-one-out mean
     weights: Tensor  # float32 [B], gamma^t
 
 
@@ -153,6 +153,10 @@ class ETPO(LightningModule):
         taken = actions.action_ids.unsqueeze(-1)
         q_taken = old.q.gather(-1, taken).squeeze(-1)
         returns = self.lambda_returns(actions, old.value, q_taken, rollout)
+        layout = episode_layout(actions.action_mask, rollout.num_envs)
+        errors = pack(returns - q_taken, layout)
+        baseline = objectives.leave_one_out_baseline(errors, layout.valid)
+        advantages = unpack(errors - baseline[:, None], layout, like=returns)
         ids, mask = sequence(actions)
         lengths = actions.action_mask.sum()
         self.mean_length = float(self.all_gather(lengths).float().mean()) / len(actions.rewards)
@@ -171,7 +175,7 @@ class ETPO(LightningModule):
             q=objectives.rebased_q(old.q, old.log_ref, old.log_pi, self.beta),
             features=old.features,
             returns=returns,
-            advantages=returns - q_taken,
+            advantages=advantages,
             weights=objectives.action_weights(self.gamma, actions.step).float(),
         )
 

@@ -139,3 +139,17 @@ def rebased_q(q: Tensor, log_ref: Tensor, log_old: Tensor, beta: float) -> Tenso
     over the vocabulary in place of three.
     """
     return q + beta * (log_ref - log_old)
+
+
+def leave_one_out_baseline(errors: Tensor, valid: Tensor) -> Tensor:
+    """Mean error over the valid tokens of all OTHER rows: [N, K], bool [N, K] -> [N].
+
+    Rows are independent (one environment each), so that subtracting row n's baseline from its own
+    errors G - Q shifts Q(x, .) by a number that its actions had no part in: the doubly robust
+    gradient stays unbiased. 0 where no other row has a token. The REINFORCE leave-one-out baseline
+    (Kool et al., 2019), applied to what the critic left over.
+    """
+    errors = torch.where(valid, errors, torch.zeros_like(errors)).sum(1)
+    counts = valid.sum(1)
+    others = counts.sum() - counts
+    return (errors.sum() - errors) / others.clamp(min=1)

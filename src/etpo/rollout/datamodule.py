@@ -55,7 +55,6 @@ class RolloutDataModule(LightningDataModule):
         self.seed = seed
         self.on_progress: OnProgress | None = None
         self.rollout: Rollout | None = None
-        self.greedy_rollout: Rollout | None = None
         self.check(world_size=1)
 
     def check(self, world_size: int) -> None:

@@ -45,9 +45,9 @@ class FakeSandbox:
     def _run(self, program: str, splits: Sequence[Split], seed: int) -> Outcome:
         try:
             probabilities = []
-            for split in splits:
-                random.seed(seed)
-                np.random.seed(seed)
+            for number, split in enumerate(splits):
+                random.seed(seed + number)
+                np.random.seed((seed + number) % 2**32)
                 names: dict = {}
                 exec(program, names)
                 model = names["build_model"](split.x_train, split.y_train)

@@ -210,7 +210,7 @@ def test_openml_missing_cells(monkeypatch):
     category = pd.Series(["u", None] * 4, dtype="category")
     text = pd.Series(["u", None] * 4, dtype=object)
     boolean = pd.Series([True, pd.NA] * 4, dtype="boolean")
-    data = pd.DataFrame({"n": [1.0, np.nan] * 4, "c": category, "t": text, "b": boolean})
+    data = pd.DataFrame({"n": [1.0, np.nan] * 4, "c": category, "s": text, "b": boolean})
     content = Bunch(data=data, target=pd.Series(["p", "q"] * 4, name="t", dtype="category"))
     monkeypatch.delenv("ETPO_DATA_DIR", raising=False)
     monkeypatch.setattr(datasets.bundled, "fetch_openml", lambda **_: content)

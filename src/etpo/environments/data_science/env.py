@@ -7,6 +7,7 @@ Sources: the task and its repair prompt are those of ETPO (arXiv 2402.06700, sec
 import string
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from gymnasium import spaces
 from etpo.environments.data_science import prompts
 from etpo.environments.data_science.datasets import load_dataset
 from etpo.environments.data_science.scoring import ProgramScorer, Score
+from etpo.environments.data_science.script import best_program_script, write_program_data
 from etpo.environments.sandbox import Sandbox
 from etpo.environments.text_env import TextObservation, TextVectorEnv
 from etpo.errors import ConfigError
@@ -140,6 +142,28 @@ class DataScienceEnv(TextVectorEnv):
     def held_out(self, programs: Sequence[str]) -> list[Score] | None:
         """Scores on the rows that enter no reward; None under `protocol="paper"`."""
         return self.scorer.held_out(programs)
+
+    def held_out_score(self, action: str) -> float | None:
+        """ROC AUC of an action on the held-out rows; None where it fails or no rows are held out."""
+        scores = self.held_out([prompts.program_from_action(action)])
+        return None if scores is None or scores[0].error is not None else scores[0].reward
+
+    @property
+    def content_hash(self) -> str:
+        """sha256 of the data set as the programs see it."""
+        return self.dataset.content_hash
+
+    @property
+    def sandbox_level(self) -> str:
+        """The confinement that programs run under."""
+        return self.sandbox.level
+
+    def write_best_action(self, folder: Path, action: str) -> None:
+        """Writes `best_action.py`, runnable by itself, and the data file that it reads."""
+        program = prompts.program_from_action(action)
+        text = best_program_script(program, self.scorer)
+        (folder / "best_action.py").write_text(text, encoding="utf-8")
+        write_program_data(self.scorer, folder)
 
     def close_extras(self, **kwargs: Any) -> None:
         """Stop the sandbox (called once, by `close`)."""

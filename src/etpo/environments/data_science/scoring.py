@@ -85,7 +85,6 @@ class ProgramScorer:
         self.seed = seed
         self.cache_hits = 0
         self._cache: dict[str, Score] = {}
-        self._started = False
         random = np.random.RandomState(split_seed)
         rows = np.arange(len(dataset.target))
         self.reward_rows, self.held_out_rows = rows, rows[:0]
@@ -99,16 +98,12 @@ class ProgramScorer:
         self._splits, self._y_tests = self._prepare(halves)
 
     def start(self) -> None:
-        """Start the sandbox; done once, by the first score at the latest."""
-        if not self._started:
-            self.sandbox.start()
-            self._started = True
+        """Start the sandbox unless it runs; the first score does it too."""
+        self.sandbox.start()
 
     def close(self) -> None:
         """Stop the sandbox."""
-        if self._started:
-            self.sandbox.close()
-            self._started = False
+        self.sandbox.close()
 
     def score(
         self,

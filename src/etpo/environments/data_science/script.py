@@ -1,6 +1,6 @@
 """The best program as a file that runs without this package.
 
-`best_action.py` needs NumPy, pandas, scikit-learn and `best_action_data.csv` beside it.
+`best_action.py` needs `best_action_data.csv` beside it, scikit-learn, and what the program imports.
 """
 
 import inspect
@@ -22,12 +22,12 @@ _TEMPLATE = '''\
 
 def _evaluate():
     """Print {measure}."""
+    import csv
     import random
     from pathlib import Path
 
     import joblib
     import numpy as np
-    import pandas as pd
     from sklearn.impute import SimpleImputer
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import train_test_split
@@ -35,12 +35,11 @@ def _evaluate():
 
 {functions}
 
-    table = pd.read_csv(
-        Path(__file__).with_name({data_file!r}), float_precision="round_trip"
-    )
-    x = table.iloc[:, :-2].to_numpy(dtype=float)
-    y = table.iloc[:, -2].to_numpy(dtype=int)
-    held_out = table.iloc[:, -1].to_numpy() == "held_out"
+    with Path(__file__).with_name({data_file!r}).open(newline="", encoding="utf-8") as lines:
+        table = list(csv.reader(lines))[1:]
+    x = np.array([[float(cell or "nan") for cell in row[:-2]] for row in table])
+    y = np.array([int(row[-2]) for row in table])
+    held_out = np.array([row[-1] == "held_out" for row in table])
     categorical = np.zeros(x.shape[1], dtype=bool)
     categorical[{categorical}] = True
     rows = np.arange(len(y))

@@ -79,6 +79,7 @@ class Server:
         with contextlib.suppress(OSError):
             started = self._control.recv(1) == protocol.STARTED
         if not started:
+            self._control.close()
             self.process.kill()
             words = self.process.stderr.read().decode("utf-8", "replace").strip().splitlines()
             self.close()
@@ -95,14 +96,14 @@ class Server:
                 with theirs:
                     socket.send_fds(self._control, [protocol.JOB], [theirs.fileno()])
                 ours.settimeout(self._patience)
-                answer, fitted = _converse(ours, program, split, n_classes, seed)
+                answer, delivered = _converse(ours, program, split, n_classes, seed)
             self._control.sendall(protocol.STOP)
             report = _receive(self._control, protocol.REPORT.size)
         except OSError as error:
             raise ServerError(f"a sandbox server stopped answering: {error}") from error
         if len(report) < protocol.REPORT.size:
             raise ServerError("a sandbox server ended")
-        return self._reply(answer, protocol.REPORT.unpack(report), split, n_classes, fitted)
+        return self._reply(answer, protocol.REPORT.unpack(report), split, n_classes, delivered)
 
     def close(self) -> None:
         """End the server, and with it its child."""
@@ -117,7 +118,7 @@ class Server:
         self.process.stderr.close()
 
     def _reply(
-        self, answer: bytes, report: tuple, split: Split, n_classes: int, fitted: bool
+        self, answer: bytes, report: tuple, split: Split, n_classes: int, delivered: bool
     ) -> Reply:
         limit, status, seconds = report
         tag, payload = answer[:1], answer[1:]
@@ -128,7 +129,7 @@ class Server:
             probabilities = np.frombuffer(payload, np.float64).reshape(shape)
             error = check_probabilities(probabilities)
             return Reply(None if error else probabilities, error, seconds)
-        late = fitted and not tag and limit == protocol.IDLE_LIMIT
+        late = not delivered and limit == protocol.IDLE_LIMIT
         return Reply(None, self._end_text(limit, status), seconds, answered_late=late)
 
     def _end_text(self, limit: bytes, status: int) -> str:
@@ -171,37 +172,43 @@ def clean_text(data: bytes) -> str:
 def _converse(
     connection: socket.socket, program: str, split: Split, n_classes: int, seed: int
 ) -> tuple[bytes, bool]:
-    """(RESULT or FAILED with its payload, or b"" if the program ended; whether it said FITTED)."""
+    """(RESULT or FAILED with its payload, b"" or less if the program ended; all was delivered)."""
     if connection.recv(1) != protocol.CONFINED:
         reason = clean_text(_receive(connection, protocol.MAX_ERROR_BYTES))
         raise ServerError(f"the sandbox cannot confine a program: {reason}")
     n_train, n_features = split.x_train.shape
     n_test = len(split.x_test)
     code = program.encode("utf-8", "replace")
-    fitted = False
+    header = protocol.HEADER.pack(seed, n_train, n_features, n_test, n_classes, len(code))
+    training_rows = _raw(split.x_train, np.float64) + _raw(split.y_train, np.int64)
+    if not _deliver(connection, header + code + training_rows):
+        return b"", False
+    tag = _receive(connection, 1)
+    if tag == protocol.FITTED:
+        if not _deliver(connection, _raw(split.x_test, np.float64)):
+            return b"", False
+        tag = _receive(connection, 1)
+    sizes = {protocol.RESULT: 8 * n_test * n_classes, protocol.FAILED: protocol.MAX_ERROR_BYTES}
+    return tag + _receive(connection, sizes.get(tag, 0)), True
+
+
+def _deliver(connection: socket.socket, data: bytes) -> bool:
+    """Send all of `data`; false where the other end has closed."""
     try:
-        header = (seed, n_train, n_features, n_test, n_classes, len(code))
-        connection.sendall(protocol.HEADER.pack(*header) + code)
-        connection.sendall(_raw(split.x_train, np.float64) + _raw(split.y_train, np.int64))
-        tag = connection.recv(1)
-        if tag == protocol.FITTED:
-            fitted = True
-            connection.sendall(_raw(split.x_test, np.float64))
-            tag = connection.recv(1)
-        if tag == protocol.RESULT:
-            return tag + _receive(connection, 8 * n_test * n_classes), fitted
-        if tag == protocol.FAILED:
-            return tag + _receive(connection, protocol.MAX_ERROR_BYTES), fitted
+        connection.sendall(data)
     except (BrokenPipeError, ConnectionResetError):
-        return b"", fitted
-    return tag, fitted
+        return False
+    return True
 
 
 def _receive(connection: socket.socket, size: int) -> bytes:
     """`size` bytes, or fewer where the other end closes."""
     data = bytearray()
     while len(data) < size:
-        chunk = connection.recv(min(size - len(data), 1 << 20))
+        try:
+            chunk = connection.recv(min(size - len(data), 1 << 20))
+        except ConnectionResetError:  # it closed with something unread
+            break
         if not chunk:
             break
         data += chunk
@@ -256,9 +263,12 @@ def _bubblewrap() -> list[str]:
     package = str(_PACKAGE_ROOT / "etpo")
     system = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache")
     shown = [*system, sys.base_prefix, sys.prefix, *confinement.readable_paths()[1], package]
-    command = ["bwrap", "--unshare-all", "--new-session", "--tmpfs", "/tmp"]
+    command = ["bwrap", "--unshare-all", "--new-session"]
     for path in dict.fromkeys(map(str, shown)):
         command += ["--ro-bind-try", path, path]
-    for path in confinement.hidden_paths():
-        command += ["--tmpfs", str(path)]
-    return [*command, "--proc", "/proc", "--dev", "/dev", "--"]
+    for path in map(str, confinement.hidden_paths()):
+        command += ["--tmpfs", path, "--remount-ro", path]
+    for path in ("/dev/null", "/dev/urandom"):
+        command += ["--dev-bind", path, path]
+    # nothing can be written: a file could carry labels from one split to the next
+    return [*command, "--proc", "/proc", "--remount-ro", "/proc", "--remount-ro", "/", "--"]

@@ -31,10 +31,17 @@ LIBRARIES = (
     "pytz",
     "tzdata",
 )
+# joblib reads the processor quota when it counts processors
+_READABLE_SYSTEM_FILES = (
+    "/dev/urandom",
+    "/sys/fs/cgroup/cpu.max",
+    "/sys/fs/cgroup/cpu/cpu.cfs_quota_us",
+    "/sys/fs/cgroup/cpu/cpu.cfs_period_us",
+)
 MAX_OPEN_FILES = 64
 
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
-_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1, 2, 4, 8
+_WRITE_FILE, _READ_FILE, _READ_DIR = 2, 4, 8
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 _SECCOMP_MODE_FILTER = 2
 _CLONE_NEWUSER, _CLONE_NEWNET, _CLONE_NEWIPC = 0x10000000, 0x40000000, 0x08000000
@@ -95,8 +102,7 @@ def readable_paths() -> tuple[list[Path], list[Path]]:
         listed.append(package / "datasets")
     sites = dict.fromkeys(listed)
     readable += [p for site in sites for p in site.glob("*.libs")]
-    # joblib counts processors here
-    readable += [Path(p) for p in ("/sys/fs/cgroup/cpu.max", "/dev/urandom")]
+    readable += map(Path, _READABLE_SYSTEM_FILES)
     return [p for p in dict.fromkeys(readable) if p.exists()], list(sites)
 
 
@@ -116,7 +122,7 @@ def landlock_ruleset() -> int:
     ruleset = _call(_LANDLOCK_CREATE, ctypes.byref(rules), ctypes.c_size_t(size), 0)
     readable, listed = readable_paths()
     for path in readable:
-        rights = _READ_FILE | _EXECUTE | _READ_DIR if path.is_dir() else _READ_FILE | _EXECUTE
+        rights = _READ_FILE | _READ_DIR if path.is_dir() else _READ_FILE
         _add_rule(ruleset, path, rights)
     for path in listed:
         _add_rule(ruleset, path, _READ_DIR)

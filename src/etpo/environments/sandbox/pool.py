@@ -1,6 +1,5 @@
 """`Sandbox`: runs many programs at once on a pool of fork servers."""
 
-import contextlib
 import logging
 import math
 import os
@@ -8,7 +7,7 @@ import queue
 import shutil
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from etpo.environments.sandbox.client import Reply, Server, ServerError, Split
 from etpo.errors import ConfigError
 
 LEVELS = ("full", "bubblewrap", "unsafe")
+MIN_DEADLINE = 0.1
 MIN_MEMORY_MIB = 512
 _log = logging.getLogger(__name__)
 
@@ -59,13 +59,14 @@ class Sandbox:
         deadline: float = 10.0,
         memory_mib: int = 2048,
     ) -> None:
-        _check("workers", workers, workers is None or workers >= 1, "1 or more, or null")
-        _check("deadline", deadline, 0 < deadline < math.inf, "seconds above 0")
-        _check("memory_mib", memory_mib, memory_mib >= MIN_MEMORY_MIB, f"{MIN_MEMORY_MIB} or more")
+        if workers is not None:
+            _check_at_least("workers", workers, 1)
+        _check_at_least("deadline", deadline, MIN_DEADLINE)
+        _check_at_least("memory_mib", memory_mib, MIN_MEMORY_MIB)
         self._level = available_level(level)
         self._workers = workers or usable_cores()
         self._deadline = float(deadline)
-        self._memory_mib = int(memory_mib)
+        self._memory_mib = memory_mib
         self._servers: list[Server] = []
         self._closing = threading.Event()
         self._finalizer = weakref.finalize(self, _close_all, self._servers)
@@ -123,7 +124,7 @@ class Sandbox:
         `on_result(index, outcome)` is called in this thread as each program finishes. Raises
         RuntimeError if a server fails twice on one split; the sandbox is closed then.
         """
-        seeds = [seed] * len(programs) if isinstance(seed, int) else list(seed)
+        seeds = np.broadcast_to(seed, len(programs)).tolist()
         self.start()
         free: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index in range(len(self._servers)):
@@ -191,11 +192,14 @@ class Sandbox:
 
     def _attack(self, server: Server) -> None:
         x = np.arange(8.0).reshape(4, 2)
-        reply = server.run(probe.PROGRAM, Split(x, np.arange(4) % 2, x), 2, 0)
-        if reply.error is not None:
+        try:
+            failure = server.run(probe.PROGRAM, Split(x, np.arange(4) % 2, x), 2, 0).error
+        except ServerError as error:
+            failure = str(error)
+        if failure is not None:
             raise ConfigError(
                 f"environment.sandbox.level={self._level} does not hold on this machine "
-                f"({reply.error}); level=unsafe runs programs without protection"
+                f"({failure}); level=unsafe runs programs without protection"
             )
 
 
@@ -222,9 +226,14 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _check(key: str, value: object, is_allowed: bool, allowed: str) -> None:
-    if not is_allowed:
-        raise ConfigError(f"environment.sandbox.{key}={value} is not allowed; {allowed}")
+def _check_at_least(key: str, value: object, lowest: float) -> None:
+    """A finite number from `lowest` on, a whole one where `lowest` is."""
+    kind = int if isinstance(lowest, int) else (int, float)
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
+    if not is_number or not lowest <= value < math.inf:
+        raise ConfigError(
+            f"environment.sandbox.{key}={value} is not allowed; a number, {lowest} or more"
+        )
 
 
 def _close_all(servers: list[Server]) -> None:

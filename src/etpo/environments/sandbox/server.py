@@ -19,11 +19,13 @@ from typing import NamedTuple
 
 from etpo.environments.sandbox import child, confinement, protocol, seccomp
 
-_MODULES = """calibration cluster compose covariance cross_decomposition datasets decomposition
+_MODULES = """
+calibration cluster compose covariance cross_decomposition datasets decomposition
 discriminant_analysis dummy ensemble experimental feature_selection gaussian_process impute
 inspection isotonic kernel_approximation kernel_ridge linear_model manifold metrics mixture
 model_selection multiclass multioutput naive_bayes neighbors neural_network pipeline preprocessing
-random_projection semi_supervised svm tree""".split()
+random_projection semi_supervised svm tree
+"""
 _POLL_SECONDS = 0.05
 
 
@@ -41,8 +43,6 @@ def main(level: str, deadline: float, memory_mib: int) -> None:
     alarms = socket.recv_fds(control, 1, 1)[1]  # a pidfd of the training process, or none
     if sys.platform == "linux":
         confinement.set_no_new_privileges()
-    if level == "full":
-        confinement.enter_namespaces()
     _load_libraries()
     limits = child.Limits(
         memory_mib=memory_mib,
@@ -50,6 +50,8 @@ def main(level: str, deadline: float, memory_mib: int) -> None:
         ruleset=confinement.landlock_ruleset() if level == "full" else None,
         filter=seccomp.program() if level != "unsafe" else None,
     )
+    if level == "full":
+        confinement.enter_namespaces()  # may cost the right to read Python's own files
     if level == "bubblewrap":
         confinement.hide_from_ptrace()
     if sys.platform == "linux" and len(os.listdir("/proc/self/task")) != 1:
@@ -152,14 +154,9 @@ def _load_libraries() -> None:
     import numpy as np
     import pandas  # noqa: F401
 
-    del sys.modules["pyarrow"]
-    import joblib
-    import threadpoolctl
-
-    for name in _MODULES:
+    del sys.modules["pyarrow"]    for name in _MODULES.split():
         importlib.import_module(f"sklearn.{name}")
-    joblib.cpu_count()
-    threadpoolctl.threadpool_info()  # finds the C library with a subprocess, once
     x = np.random.RandomState(0).normal(size=(40, 3))
-    model = sys.modules["sklearn.linear_model"].LogisticRegression()
-    model.fit(x, x[:, 0] > 0).predict_proba(x)
+    sys.modules["sklearn.linear_model"].LogisticRegression().fit(x, x[:, 0] > 0).predict_proba(x)
+    # looks through /proc for thread pools, which a confined program cannot
+    sys.modules["sklearn.cluster"].KMeans(2, n_init=1).fit(x)

@@ -35,7 +35,6 @@ TOKENIZER_EXAMPLES = 20_000
 PROMPT_WEIGHT = 0.1
 POOL = 4096
 WARMUP = 100
-HELD_OUT = 1024
 
 
 class Batch(NamedTuple):
@@ -72,9 +71,7 @@ def collate(pairs: list[tuple[list[int], list[int]]], pad: int) -> Batch:
     return Batch(ids[:, :CONTEXT], weight[:, :CONTEXT])
 
 
-def group(
-    pairs: list[tuple[list[int], list[int]]], pad: int, batch_tokens: int
-) -> Iterator[Batch]:
+def group(pairs: list[tuple[list[int], list[int]]], pad: int, batch_tokens: int) -> Iterator[Batch]:
     """Neighbours in `pairs`, which are sorted by length, in batches of `batch_tokens` cells."""
     chosen = []
     for pair in pairs:
@@ -139,7 +136,8 @@ def train(
     for step in range(steps):
         cosine = 0.525 + 0.475 * math.cos(math.pi * step / steps)
         optimizer.param_groups[0]["lr"] = learning_rate * min(1.0, (step + 1) / WARMUP) * cosine
-        loss = language_model_loss(model, next(data))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = language_model_loss(model, next(data))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -147,7 +145,9 @@ def train(
         losses.append(loss.item())
         if (step + 1) % 200 == 0:
             mean = sum(losses[-200:]) / 200
-            print(f"step {step + 1}  loss {mean:.3f}  {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"step {step + 1}  loss {mean:.3f}  {time.monotonic() - started:.0f} s", flush=True
+            )
     return losses
 
 
@@ -159,7 +159,8 @@ def sample_actions(
     model.eval()
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
     output = model.generate(**inputs, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=80)
-    return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answers = output[:, inputs["input_ids"].shape[1] :]
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
 @torch.no_grad()
@@ -168,12 +169,13 @@ def evaluate(
 ) -> dict[str, float]:
     """Held-out loss per answer token, and how first attempts at temperature 1 fare.
 
+    samples: number of held-out examples, and of answers that are sampled.
     in_grammar: share of the answers that the grammar can produce, letter by letter; valid: share
     that the grammar produces without a mistake.
     """
     model.eval()
     rng = random.Random(f"held out {seed}")
-    examples = [sample_example(rng) for _ in range(HELD_OUT)]
+    examples = [sample_example(rng) for _ in range(samples)]
     loss = tokens = 0.0
     for batch in group(encode(tokenizer, examples), tokenizer.pad_token_id, 4096):
         answer = batch._replace(weight=(batch.weight == 1.0).float())
@@ -232,12 +234,12 @@ def build(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the tiny base language model.")
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="folder of the checkpoint")
-    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=2500, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens per step")
+    parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens per step")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak of the schedule")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--samples", type=int, default=512, help="answers sampled at the end")
+    parser.add_argument("--samples", type=int, default=512, help="held-out examples and answers")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     _, measured = build(

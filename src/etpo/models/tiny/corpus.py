@@ -15,12 +15,12 @@ KNOWN_NAMES = (
     "churn heart_disease titanic digits spambase mushroom vehicle segment vowel sonar ionosphere "
     "glass zoo yeast ecoli phoneme data dataset train my_data customers sales survey patients "
     "table1 test_set sensor_readings blood_transfusion letter german_credit"
-).split()
+)
 SYLLABLES = (
     "al an ar ba be bi car co cra da de di do el en er fa fi ga gra ha he il in ka ki la le li lo "
     "ma me mi mo na ne no o or pa pe pi pro ra re ri ro sa se si so sta ta te ti to tra tu un ur "
     "va ve vi wa we wi za"
-).split()
+)
 PACKAGE_PATHS = (
     PACKAGES,
     "/usr/local/lib/python3.12/site-packages/sklearn",
@@ -29,25 +29,26 @@ PACKAGE_PATHS = (
     "sklearn",
 )
 ODD_ERRORS = (
-    "TimeoutError: the program did not finish within 3 s of CPU time",
-    "Timeout: deadline of 10.0 s exceeded",
-    "MemoryError: ",
+    "TimeoutError: more than 10 CPU seconds",
+    "TimeoutError: idle for more than 10 seconds",
+    "MemoryError: more than 2048 MiB",
     "MemoryError: Unable to allocate 12.4 GiB for an array with shape (40000, 41600)",
+    "RuntimeError: the program ended the process (signal 9)",
+    "RuntimeError: the program failed without a message",
+    "ValueError: predict_proba returned NaN or infinite values",
+    "ValueError: predict_proba returned shape (287,), expected (287, 2)",
     "ValueError: Input X contains NaN.",
-    "ValueError: probabilities must have shape (287, 2), got (287,)",
     "ValueError: could not convert string to float: 'x'",
-    "IndentationError: unexpected indent (<program>, line 3)",
-    "IndentationError: expected an indented block after function definition on line 1",
-    "SyntaxError: invalid syntax (<program>, line 2)",
-    "SyntaxError: unterminated string literal (detected at line 4) (<program>, line 4)",
+    "IndentationError: unexpected indent (line 3)",
+    "IndentationError: expected an indented block after function definition on line 1 (line 2)",
+    "SyntaxError: invalid syntax (line 2)",
+    "SyntaxError: unterminated string literal (detected at line 4) (line 4)",
     "NameError: name 'build_model' is not defined",
     "TypeError: build_model() takes 0 positional arguments but 2 were given",
     "KeyError: 'Class'",
     "IndexError: list index out of range",
     "RecursionError: maximum recursion depth exceeded",
     "ZeroDivisionError: division by zero",
-    "Killed: signal 9",
-    "the program died without an answer",
     "PermissionError: [Errno 13] Permission denied: '/etc/passwd'",
 )
 PUNCTUATION = "()[]{}=+-*/.,:;_'\"# \n"
@@ -64,9 +65,10 @@ class Example(NamedTuple):
 def sample_name(rng: random.Random) -> str:
     """A data set name: one that exists, or one or two made-up words, maybe numbered."""
     if rng.random() < 0.25:
-        return rng.choice(KNOWN_NAMES)
+        return rng.choice(KNOWN_NAMES.split())
     words = (
-        "".join(rng.choices(SYLLABLES, k=rng.randint(1, 4))) for _ in range(rng.randint(1, 2))
+        "".join(rng.choices(SYLLABLES.split(), k=rng.randint(1, 4)))
+        for _ in range(rng.randint(1, 2))
     )
     number = str(rng.randint(1, 20)) if rng.random() < 0.15 else ""
     return rng.choice("__-").join(words) + number
@@ -88,7 +90,8 @@ def _malformed(rng: random.Random) -> str:
     if choice < 0.6:
         lines = body.splitlines(keepends=True) * rng.randint(1, 6)
         return "".join(rng.sample(lines, len(lines)))
-    words = [rng.choice(SYLLABLES) + rng.choice(PUNCTUATION) for _ in range(rng.randint(1, 40))]
+    syllables = SYLLABLES.split()
+    words = [rng.choice(syllables) + rng.choice(PUNCTUATION) for _ in range(rng.randint(1, 40))]
     if choice < 0.7:
         words *= rng.randint(1, 6)
     if choice > 0.95:

@@ -64,7 +64,7 @@ ESTIMATORS = (
     Estimator(
         "LogisticRegression",
         "linear_model",
-        12,
+        11,
         2,
         {
             "C": ("1.0", "0.1", "0.01", "10", "0.001"),
@@ -103,10 +103,8 @@ ESTIMATORS = (
         wrong_modules=("trees", "ensemble", "decision_tree"),
         fit_owner="DecisionTreeClassifier",
     ),
-    Estimator(
-        "RandomForestClassifier", "ensemble", 11, 10, FOREST_SETTINGS, **FOREST_MISTAKES
-    ),
-    Estimator("ExtraTreesClassifier", "ensemble", 5, 6, FOREST_SETTINGS, **FOREST_MISTAKES),
+    Estimator("RandomForestClassifier", "ensemble", 12, 10, FOREST_SETTINGS, **FOREST_MISTAKES),
+    Estimator("ExtraTreesClassifier", "ensemble", 6, 6, FOREST_SETTINGS, **FOREST_MISTAKES),
     Estimator(
         "GradientBoostingClassifier",
         "ensemble",
@@ -116,7 +114,6 @@ ESTIMATORS = (
             "n_estimators": ("200", "200", "200", "200", "150", "5"),
             "max_depth": ("4", "4", "4", "5", "5", "1"),
             "learning_rate": ("0.2", "0.2", "0.2", "0.3", "0.001"),
-            "random_state": SEEDS,
         },
         misspelt={"n_estimators": "n_estimator", "learning_rate": "lr", "max_depth": "depth"},
         wrong_values={
@@ -126,7 +123,7 @@ ESTIMATORS = (
         removed=(("presort", "True"),),
         wrong_modules=("boosting", "tree", "ensembles"),
         fit_owner="BaseGradientBoosting",
-        argument_counts=(12, 45, 33, 10),
+        argument_counts=(6, 44, 38, 12),
     ),
     Estimator(
         "HistGradientBoostingClassifier",
@@ -134,11 +131,9 @@ ESTIMATORS = (
         5,
         16,
         {
-            "max_iter": ("200", "200", "200", "150", "1"),
-            "min_samples_leaf": ("5", "5", "10", "10", "100"),
+            "max_iter": ("200", "200", "200", "200", "150", "1"),
+            "min_samples_leaf": ("5", "5", "5", "10", "10", "100"),
             "learning_rate": ("0.2", "0.2", "0.2", "0.3", "0.001"),
-            "max_leaf_nodes": ("15", "31"),
-            "random_state": SEEDS,
         },
         misspelt={"max_iter": "n_estimators", "learning_rate": "lr", "min_samples_leaf": "leaf"},
         wrong_values={
@@ -150,7 +145,7 @@ ESTIMATORS = (
         removed=(("subsample", "0.8"),),
         wrong_modules=("boosting", "experimental", "ensembles"),
         fit_owner="BaseHistGradientBoosting",
-        argument_counts=(12, 45, 33, 10),
+        argument_counts=(6, 44, 38, 12),
     ),
     Estimator(
         "AdaBoostClassifier",
@@ -189,7 +184,7 @@ ESTIMATORS = (
     Estimator(
         "KNeighborsClassifier",
         "neighbors",
-        12,
+        11,
         4,
         {
             "n_neighbors": ("1", "3", "5", "7", "10", "15", "50"),
@@ -208,7 +203,7 @@ ESTIMATORS = (
     Estimator(
         "GaussianNB",
         "naive_bayes",
-        9,
+        8,
         1,
         {"var_smoothing": ("1e-9", "1e-6", "1e-3", "0.1")},
         misspelt={"var_smoothing": "smoothing"},
@@ -243,7 +238,7 @@ ESTIMATORS = (
     Estimator(
         "LinearDiscriminantAnalysis",
         "discriminant_analysis",
-        6,
+        5,
         1,
         {"solver": ("'svd'", "'lsqr'"), "tol": ("1e-4", "1e-3")},
         misspelt={"solver": "solvers"},

@@ -24,7 +24,7 @@ PREPARATIONS = (
 PREPARATION_WEIGHTS = (72, 14, 7, 4, 3)
 IN_PLACE_RATE = 0.2
 TEST_SIZES = (None, "0.2", "0.3", "0.5", "0.8", "0.9")
-TEST_SIZE_WEIGHTS = (80, 6, 3, 3, 4, 4)
+TEST_SIZE_WEIGHTS = (86, 4, 3, 2, 3, 2)
 MISTAKE_RATE = 0.47
 IMPROVED_MISTAKE_RATE = 0.3
 SAME_REPAIR_RATE = 0.7
@@ -125,10 +125,8 @@ class Program(NamedTuple):
         fit = f"fit({data.get(self.mistake.kind if self.mistake else '', 'x_train, y_train')})"
         returned = self.mistake.wrong if self.is_kind("wrong_return") else name
         if self.is_kind("missing_fit"):
-            return [f"return {call}"] if self.fit_form == "one_line" else [
-                f"{name} = {call}",
-                f"return {name}",
-            ]
+            one_line = self.fit_form == "one_line"
+            return [f"return {call}"] if one_line else [f"{name} = {call}", f"return {name}"]
         if self.fit_form == "one_line":
             return [f"return {call}.{fit}"]
         if self.fit_form == "returned":
@@ -140,7 +138,7 @@ class Program(NamedTuple):
         return lines if self.is_kind("missing_return") else [*lines, f"return {returned}"]
 
 
-def _arguments(rng: random.Random, estimator: Estimator) -> tuple[tuple[str, str], ...]:
+def _sample_arguments(rng: random.Random, estimator: Estimator) -> tuple[tuple[str, str], ...]:
     counts = estimator.argument_counts
     count = rng.choices(range(len(counts)), counts)[0]
     keywords = rng.sample(list(estimator.settings), min(count, len(estimator.settings)))
@@ -159,7 +157,7 @@ def sample(rng: random.Random, mistake_rate: float = MISTAKE_RATE, strong: bool 
     estimator = rng.choices(ESTIMATORS, weights)[0]
     program = Program(
         estimator=estimator,
-        arguments=_arguments(rng, estimator),
+        arguments=_sample_arguments(rng, estimator),
         preparation=rng.choices(PREPARATIONS, PREPARATION_WEIGHTS)[0],
         variable=rng.choice(VARIABLES),
         fit_form=rng.choice(FIT_FORMS),
@@ -178,14 +176,9 @@ def sample(rng: random.Random, mistake_rate: float = MISTAKE_RATE, strong: bool 
     return program._replace(mistake=rng.choices(mistakes, [item.weight for item in mistakes])[0])
 
 
-def sample_mistaken(rng: random.Random) -> Program:
-    """Draw a program that has a mistake."""
-    return sample(rng, mistake_rate=1.0)
-
-
 def sample_repair(rng: random.Random) -> tuple[Program, Program]:
     """(failed program, answer): mostly the same program repaired, else a fresh draw."""
-    failed = sample_mistaken(rng)
+    failed = sample(rng, mistake_rate=1.0)
     same = rng.random() < SAME_REPAIR_RATE
     return failed, failed._replace(mistake=None) if same else sample(rng)
 

@@ -92,7 +92,7 @@ def _flow_mistakes(program: "Program") -> list[Mistake]:
         found.append(Mistake("no_target", "", "", error, 1))
     if program.fit_form == "statement":
         line = program.render().count("\n") - 2
-        error = f"SyntaxError: '(' was never closed (<program>, line {line + 1})"
+        error = f"SyntaxError: '(' was never closed (line {line + 1})"
         found.append(Mistake("unclosed", "", "", error, 1))
     return found
 
