@@ -125,6 +125,7 @@ class ETPO(LightningModule):
         self.max_grad_norm, self.annotation_batch = max_grad_norm, annotation_batch
         self.strict_loading = False
         self.policy_stopped = False
+        self.step_kls: list[Tensor] = []
         self.mean_length = 1.0
         self.rollout_metrics: dict[str, float] = {}
 
@@ -225,11 +226,7 @@ class ETPO(LightningModule):
             for name, value in self.rollout_metrics.items():
                 self.log_mean(name, value, 1)
         loss = self.critic_step(batch)
-        if not self.policy_stopped:
-            policy_loss = self.policy_step(batch)
-            if not self.policy_stopped:
-                loss = loss + policy_loss
-        return loss
+        return loss if self.policy_stopped else loss + self.policy_step(batch)
 
     def critic_step(self, batch: TokenBatch) -> Tensor:
         """Mean over action tokens of the critic's regression error."""
@@ -244,13 +241,12 @@ class ETPO(LightningModule):
         return loss
 
     def policy_step(self, batch: TokenBatch) -> Tensor:
-        """Mean over actions of the token sums of the policy objective; checks the trust region."""
+        """Mean over actions of the token sums of the policy objective."""
         mask = batch.action_mask
         log_pi = self.backbone(batch.ids, batch.mask, mask.shape[1]).log_probs
         kl = soft_bellman.kl_divergence(batch.old_log_probs, log_pi.detach())
         kl = (kl * mask).sum(1).mean()
-        if self.max_kl is not None:
-            self.policy_stopped = bool(self.all_gather(kl).mean() > self.max_kl)
+        self.step_kls.append(kl)
         losses = objectives.policy_objective(
             log_pi, batch.old_log_probs, None, batch.q, self.beta + self.eta
         )
@@ -266,6 +262,19 @@ class ETPO(LightningModule):
         self.log_mean("train/policy_loss", loss, len(mask))
         self.log_mean("train/kl_to_old", kl, len(mask))
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Takes the policy's gradient away where the KL of the whole step leaves the trust region.
+
+        No gradient, not a zero one: Adam's momentum would still move the policy.
+        """
+        kls, self.step_kls = self.step_kls, []
+        if not kls or self.max_kl is None:
+            return
+        if self.all_gather(torch.stack(kls).mean()).mean() > self.max_kl:
+            self.policy_stopped = True
+            for parameter in self.backbone.policy_parameters():
+                parameter.grad = None
 
     def on_train_epoch_end(self) -> None:
         polyak_update(self.target_critic, self.critic, self.tau)

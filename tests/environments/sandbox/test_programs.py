@@ -46,6 +46,39 @@ def predicting(value: str, body: str = "pass") -> str:
     )
 
 
+ERRORS = [
+    ("x = 1", "NameError: name 'build_model' is not defined"),
+    ("def build_model(x_train, y_train)\n    pass", "SyntaxError: expected ':' (line 1)"),
+    (returning("None"), "AttributeError: 'NoneType' object has no attribute 'predict_proba'"),
+    (
+        returning("lambda x: x"),
+        "AttributeError: 'function' object has no attribute 'predict_proba'",
+    ),
+    (returning("1 / 0"), "ZeroDivisionError: division by zero"),
+    (returning("missing"), "NameError: name 'missing' is not defined"),
+    (returning("[][0]"), "IndexError: list index out of range"),
+    ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+    ("import sys\nsys.exit(0)", "SystemExit: 0"),
+    ("import os\nos._exit(0)", "RuntimeError: the program ended the process (exit status 0)"),
+    (
+        predicting("np.ones(len(x))"),
+        f"ValueError: predict_proba returned shape ({N_TEST},), expected ({N_TEST}, 2)",
+    ),
+    (
+        predicting("np.full((len(x), 2), None)"),
+        "TypeError: predict_proba returned dtype object, not floats",
+    ),
+    (
+        predicting("np.full((len(x), 2), np.nan)"),
+        "ValueError: predict_proba returned NaN or infinite values",
+    ),
+    (
+        predicting("np.full((len(x), 2), 1.5)"),
+        "ValueError: predict_proba returned values outside 0 to 1",
+    ),
+]
+
+
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_usual_models_give_probabilities(sandbox: Sandbox, model: str) -> None:
     splits, labels = make_splits(n_classes=3, n_splits=1)
@@ -65,40 +98,7 @@ def test_result_equals_the_model_fitted_here(sandbox: Sandbox) -> None:
         np.testing.assert_allclose(probabilities, model.predict_proba(split.x_test), atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("program", "error"),
-    [
-        ("x = 1", "NameError: name 'build_model' is not defined"),
-        ("def build_model(x_train, y_train)\n    pass", "SyntaxError: expected ':' (line 1)"),
-        (returning("None"), "AttributeError: 'NoneType' object has no attribute 'predict_proba'"),
-        (
-            returning("lambda x: x"),
-            "AttributeError: 'function' object has no attribute 'predict_proba'",
-        ),
-        (returning("1 / 0"), "ZeroDivisionError: division by zero"),
-        (returning("missing"), "NameError: name 'missing' is not defined"),
-        (returning("[][0]"), "IndexError: list index out of range"),
-        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
-        ("import sys\nsys.exit(0)", "SystemExit: 0"),
-        ("import os\nos._exit(0)", "RuntimeError: the program ended the process (exit status 0)"),
-        (
-            predicting("np.ones(len(x))"),
-            f"ValueError: predict_proba returned shape ({N_TEST},), expected ({N_TEST}, 2)",
-        ),
-        (
-            predicting("np.full((len(x), 2), None)"),
-            "TypeError: predict_proba returned dtype object, not floats",
-        ),
-        (
-            predicting("np.full((len(x), 2), np.nan)"),
-            "ValueError: predict_proba returned NaN or infinite values",
-        ),
-        (
-            predicting("np.full((len(x), 2), 1.5)"),
-            "ValueError: predict_proba returned values outside 0 to 1",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("program", "error"), ERRORS, ids=[error for _, error in ERRORS])
 def test_error_texts(sandbox: Sandbox, program: str, error: str) -> None:
     splits, _ = make_splits(n_splits=1)
     (outcome,) = sandbox.run([program], splits, 2, seed=0)

@@ -78,6 +78,12 @@ def test_a_small_build_can_be_loaded_and_continued(small_build):
     assert len(sample_actions(model, tokenizer, [observation(TASK)["prefix"]] * 3)) == 3
 
 
+def test_the_shipped_vocabulary_is_the_one_that_the_code_learns(small_build, shipped_tokenizer):
+    assert (
+        AutoTokenizer.from_pretrained(small_build[0]).get_vocab() == shipped_tokenizer.get_vocab()
+    )
+
+
 def test_a_seed_repeats_a_build(small_build, tmp_path):
     losses, _ = build(tmp_path, 2, 0, batch_tokens=512, learning_rate=3e-3, samples=8)
     assert losses[0] == small_build[1][0]

@@ -56,13 +56,13 @@ def test_prompts_survive_and_nothing_is_added(shipped_tokenizer):
         prompt = sample_example(rng).prompt
         ids = shipped_tokenizer(prompt)["input_ids"]
         assert shipped_tokenizer.decode(ids) == prompt
-        assert not {shipped_tokenizer.bos_token_id, shipped_tokenizer.eos_token_id} & set(ids)
+        assert not set(shipped_tokenizer.all_special_ids) & set(ids)
 
 
-def test_special_tokens(shipped_tokenizer):
-    ids = (
-        shipped_tokenizer.pad_token_id,
-        shipped_tokenizer.bos_token_id,
-        shipped_tokenizer.eos_token_id,
-    )
-    assert len(set(ids)) == 3
+def test_text_is_never_a_control_token(shipped_tokenizer):
+    specials = shipped_tokenizer.all_special_ids
+    assert len(set(specials)) == 3
+    text = f"x = '{shipped_tokenizer.eos_token}{shipped_tokenizer.pad_token}'"
+    ids = shipped_tokenizer(text)["input_ids"]
+    assert not set(specials) & set(ids)
+    assert shipped_tokenizer.decode(ids) == text

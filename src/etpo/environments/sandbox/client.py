@@ -129,7 +129,8 @@ class Server:
             probabilities = np.frombuffer(payload, np.float64).reshape(shape)
             error = check_probabilities(probabilities)
             return Reply(None if error else probabilities, error, seconds)
-        late = not delivered and limit == protocol.IDLE_LIMIT
+        stuck = not delivered or tag == protocol.RESULT  # it waited for this process
+        late = stuck and limit == protocol.IDLE_LIMIT
         return Reply(None, self._end_text(limit, status), seconds, answered_late=late)
 
     def _end_text(self, limit: bytes, status: int) -> str:

@@ -128,9 +128,7 @@ def _usage(pid: int) -> Usage | None:
         return Usage(0.0, 1, is_idle=True)
     tasks = Path(f"/proc/{pid}/task")
     try:
-        cpu_seconds = time.clock_gettime(
-            (~pid << 3) | 2
-        )  # the process's CPU clock, clock_getres(2)
+        cpu_seconds = time.clock_gettime((~pid << 3) | 2)  # see clock_getcpuclockid(3)
         names = os.listdir(tasks)
         if len(names) > protocol.MAX_THREADS:
             return Usage(cpu_seconds, len(names), is_idle=False)
@@ -154,7 +152,8 @@ def _load_libraries() -> None:
     import numpy as np
     import pandas  # noqa: F401
 
-    del sys.modules["pyarrow"]    for name in _MODULES.split():
+    del sys.modules["pyarrow"]
+    for name in _MODULES.split():
         importlib.import_module(f"sklearn.{name}")
     x = np.random.RandomState(0).normal(size=(40, 3))
     sys.modules["sklearn.linear_model"].LogisticRegression().fit(x, x[:, 0] > 0).predict_proba(x)

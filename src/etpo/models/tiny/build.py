@@ -207,7 +207,9 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     settings = folder / "tokenizer_config.json"
-    stated = json.loads(settings.read_text()) | {"add_bos_token": False, "add_eos_token": False}
+    stated = json.loads(settings.read_text())
+    # Text is never a control token: a program that spells one out stays what it is.
+    stated |= {"add_bos_token": False, "add_eos_token": False, "split_special_tokens": True}
     settings.write_text(json.dumps(stated, indent=2, sort_keys=True) + "\n")
     names = sorted(path.name for path in folder.iterdir() if path.name != "SHA256SUMS")
     sums = (f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}" for name in names)
@@ -234,7 +236,7 @@ def build(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the tiny base language model.")
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="folder of the checkpoint")
-    parser.add_argument("--steps", type=int, default=2500, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=2400, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens per step")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak of the schedule")
