@@ -91,4 +91,13 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
     if not saved.is_file():
         return list(arguments)
     kept = [o for o in OmegaConf.load(saved) if not o.startswith("ckpt_path=")]
-    return [*kept, *arguments, f"hydra.run.dir={folder}"]
+    added = [*arguments, f"hydra.run.dir={folder}"]
+    return [*(o for o in kept if o not in added), *dict.fromkeys(added)]
+
+
+def study_arguments(arguments: Sequence[str]) -> list[str]:
+    """`arguments`, with the hash of a multirun's command line as its `study` if it names none."""
+    multirun = {"-m", "--multirun"} & set(arguments)
+    if not multirun or any(a.startswith("study=") for a in arguments):
+        return list(arguments)
+    return [*arguments, f"study={short_hash(*sorted(set(arguments) - multirun))}"]

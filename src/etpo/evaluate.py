@@ -11,6 +11,7 @@ import hydra
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
@@ -34,11 +35,11 @@ def saved_config(ckpt_path: str, overrides: list[str]) -> DictConfig:
     if not config.is_file():
         raise ConfigError(f"ckpt_path={ckpt_path}: its run folder lacks {config.name} ({config})")
     cfg = OmegaConf.load(config)
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if OmegaConf.select(cfg, key, throw_on_missing=False) is None:
-            raise ConfigError(f"overrides: {key} is no key of the run's configuration")
-        OmegaConf.update(cfg, key, OmegaConf.create(f"value: {value}").value)
+    OmegaConf.set_struct(cfg, True)
+    try:
+        cfg.merge_with_dotlist(overrides)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"overrides={overrides}: {str(error).splitlines()[0]}") from error
     return cfg
 
 
@@ -84,7 +85,9 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         torch.load(cfg.ckpt_path, map_location="cpu", weights_only=True)["state_dict"],
         strict=False,
     )
-    generator = torch.Generator().manual_seed(cfg.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    module.to(device)
+    generator = torch.Generator(device).manual_seed(cfg.seed)
     limit = run.rollout.max_new_tokens
     result: dict[str, Any] = {"ckpt_path": str(cfg.ckpt_path), "dataset": environment.dataset.name}
     try:

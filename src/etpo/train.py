@@ -17,7 +17,14 @@ from omegaconf import DictConfig
 
 from etpo.callbacks.best_action import BestAction
 from etpo.callbacks.summary import RunSummary, print_closing, write_summary
-from etpo.config import CONF, check_config, check_overrides, exit_on_bad_input, resume_arguments
+from etpo.config import (
+    CONF,
+    check_config,
+    check_overrides,
+    exit_on_bad_input,
+    resume_arguments,
+    study_arguments,
+)
 from etpo.environments.text_env import TextVectorEnv
 
 INTERRUPTED = 130  # exit status after Ctrl-C
@@ -146,7 +153,7 @@ def hydra_main(cfg: DictConfig) -> float | None:
 def main() -> None:
     """Console script: `etpo-train [key=value ...]`."""
     with exit_on_bad_input():
-        sys.argv[1:] = resume_arguments(sys.argv[1:])
+        sys.argv[1:] = study_arguments(resume_arguments(sys.argv[1:]))
         check_overrides("train", sys.argv[1:])
     hydra_main()
 

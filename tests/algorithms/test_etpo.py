@@ -124,7 +124,7 @@ def test_lambda_returns_equal_a_loop_over_episodes(checkpoint, letter_env, tmp_p
     shape = actions.action_mask.shape
     values, q_taken = (torch.randn(shape, generator=generator) for _ in range(2))
     prompts = rollout.bootstrap_ids, rollout.bootstrap_mask
-    bootstrap = iter(module.evaluate_prefixes(*prompts, 1).value[:, 0].tolist())
+    bootstrap = iter(module.evaluate_prefixes(*prompts, prompts[0][:, :1]).value[:, 0].tolist())
     at_end = [next(bootstrap) if cut else 0.0 for cut in actions.truncated.tolist()]
     returns = module.lambda_returns(actions, values, q_taken, rollout)
     gamma, lambda_ = module.gamma, module.lambda_

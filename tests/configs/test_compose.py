@@ -56,6 +56,8 @@ def test_unknown_keys_and_options_are_one_line(override, message):
 
 
 def test_sweeps_and_hydra_overrides_pass_the_check():
-    check_overrides("train", ["-m", "seed=0,1", "algorithm.beta=choice(0.1,0.2)", "hydra.run.dir=x"])
+    check_overrides(
+        "train", ["-m", "seed=0,1", "algorithm.beta=choice(0.1,0.2)", "hydra.run.dir=x"]
+    )
     with pytest.raises(ConfigError, match="nope"):
         check_overrides("train", ["-m", "nope=0,1"])

@@ -63,7 +63,9 @@ def test_sizes_must_fit_all_processes(letter_env):
 
 
 def test_derived_seeds_differ_and_repeat():
-    seeds = [derived_seed(s, i, r, k) for s in range(3) for i in range(3) for r in (0, 1) for k in (0, 1)]
+    seeds = [
+        derived_seed(s, i, r, k) for s in range(3) for i in range(3) for r in (0, 1) for k in (0, 1)
+    ]
     assert len(set(seeds)) == len(seeds)
     assert derived_seed(0, 1, 2, 3) == derived_seed(0, 1, 2, 3)
     assert all(0 <= s < 2**63 for s in seeds)

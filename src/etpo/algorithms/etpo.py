@@ -49,16 +49,18 @@ class Annotation(NamedTuple):
     """Per-token quantities of a slice of actions under pi_old and the target critic."""
 
     log_pi: Tensor  # [B, L, V]
-    log_ref: Tensor  # [B, L, V]
-    q: Tensor  # [B, L, V]
+    rebased_q: Tensor  # [B, L, V], Q + beta log(pi_ref/pi)
+    q_taken: Tensor  # [B, L], Q of the taken tokens
     value: Tensor  # [B, L], soft value V
+    kl: Tensor  # [B, L], KL(pi || pi_ref)
     features: Tensor  # [B, L, D]
 
 
 class ETPO(LightningModule):
     """Entropy-regularised token-level policy optimisation.
 
-    backbone: builds policy and reference, called once all other values are checked. critic: builds the token critic from the backbone.
+    backbone: builds policy and reference; called once all other values are checked.
+    critic: builds the token critic from the backbone.
     optimizer: builds an optimizer from parameter groups (policy first, then critic).
     beta: KL coefficient, >= 0. gamma: discount between actions, in [0, 1]. lambda_: in [0, 1].
     eta: weight of KL(pi || pi_old), >= 0. floor: tokens with pi_old below it take Q = V, in
@@ -146,26 +148,29 @@ class ETPO(LightningModule):
     def annotate(self, rollout: Rollout) -> TokenBatch:
         """Distributions, soft values and targets of fresh actions, under pi_old."""
         actions = Actions(*(field.to(self.device) for field in rollout.actions))
-        parts = []
-        for rows in torch.arange(len(actions.rewards)).split(self.annotation_batch):
-            part = Actions(*(field[rows] for field in actions))
-            parts.append(self.evaluate_prefixes(*sequence(part), part.action_ids.shape[1]))
+        parts = [
+            self.evaluate_prefixes(*sequence(part), part.action_ids)
+            for part in (
+                Actions(*(field[rows] for field in actions))
+                for rows in torch.arange(len(actions.rewards)).split(self.annotation_batch)
+            )
+        ]
         old = Annotation(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
-        taken = actions.action_ids.unsqueeze(-1)
-        q_taken = old.q.gather(-1, taken).squeeze(-1)
-        returns = self.lambda_returns(actions, old.value, q_taken, rollout)
+        returns = self.lambda_returns(actions, old.value, old.q_taken, rollout)
         layout = episode_layout(actions.action_mask, rollout.num_envs)
-        errors = pack(returns - q_taken, layout)
+        errors = pack(returns - old.q_taken, layout)
         baseline = objectives.leave_one_out_baseline(errors, layout.valid)
         advantages = unpack(errors - baseline[:, None], layout, like=returns)
         ids, mask = sequence(actions)
         lengths = actions.action_mask.sum()
         self.mean_length = float(self.all_gather(lengths).float().mean()) / len(actions.rewards)
         self.policy_stopped = False
-        kl = soft_bellman.kl_divergence(old.log_pi, old.log_ref) * actions.action_mask
         self.rollout_metrics = rollout_metrics(rollout) | {
-            "rollout/kl_to_reference": float(kl.sum(1).mean()),
+            "rollout/kl_to_reference": float((old.kl * actions.action_mask).sum(1).mean()),
             "rollout/value": float(old.value[:, 0].mean()),
+            "rollout/explained_variance": objectives.explained_variance(
+                old.q_taken[actions.action_mask], returns[actions.action_mask]
+            ),
         }
         return TokenBatch(
             ids=ids,
@@ -173,22 +178,29 @@ class ETPO(LightningModule):
             action_ids=actions.action_ids,
             action_mask=actions.action_mask,
             old_log_probs=old.log_pi,
-            q=objectives.rebased_q(old.q, old.log_ref, old.log_pi, self.beta),
+            q=old.rebased_q,
             features=old.features,
             returns=returns,
             advantages=advantages,
             weights=objectives.action_weights(self.gamma, actions.step).float(),
         )
 
-    def evaluate_prefixes(self, ids: Tensor, mask: Tensor, keep: int) -> Annotation:
-        """The policy, the reference and the target critic at the last `keep` positions."""
+    def evaluate_prefixes(self, ids: Tensor, mask: Tensor, taken: Tensor) -> Annotation:
+        """The policy, the reference and the target critic where the tokens `taken` [B, L] follow."""
+        keep = taken.shape[1]
         log_pi = self.backbone(ids, mask, keep).log_probs
         log_ref, features = self.backbone(ids, mask, keep, reference=True)
         value, advantage = self.target_critic(ids, mask, features)
         q = objectives.dueling_q(value, advantage, log_pi)
         q = objectives.masked_q(q, value, log_pi, self.floor)
-        v = soft_bellman.soft_value(log_pi, log_ref, q, self.beta)
-        return Annotation(log_pi, log_ref, q, v, features)
+        return Annotation(
+            log_pi=log_pi,
+            rebased_q=objectives.rebased_q(q, log_ref, log_pi, self.beta),
+            q_taken=q.gather(-1, taken.unsqueeze(-1)).squeeze(-1),
+            value=soft_bellman.soft_value(log_pi, log_ref, q, self.beta),
+            kl=soft_bellman.kl_divergence(log_pi, log_ref),
+            features=features,
+        )
 
     def lambda_returns(
         self, actions: Actions, values: Tensor, q_taken: Tensor, rollout: Rollout
@@ -203,7 +215,8 @@ class ETPO(LightningModule):
         bootstrap = torch.zeros_like(actions.rewards)
         if len(rollout.bootstrap_ids):
             prompts = rollout.bootstrap_ids.to(self.device), rollout.bootstrap_mask.to(self.device)
-            bootstrap[actions.truncated] = self.evaluate_prefixes(*prompts, 1).value[:, 0]
+            none_taken = torch.zeros_like(prompts[0][:, :1])
+            bootstrap[actions.truncated] = self.evaluate_prefixes(*prompts, none_taken).value[:, 0]
         layout = episode_layout(mask, rollout.num_envs)
         following = torch.nn.functional.pad
         next_values = following(pack(values, layout)[:, 1:], (0, 1))

@@ -153,3 +153,9 @@ def leave_one_out_baseline(errors: Tensor, valid: Tensor) -> Tensor:
     counts = valid.sum(1)
     others = counts.sum() - counts
     return (errors.sum() - errors) / others.clamp(min=1)
+
+
+def explained_variance(predictions: Tensor, targets: Tensor) -> float:
+    """1 - Var(targets - predictions) / Var(targets), at most 1; [K], [K]; 0 where targets agree."""
+    variance = targets.var()
+    return float(1 - (targets - predictions).var() / variance) if variance > 0 else 0.0

@@ -29,7 +29,13 @@ class TextVectorEnv(VectorEnv[Sequence[TextObservation], Sequence[str], np.ndarr
     `observations` is the first one of the next episode and `infos["final_obs"]` holds the true
     next observation of the episode that ended (None elsewhere). `infos["error"]` holds the error
     text of a failed action or None, `infos["attempt"]` the 1-based number of the action in its
-    episode; `infos["cached"]` is true where the reward was known before.
+    episode; `infos["cached"]` is true where the reward was known before. All four are always there.
+
+
+    `task_name` names the task in a summary. Optional members that a run uses where they exist:
+    `write_best_action(folder, action)`, `held_out_score(action)`, `content_hash`, `sandbox_level`,
+    and `on_score`, which a progress display sets to a callable of (done, total).
     """
 
+    task_name: str
     metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.SAME_STEP}

@@ -91,6 +91,9 @@ class Backbone(nn.Module):
         largest = max(self.tokenizer.get_vocab().values())
         self.vocabulary_size = min(model.config.get_text_config().vocab_size, largest + 1)
         self.feature_size = model.config.get_text_config().hidden_size
+        self.context_size = getattr(
+            model.config.get_text_config(), "max_position_embeddings", float("inf")
+        )
         self.stop_ids = stop_ids(self.tokenizer, stop_tokens)
         pad = self.tokenizer.pad_token_id
         self.pad_id = pad if pad is not None else self.stop_ids[0]

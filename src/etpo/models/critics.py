@@ -48,7 +48,8 @@ class TrunkCritic(nn.Module):
 
     def __init__(self, backbone: Backbone, hidden_size: int = 512) -> None:
         super().__init__()
-        source = backbone.reference if backbone.reference is not None else backbone.policy
+        # with an adapter there is no separate reference: the copied policy sheds its own
+        source = backbone.reference or copy.deepcopy(backbone.policy).unload()
         self.trunk = copy.deepcopy(source.base_model).requires_grad_(True).float()
         self.head = DuelingHead(backbone.feature_size, backbone.vocabulary_size, hidden_size)
 

@@ -67,7 +67,7 @@ def collect(
                 Record(
                     env,
                     int(attempt[env]) + 1,
-                    observations[env]["prefix"],
+                    backbone.tokenizer.decode(prompts.ids[env][prompts.mask[env]]),
                     texts[env],
                     float(rewards[env]),
                     infos["error"][env],
@@ -83,8 +83,12 @@ def collect(
         observations = following
         if on_progress is not None:
             on_progress("rollout", number + 1, rounds)
-    next_prompts = backbone.encode(bootstrap) if bootstrap else PromptBatch(
-        torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1, dtype=torch.bool), 0
+    next_prompts = (
+        backbone.encode(bootstrap)
+        if bootstrap
+        else PromptBatch(
+            torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1, dtype=torch.bool), 0
+        )
     )
     return Rollout(
         actions=stack(done, backbone.pad_id),

@@ -63,6 +63,11 @@ class RolloutDataModule(LightningDataModule):
         for key in ("actions_per_iteration", *sizes):
             if getattr(self, key) < 1:
                 raise ConfigError(f"rollout.{key}={getattr(self, key)}: allowed is 1 or more")
+        if self.num_envs != self.environment.num_envs:
+            raise ConfigError(
+                f"rollout.num_envs={self.num_envs}: allowed is the environment's number, "
+                f"{self.environment.num_envs}"
+            )
         for key in ("num_envs", "minibatch_size"):
             unit = world_size * getattr(self, key)
             if self.actions_per_iteration % unit:
@@ -74,6 +79,14 @@ class RolloutDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         self.check(self.trainer.world_size)
+        backbone = self.trainer.lightning_module.backbone
+        used = backbone.max_prompt_tokens + self.max_new_tokens
+        if used > backbone.context_size:
+            raise ConfigError(
+                f"rollout.max_new_tokens={self.max_new_tokens} and model.max_prompt_tokens="
+                f"{backbone.max_prompt_tokens}: allowed is a sum of at most "
+                f"{backbone.context_size}, the model's context"
+            )
 
     @property
     def actions_per_rank(self) -> int:
@@ -92,9 +105,7 @@ class RolloutDataModule(LightningDataModule):
         module = self.trainer.lightning_module
         iteration, rank = self.trainer.current_epoch, self.trainer.global_rank
         device = module.backbone.device
-        decoding = torch.Generator(device).manual_seed(
-            derived_seed(self.seed, iteration, rank, 0)
-        )
+        decoding = torch.Generator(device).manual_seed(derived_seed(self.seed, iteration, rank, 0))
         with self.trainer.precision_plugin.forward_context():
             self.rollout = collect(
                 module.backbone,
@@ -122,11 +133,13 @@ class GreedyEpisodes(IterableDataset):
     def __iter__(self):
         data = self.datamodule
         trainer = data.trainer
-        yield collect(
-            trainer.lightning_module.backbone,
-            data.environment,
-            1,
-            data.max_new_tokens,
-            None,
-            seed=derived_seed(data.seed, trainer.current_epoch, trainer.global_rank, 3),
-        )
+        with trainer.precision_plugin.forward_context():
+            rollout = collect(
+                trainer.lightning_module.backbone,
+                data.environment,
+                1,
+                data.max_new_tokens,
+                None,
+                seed=derived_seed(data.seed, trainer.current_epoch, trainer.global_rank, 3),
+            )
+        yield rollout

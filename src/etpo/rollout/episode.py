@@ -66,9 +66,7 @@ def pad_stack(rows: list[Tensor], value: float, *, left: bool) -> Tensor:
     padded = []
     for block in rows:
         gap = width - block.shape[1]
-        padded.append(
-            torch.nn.functional.pad(block, (gap, 0) if left else (0, gap), value=value)
-        )
+        padded.append(torch.nn.functional.pad(block, (gap, 0) if left else (0, gap), value=value))
     return torch.cat(padded)
 
 
@@ -92,9 +90,7 @@ def episode_layout(action_mask: Tensor, num_envs: int) -> EpisodeLayout:
     valid = action_mask.reshape(-1)[position]
     order = torch.argsort(~valid, dim=1, stable=True)
     width = int(valid.sum(1).max())
-    return EpisodeLayout(
-        position.gather(1, order)[:, :width], valid.gather(1, order)[:, :width]
-    )
+    return EpisodeLayout(position.gather(1, order)[:, :width], valid.gather(1, order)[:, :width])
 
 
 def pack(values: Tensor, layout: EpisodeLayout) -> Tensor:
