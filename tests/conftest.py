@@ -1,8 +1,13 @@
 """Fixtures that several folders of tests use."""
 
+import csv
+import logging
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -140,3 +145,104 @@ class LetterEnv(TextVectorEnv):
 @pytest.fixture
 def letter_env() -> type[LetterEnv]:
     return LetterEnv
+
+
+SMALL_RUN = (
+    "trainer.max_epochs=3",
+    "rollout.num_envs=4",
+    "rollout.actions_per_iteration=16",
+    "rollout.minibatch_size=8",
+    "rollout.update_epochs=1",
+    "rollout.max_new_tokens=48",
+    "model.temperature=0.5",  # so that programs come twice
+    "environment.n_splits=1",
+)
+
+
+class Ended(NamedTuple):
+    """How a command ended: its exit status and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(monkeypatch, capfd) -> Iterator[Callable[..., Ended]]:
+    """command(main, *arguments): runs a console script's `main` in this process."""
+    log = logging.getLogger("etpo")
+    before = log.propagate, log.level, torch.are_deterministic_algorithms_enabled()
+
+    def call(main: Callable[[], None], *arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            main()
+        except SystemExit as end:
+            return Ended(end.code or 0, *capfd.readouterr())
+        return Ended(0, *capfd.readouterr())
+
+    yield call
+    for handler in list(log.handlers):
+        handler.close()
+        log.removeHandler(handler)
+    log.propagate, log.level = before[:2]
+    torch.use_deterministic_algorithms(before[2])
+
+
+@pytest.fixture(scope="session")
+def start_train() -> Callable[..., subprocess.Popen]:
+    """start_train(cwd, *arguments): the console script `etpo-train`, as leader of its own group."""
+
+    def start(cwd: Path, *arguments: object) -> subprocess.Popen:
+        return subprocess.Popen(
+            [Path(sys.executable).with_name("etpo-train"), *map(str, arguments)],
+            cwd=cwd,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    return start
+
+
+class FinishedRun(NamedTuple):
+    """A run that was not interrupted: its folder and what it printed."""
+
+    folder: Path
+    out: str
+
+
+@pytest.fixture(scope="session")
+def finished_run(start_train, tmp_path_factory) -> FinishedRun:
+    """The console script with SMALL_RUN, in a working folder that is not the repository's."""
+    cwd = tmp_path_factory.mktemp("elsewhere")
+    process = start_train(cwd, *SMALL_RUN)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    (folder,) = (cwd / "logs" / "train" / "runs").iterdir()
+    return FinishedRun(folder, out)
+
+
+@pytest.fixture(scope="session")
+def small_run() -> tuple[str, ...]:
+    return SMALL_RUN
+
+
+@pytest.fixture(scope="session")
+def repeatable() -> Callable[[Path], tuple[list[dict[str, str]], str]]:
+    """repeatable(folder): what a run's seed decides.
+
+    The rows of `metrics.csv`, as they are written, without the `time/` columns, and the text of
+    `episodes.jsonl`.
+    """
+
+    def read(folder: Path) -> tuple[list[dict[str, str]], str]:
+        with (folder / "metrics.csv").open(newline="") as lines:
+            rows = list(csv.DictReader(lines))
+        rows = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+        return rows, (folder / "episodes.jsonl").read_text()
+
+    return read

@@ -186,7 +186,7 @@ class ETPO(LightningModule):
         )
 
     def evaluate_prefixes(self, ids: Tensor, mask: Tensor, taken: Tensor) -> Annotation:
-        """The policy, the reference and the target critic where the tokens `taken` [B, L] follow."""
+        """Policy, reference and target critic at the prefixes of the tokens `taken` [B, L]."""
         keep = taken.shape[1]
         log_pi = self.backbone(ids, mask, keep).log_probs
         log_ref, features = self.backbone(ids, mask, keep, reference=True)

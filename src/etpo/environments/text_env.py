@@ -39,3 +39,10 @@ class TextVectorEnv(VectorEnv[Sequence[TextObservation], Sequence[str], np.ndarr
 
     task_name: str
     metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.SAME_STEP}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps beyond the episodes, which a resumed run starts afresh."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""

@@ -88,6 +88,13 @@ class RolloutDataModule(LightningDataModule):
                 f"{backbone.context_size}, the model's context"
             )
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the environment wants kept in a checkpoint; of rank zero where there are several."""
+        return self.environment.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.environment.load_state_dict(state_dict)
+
     @property
     def actions_per_rank(self) -> int:
         return self.actions_per_iteration // self.trainer.world_size

@@ -1,4 +1,4 @@
-"""The on-policy replay buffer: one iteration's annotated actions, served as shuffled minibatches."""
+"""The on-policy replay buffer: one iteration's annotated actions in shuffled minibatches."""
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple

@@ -144,7 +144,7 @@ class DataScienceEnv(TextVectorEnv):
         return self.scorer.held_out(programs)
 
     def held_out_score(self, action: str) -> float | None:
-        """ROC AUC of an action on the held-out rows; None where it fails or no rows are held out."""
+        """ROC AUC of an action on the held-out rows; None where it fails or none are held out."""
         scores = self.held_out([prompts.program_from_action(action)])
         return None if scores is None or scores[0].error is not None else scores[0].reward
 
@@ -164,6 +164,13 @@ class DataScienceEnv(TextVectorEnv):
         text = best_program_script(program, self.scorer)
         (folder / "best_action.py").write_text(text, encoding="utf-8")
         write_program_data(self.scorer, folder)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scores so far: a resumed run scores no program again."""
+        return {"scores": self.scorer.known_scores()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.scorer.load_scores(state_dict["scores"])
 
     def close_extras(self, **kwargs: Any) -> None:
         """Stop the sandbox (called once, by `close`)."""

@@ -132,6 +132,15 @@ class ProgramScorer:
         scores = self._run(list(dict.fromkeys(programs)), splits, y_tests, None)
         return [scores[program] for program in programs]
 
+    def known_scores(self) -> dict[str, tuple[float, str | None]]:
+        """Reward and error of every program that was scored, by its text."""
+        return {program: (score.reward, score.error) for program, score in self._cache.items()}
+
+    def load_scores(self, scores: dict[str, tuple[float, str | None]]) -> None:
+        """Takes `known_scores` of an earlier run over; what is here already stays."""
+        taken = {program: Score(*score, cached=False) for program, score in scores.items()}
+        self._cache = taken | self._cache
+
     def program_seed(self, program: str) -> int:
         """The seed, in 0..2**32 - 1, that a program runs with."""
         text = f"{self.seed}\n{program}".encode(errors="surrogatepass")

@@ -1,0 +1,208 @@
+"""Bad input: one line with the key and what is allowed, status 2, before a model is loaded."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import transformers
+
+from etpo import evaluate, train
+from etpo.config import CONF
+from etpo.models.backbone import tiny_checkpoint
+
+OUT_OF_RANGE = [
+    # override, words of the message
+    ("environment.dataset=tictactoe", "did you mean tic_tac_toe?"),
+    ("environment.dataset=csv", "environment.path"),
+    ("environment.sandbox.level=nonsense", "allowed: full, bubblewrap, unsafe"),
+    ("environment.sandbox.workers=0", "1 or more"),
+    ("environment.mode=refine", "allowed: repair, improve"),
+    ("environment.protocol=held-out", "allowed: held_out, paper"),
+    ("environment.max_attempts=0", "1 or more"),
+    ("algorithm.beta=-0.1", "0 or more"),
+    ("algorithm.beta=nan", "0 or more"),
+    ("algorithm.gamma=1.5", "at most 1"),
+    ("algorithm.clip=small", "above 0"),
+    ("algorithm.critic_loss=l1", "huber, mse"),
+    ("algorithm.annotation_batch=0", "1 or more"),
+    ("rollout.minibatch_size=7", "multiples of 7"),
+    ("rollout.minibatch_size=0", "1 or more"),
+    ("rollout.minibatch_size=some", "integer"),
+    ("rollout.actions_per_iteration=-64", "1 or more"),
+    ("rollout.num_envs=7", "multiples of 7"),
+    ("rollout.max_new_tokens=null", "integer"),
+    ("rollout.update_epochs=1.5", "integer"),
+    ("seed=-1", "from 0 to 4294967295"),
+    ("seed=4294967296", "from 0 to 4294967295"),
+    ("seed=null", "from 0 to 4294967295"),
+    ("seed=true", "from 0 to 4294967295"),
+    ("trainer.max_epochs=0", "1 or more"),
+    ("trainer.max_epochs=many", "1 or more"),
+    ("trainer.max_epochs=null", "1 or more"),
+    ("trainer.devices=0", "trainer"),
+    ("trainer.precision=31", "trainer"),
+    ("model.dtype=float8", "float32, bfloat16, float16"),
+    ("model.temperature=0", "above 0"),
+    ("model.max_prompt_tokens=0", "1 or more"),
+    ("model.attn_implementation=slow", "eager"),
+    ("model/prompt=chat", "chat template"),
+    ("critic.hidden_size=0", "1 or more"),
+    ("ckpt_path=none.ckpt", "no such file"),
+]
+UNKNOWN = [
+    ("algorithm.bta=1", "algorithm.bta"),
+    ("+algorithm.bta=1", "algorithm.bta"),
+    ("temperature=1", "temperature"),
+    ("model=gpt5", "tiny"),
+    ("experiment=nope", "plain"),
+    ("nope=1", "nope"),
+    ("seed", "seed"),
+    ("seed=[", "seed=["),
+]
+
+
+@pytest.fixture(autouse=True)
+def no_model_is_loaded(monkeypatch):
+    def build(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "__init__", build)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def refused(tmp_path, command):
+    """refused(*overrides): the one line with which `etpo-train` ends."""
+
+    def call(*overrides: object, main=train.main) -> str:
+        ended = command(main, *overrides, f"hydra.run.dir={tmp_path / 'run'}")
+        assert ended.status == 2, ended
+        assert ended.out == ""
+        assert ended.err.startswith("error: ")
+        assert ended.err.count("\n") == 1
+        assert not (tmp_path / "run" / "metrics.csv").exists()
+        return ended.err
+
+    return call
+
+
+def key_of(override: str) -> str:
+    return override.partition("=")[0].lstrip("+")
+
+
+@pytest.mark.parametrize(("override", "allowed"), OUT_OF_RANGE)
+def test_a_value_out_of_range(refused, override, allowed):
+    line = refused(override)
+    assert key_of(override).replace("/", ".") in line
+    assert allowed in line
+
+
+@pytest.mark.parametrize(("override", "words"), UNKNOWN)
+def test_an_unknown_key_or_option(refused, override, words):
+    assert words in refused(override)
+
+
+def test_an_unknown_option_is_answered_with_all_that_are_known(refused):
+    line = refused("model=gpt5")
+    assert all(path.stem in line for path in (CONF / "model").glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "no such file"),
+        ("", "header"),
+        ("a,b\n1,x\n2,x\n3,x\n", "constant"),
+        ("a,b\n1,7\n2,7\n3,7\n", "constant"),
+        ("a,b\n1,x\n2,y\n3\n", "line 4"),
+    ],
+)
+def test_a_csv_that_is_no_classification_task(refused, tmp_path, text, words):
+    file = tmp_path / "data.csv"
+    if text is not None:
+        file.write_text(text)
+    line = refused("environment.dataset=csv", f"environment.path={file}")
+    assert "environment.path" in line
+    assert words in line
+
+
+def test_a_target_column_that_is_not_there(refused, tmp_path):
+    file = tmp_path / "data.csv"
+    file.write_text("a,b\n" + "1,x\n2,y\n" * 20)
+    line = refused("environment.dataset=csv", f"environment.path={file}", "environment.target=c")
+    assert "environment.target=c" in line
+
+
+@pytest.mark.parametrize("kind", ["empty folder", "no folder", "hub id", "text file", "no weights"])
+def test_a_model_path_that_is_no_model(refused, tmp_path, kind):
+    path = tmp_path / "model"
+    if kind == "empty folder":
+        path.mkdir()
+    if kind == "text file":
+        path.write_text("model")
+    if kind == "hub id":
+        path = "nobody/no-model"
+    if kind == "no weights":
+        path.mkdir()
+        for file in Path(tiny_checkpoint()).iterdir():
+            if file.suffix != ".safetensors":
+                (path / file.name).write_bytes(file.read_bytes())
+    line = refused(f"model.name_or_path={path}")
+    assert f"model.name_or_path={path}" in line
+    assert "hub id or a folder" in line
+
+
+def test_a_model_that_has_no_default(refused):
+    assert "model.name_or_path" in refused("model=causal_lm")
+
+
+def test_a_checkpoint_that_is_none(refused, tmp_path):
+    file = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    file.parent.mkdir(parents=True)
+    file.write_text("nothing")
+    assert f"ckpt_path={file}" in refused(f"ckpt_path={file}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "ckpt_path"),
+        (("ckpt_path=none.ckpt",), "ckpt_path=none.ckpt: no such file"),
+        (("ckpt_path={last}", "samples=0"), "samples=0: allowed is 1 or more"),
+        (("ckpt_path={last}", "seed=-1"), "seed=-1"),
+        (("ckpt_path={last}", "seed=some"), "seed=some"),
+        (("ckpt_path={last}", "overrides=['environment.nope=3']"), "environment.nope"),
+        (("ckpt_path={last}", "nope=1"), "nope"),
+    ],
+)
+def test_evaluate_refuses_in_one_line(refused, finished_run, arguments, words):
+    last = finished_run.folder / "checkpoints" / "last.ckpt"
+    line = refused(*(a.format(last=last) for a in arguments), main=evaluate.main)
+    assert words in line
+
+
+def test_a_gpu_that_is_not_there(refused):
+    assert "trainer" in refused("trainer=gpu", "trainer.devices=64")
+
+
+@pytest.mark.parametrize(
+    ("script", "argument"),
+    [("etpo-train", "algorithm.beta=-1"), ("etpo-evaluate", "ckpt_path=none.ckpt")],
+)
+def test_the_console_scripts_end_at_once(script, argument, tmp_path):
+    start = time.perf_counter()
+    ended = subprocess.run(
+        [Path(sys.executable).with_name(script), argument],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr.count("\n") == 1
+    assert argument in ended.stderr
+    assert time.perf_counter() - start < 60

@@ -1,0 +1,167 @@
+"""The whole loop with each `conf/model`, on small random checkpoints of the models' families.
+
+A random model writes no program that runs. What its actions are worth is therefore replaced, so
+that there is something to learn; all else is the run as it is.
+"""
+
+import json
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from transformers import AutoModel
+
+from etpo import evaluate, train
+from etpo.config import CONF
+from etpo.environments.data_science.scoring import ProgramScorer, Score
+from etpo.rollout.sampler import sample
+
+FAMILY = {
+    "causal_lm": "llama",
+    "codellama-7b": "codellama",
+    "deepseek-coder-1.3b": "deepseek",
+    "qwen2.5-coder-0.5b": "qwen",
+    "qwen2.5-coder-0.5b-instruct": "qwen-instruct",
+    "qwen2.5-coder-1.5b": "qwen",
+    "qwen2.5-coder-1.5b-instruct": "qwen-instruct",
+    "qwen2.5-coder-7b": "qwen",
+    "qwen2.5-coder-7b-instruct": "qwen-instruct",
+    "starcoder2-3b": "starcoder",
+}
+TINY_BUDGET = (
+    "trainer.max_epochs=2",
+    "rollout.num_envs=4",
+    "rollout.actions_per_iteration=8",
+    "rollout.minibatch_size=4",
+    "rollout.update_epochs=1",
+    "rollout.max_new_tokens=6",
+    "algorithm.policy_lr=1e-2",
+    "environment.n_splits=1",
+    "environment.dataset=iris",
+)
+
+
+@pytest.fixture
+def graded_by_length(monkeypatch):
+    """Every program that is longer than its head succeeds; the reward falls with its length."""
+
+    def score(self, programs, on_result=None):
+        return [Score(1 / (1 + len(program.encode()) % 7), None, False) for program in programs]
+
+    monkeypatch.setattr(ProgramScorer, "start", lambda self: None)
+    monkeypatch.setattr(ProgramScorer, "score", score)
+    monkeypatch.setattr(ProgramScorer, "held_out", lambda self, programs: score(self, programs))
+
+
+def composed(folder, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", [f"paths.output_dir={folder}", "study=none", *overrides])
+
+
+def trained(folder, option: str, checkpoint, *overrides: str) -> train.Run:
+    """The objects of a finished run of two iterations, whose policy has left the reference."""
+    overrides = (f"model={option}", "model.dtype=float32", *TINY_BUDGET, *overrides)
+    if option in FAMILY:
+        overrides = (f"model.name_or_path={checkpoint(FAMILY[option])}", *overrides)
+    summary, run = train.train(composed(folder, *overrides))
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    assert (summary["status"], summary["iterations"]) == ("finished", 2)
+    assert summary["kl_to_reference_last"] > 1e-4
+    return run
+
+
+def test_every_model_of_the_configuration_is_tested():
+    assert {path.stem for path in (CONF / "model").glob("*.yaml")} == {*FAMILY, "tiny"}
+
+
+@pytest.mark.parametrize("option", [*FAMILY, "tiny"])
+def test_the_loop_runs_and_moves_the_policy(
+    option, tmp_path, checkpoint, command, graded_by_length
+):
+    run = trained(tmp_path, option, checkpoint)
+    backbone = run.module.backbone
+    cfg = composed(tmp_path, f"model={option}", "model.name_or_path=x")
+    names = {name for name, p in backbone.policy.named_parameters() if p.requires_grad}
+    assert all("lora_" in name for name in names) == (cfg.model.lora is not None)
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]
+    assert {name for name in saved if name.startswith("backbone.")} >= {
+        f"backbone.policy.{name}" for name in names
+    }
+    assert not any("reference" in name for name in saved)
+
+
+@pytest.mark.parametrize("option", ["qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"])
+def test_a_trunk_critic_learns_beside_full_weights_and_beside_lora(
+    option, tmp_path, checkpoint, command, graded_by_length
+):
+    run = trained(tmp_path, option, checkpoint, "critic=trunk", "algorithm.critic_lr=1e-2")
+    trunk = dict(run.module.critic.trunk.named_parameters())
+    shared = {id(p) for p in run.module.backbone.parameters()} & {id(p) for p in trunk.values()}
+    assert not shared
+    pretrained = AutoModel.from_pretrained(checkpoint(FAMILY[option])).named_parameters()
+    for name, weights in pretrained:
+        assert not torch.equal(trunk[name], weights), name
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model.dtype=bfloat16",),
+        ("model.attn_implementation=eager",),
+        ("trainer.accumulate_grad_batches=2",),
+    ],
+)
+@pytest.mark.parametrize("option", ["causal_lm", "starcoder2-3b"])
+def test_variants_of_a_run(option, overrides, tmp_path, checkpoint, command, graded_by_length):
+    trained(tmp_path, option, checkpoint, *overrides)
+
+
+@pytest.mark.parametrize("option", ["codellama-7b", "qwen2.5-coder-0.5b-instruct"])
+def test_what_is_sampled_is_what_is_trained(
+    option, tmp_path, checkpoint, command, graded_by_length
+):
+    backbone = trained(tmp_path, option, checkpoint).module.backbone
+    prompts = backbone.encode(
+        [
+            {"instruction": "Write it.", "prefix": "def f():\n", "suffix": "\n"},
+            {"instruction": "Write it, please, now.", "prefix": "def g(x, y):\n", "suffix": "\n"},
+        ]
+    )
+    taken = sample(backbone, prompts, 6, torch.Generator().manual_seed(0))
+    ids = torch.cat([prompts.ids, taken.ids], dim=1)[:, :-1]
+    mask = torch.cat([prompts.mask, taken.mask], dim=1)[:, :-1]
+    keep = taken.ids.shape[1]
+    chosen = taken.ids.unsqueeze(-1)
+    recomputed = backbone(ids, mask, keep).log_probs.gather(-1, chosen).squeeze(-1)
+    torch.testing.assert_close(recomputed[taken.mask], taken.log_probs[taken.mask])
+    reference = backbone(ids, mask, keep, reference=True).log_probs.gather(-1, chosen).squeeze(-1)
+    assert (reference - recomputed)[taken.mask].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("option", ["causal_lm", "qwen2.5-coder-1.5b"])
+def test_a_checkpoint_is_evaluated_with_its_own_weights(
+    option, tmp_path, checkpoint, command, graded_by_length, monkeypatch
+):
+    name = checkpoint(FAMILY[option])
+    arguments = (f"model={option}", f"model.name_or_path={name}", "model.dtype=float32")
+    ended = command(train.main, *arguments, *TINY_BUDGET, f"hydra.run.dir={tmp_path / 'run'}")
+    assert ended.status == 0, ended.err
+    file = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    loaded, first_attempts = [], evaluate.first_attempts
+
+    def observed(backbone, *rest):
+        loaded.append(backbone)
+        return first_attempts(backbone, *rest)
+
+    monkeypatch.setattr(evaluate, "first_attempts", observed)
+    ended = command(
+        evaluate.main, f"ckpt_path={file}", "samples=2", f"hydra.run.dir={tmp_path / 'evaluation'}"
+    )
+    assert ended.status == 0, ended.err
+    saved = torch.load(file)["state_dict"]
+    trainable = dict(loaded[0].policy.named_parameters())
+    trainable = {name: p for name, p in trainable.items() if p.requires_grad}
+    assert trainable
+    for name, weights in trainable.items():
+        assert torch.equal(weights, saved[f"backbone.policy.{name}"]), name
