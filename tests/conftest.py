@@ -246,3 +246,22 @@ def repeatable() -> Callable[[Path], tuple[list[dict[str, str]], str]]:
         return rows, (folder / "episodes.jsonl").read_text()
 
     return read
+
+
+@pytest.fixture(scope="session")
+def assert_same_run(repeatable) -> Callable[[Path, Path], None]:
+    """assert_same_run(folder, other): the same metrics, episodes and weights, to the last bit."""
+
+    def compare(folder: Path, other: Path) -> None:
+        (rows, episodes), (other_rows, other_episodes) = repeatable(folder), repeatable(other)
+        assert rows == other_rows
+        assert episodes == other_episodes
+        weights, other_weights = (
+            torch.load(f / "checkpoints" / "last.ckpt")["state_dict"] for f in (folder, other)
+        )
+        assert any(name.startswith("backbone.policy.") for name in weights)
+        assert weights.keys() == other_weights.keys()
+        for name in weights:
+            assert torch.equal(weights[name], other_weights[name]), name
+
+    return compare

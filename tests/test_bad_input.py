@@ -7,10 +7,12 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 import transformers
 
 from etpo import evaluate, train
 from etpo.config import CONF
+from etpo.errors import ConfigError
 from etpo.models.backbone import tiny_checkpoint
 
 OUT_OF_RANGE = [
@@ -42,25 +44,24 @@ OUT_OF_RANGE = [
     ("trainer.max_epochs=0", "1 or more"),
     ("trainer.max_epochs=many", "1 or more"),
     ("trainer.max_epochs=null", "1 or more"),
-    ("trainer.devices=0", "trainer"),
-    ("trainer.precision=31", "trainer"),
     ("model.dtype=float8", "float32, bfloat16, float16"),
     ("model.temperature=0", "above 0"),
     ("model.max_prompt_tokens=0", "1 or more"),
     ("model.attn_implementation=slow", "eager"),
     ("model/prompt=chat", "chat template"),
+    ("algorithm.correction=maybe", "true, false"),
     ("critic.hidden_size=0", "1 or more"),
     ("ckpt_path=none.ckpt", "no such file"),
 ]
 UNKNOWN = [
     ("algorithm.bta=1", "algorithm.bta"),
-    ("+algorithm.bta=1", "algorithm.bta"),
     ("temperature=1", "temperature"),
     ("model=gpt5", "tiny"),
     ("experiment=nope", "plain"),
     ("nope=1", "nope"),
     ("seed", "seed"),
     ("seed=[", "seed=["),
+    ("seed=0,1", "--multirun"),
 ]
 
 
@@ -170,6 +171,8 @@ def test_a_checkpoint_that_is_none(refused, tmp_path):
     ("arguments", "words"),
     [
         ((), "ckpt_path"),
+        (("ckpt_path=/none.ckpt",), "ckpt_path=/none.ckpt: no such file"),
+        (("ckpt_path={last}", "overrides=seed"), "overrides=seed"),
         (("ckpt_path=none.ckpt",), "ckpt_path=none.ckpt: no such file"),
         (("ckpt_path={last}", "samples=0"), "samples=0: allowed is 1 or more"),
         (("ckpt_path={last}", "seed=-1"), "seed=-1"),
@@ -182,6 +185,30 @@ def test_evaluate_refuses_in_one_line(refused, finished_run, arguments, words):
     last = finished_run.folder / "checkpoints" / "last.ckpt"
     line = refused(*(a.format(last=last) for a in arguments), main=evaluate.main)
     assert words in line
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trainer.devices=0", ("trainer", "devices")),
+        ("trainer.precision=31", ("trainer", "precision")),
+        ("+algorithm.bta=1", ("algorithm", "bta")),
+        ("algorithm.gamma=${nope}", ("algorithm.gamma", "nope")),
+    ],
+)
+def test_a_value_that_only_a_constructor_knows(refused, override, words):
+    line = refused(override)
+    assert all(word in line for word in words)
+    assert "HYDRA_FULL_ERROR=1" in line
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [({"weight": torch.zeros(5, 2)}, "other shapes"), ({"scale": torch.zeros(3)}, "weight scale")],
+)
+def test_the_weights_of_another_model(state, words):
+    with pytest.raises(ConfigError, match=f"ckpt_path=last.ckpt.*{words}"):
+        evaluate.load_weights(torch.nn.Linear(2, 3), state, "last.ckpt")
 
 
 def test_a_gpu_that_is_not_there(refused):

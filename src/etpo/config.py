@@ -1,18 +1,24 @@
 """Where the configuration lies, how it is checked, and how bad input is told."""
 
 import hashlib
+import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
+import torch
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from etpo.errors import ConfigError
+from etpo.errors import MAX_SEED, ConfigError, check_integer
 from etpo.models.backbone import tiny_checkpoint
 
 _PACKAGED = Path(__file__).parent / "conf"
@@ -30,27 +36,40 @@ OmegaConf.register_new_resolver("short_hash", short_hash, replace=True)
 
 @contextmanager
 def exit_on_bad_input() -> Iterator[None]:
-    """Prints a ConfigError, or one that Hydra wrapped, on one line of stderr; exits with 2."""
+    """Prints bad input on one line of stderr and exits with 2.
+
+    That is a ConfigError, also one that Hydra wrapped, and, unless HYDRA_FULL_ERROR is set, what
+    else a constructor or OmegaConf raises.
+    """
     try:
         yield
-    except (ConfigError, InstantiationException) as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, ConfigError):
+    except (ConfigError, InstantiationException, OmegaConfBaseException) as error:
+        cause: BaseException = error
+        while not isinstance(cause, ConfigError) and cause.__cause__ is not None:
             cause = cause.__cause__
-        if cause is None:
-            raise
-        print(f"error: {cause}", file=sys.stderr)
+        line = str(cause)
+        if not isinstance(cause, ConfigError):
+            if "HYDRA_FULL_ERROR" in os.environ:
+                raise
+            key = re.search(r"full_key: (\S+)", str(error))
+            line = (line.splitlines() or [type(cause).__name__])[0]
+            line = f"{key[1]}: {line}" if key else line
+            line += " (HYDRA_FULL_ERROR=1 shows the traceback)"
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
 
 
 def check_overrides(config_name: str, arguments: Sequence[str]) -> None:
     """Raises ConfigError unless the overrides among `arguments` compose; sweeps by first value."""
-    overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
+    flags = get_args_parser().parse_args(list(arguments))
+    if flags.config_dir or flags.config_path or flags.config_name:
+        return  # not the package's own configuration
+    multirun = flags.multirun or "hydra.mode=MULTIRUN" in flags.overrides
     try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
+        parsed = OverridesParser.create().parse_overrides(flags.overrides)
         single = [
             f"{o.get_key_element()}={next(o.sweep_string_iterator())}"
-            if o.is_sweep_override()
+            if multirun and o.is_sweep_override()
             else o.input_line
             for o in parsed
         ]
@@ -61,21 +80,47 @@ def check_overrides(config_name: str, arguments: Sequence[str]) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return "; ".join(lines[:3])
+    text = str(error).partition("Config search path:")[0]
+    lines = [line.strip() for line in text.splitlines() if "See https://" not in line]
+    override = f"{error.override}:" if isinstance(error, OverrideParseException) else ""
+    return " ".join(filter(None, [override, *lines]))
+
+
+def check_missing(cfg: DictConfig) -> None:
+    """Raises ConfigError where a value is `???`."""
+    try:
+        OmegaConf.to_container(cfg, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        key = error.full_key
+        raise ConfigError(f"{key}=??? needs a value: give {key}=...") from error
 
 
 def check_config(cfg: DictConfig) -> None:
     """Raises ConfigError for a missing or impossible value that no constructor sees in time."""
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise ConfigError(f"{missing[0]}=??? needs a value: give {missing[0]}=...")
-    if not isinstance(cfg.seed, int) or not 0 <= cfg.seed < 2**32:
-        raise ConfigError(f"seed={cfg.seed}: allowed is an integer from 0 to 4294967295")
-    if cfg.trainer.max_epochs < 1:
-        raise ConfigError(f"trainer.max_epochs={cfg.trainer.max_epochs}: allowed is 1 or more")
-    if cfg.ckpt_path is not None and not Path(cfg.ckpt_path).is_file():
-        raise ConfigError(f"ckpt_path={cfg.ckpt_path}: no such file; allowed is a checkpoint")
+    check_missing(cfg)
+    OmegaConf.to_container(cfg, resolve=True)  # raises for an interpolation of an unknown key
+    check_integer("seed", cfg.seed, 0, MAX_SEED)
+    check_integer("trainer.max_epochs", cfg.trainer.max_epochs, 1)
+    if "critic" in cfg and "hidden_size" in cfg.critic:
+        check_integer("critic.hidden_size", cfg.critic.hidden_size, 1)
+    if cfg.ckpt_path is not None:
+        load_checkpoint(cfg.ckpt_path)
+
+
+_UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, UnpicklingError)
+
+
+def load_checkpoint(ckpt_path: str) -> dict[str, Any]:
+    """The checkpoint's content, mapped from the file; ConfigError where it is no checkpoint."""
+    path = Path(str(ckpt_path))
+    if not path.is_file():
+        raise ConfigError(f"ckpt_path={path}: no such file; allowed is a checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content["state_dict"]
+    except _UNREADABLE as error:
+        raise ConfigError(f"ckpt_path={path}: allowed is a checkpoint of a run") from error
+    return content
 
 
 def resume_arguments(arguments: Sequence[str]) -> list[str]:
@@ -86,7 +131,7 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
     paths = [a.partition("=")[2] for a in arguments if a.startswith("ckpt_path=")]
     if not paths or paths[-1] in ("", "null"):
         return list(arguments)
-    folder = Path(paths[-1]).absolute().parents[1]
+    folder = Path(paths[-1]).absolute().parent.parent
     saved = folder / ".hydra" / "overrides.yaml"
     if not saved.is_file():
         return list(arguments)

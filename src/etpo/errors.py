@@ -1,4 +1,6 @@
-"""The one exception that a user's input can raise."""
+"""The one exception that a user's input can raise, and the checks that several modules share."""
+
+MAX_SEED = 2**32 - 1  # of NumPy and Lightning
 
 
 class ConfigError(ValueError):
@@ -15,3 +17,10 @@ def check_range(key: str, value: float, low: float, high: float, *, above: bool 
         bound = f"above {low:g}" if above else f"{low:g} or more"
         limit = "" if high == float("inf") else f" and at most {high:g}"
         raise ConfigError(f"{key}={value}: allowed is a number, {bound}{limit}")
+
+
+def check_integer(key: str, value: object, low: int, high: int | None = None) -> None:
+    """Raises ConfigError unless `value` is an int, no bool, and low <= value <= high."""
+    if type(value) is not int or value < low or (high is not None and value > high):
+        span = f"{low} or more" if high is None else f"from {low} to {high}"
+        raise ConfigError(f"{key}={value}: allowed is {span}, an integer")

@@ -16,22 +16,26 @@ from rich.console import Console
 from rich.table import Table
 
 from etpo.algorithms.etpo import ETPO
-from etpo.config import CONF, check_overrides, exit_on_bad_input
+from etpo.config import (
+    CONF,
+    check_missing,
+    check_overrides,
+    exit_on_bad_input,
+    load_checkpoint,
+)
 from etpo.environments.text_env import TextVectorEnv
-from etpo.errors import ConfigError
+from etpo.errors import MAX_SEED, ConfigError, check_integer
 from etpo.models.backbone import Backbone
 from etpo.rollout.sampler import sample
+from etpo.train import quiet
 
 
 def saved_config(ckpt_path: str, overrides: list[str]) -> DictConfig:
     """The configuration of the run that wrote `ckpt_path`, with `overrides` on top.
 
-    Raises ConfigError where the file, or the run folder's `.hydra/config.yaml`, is missing.
+    Raises ConfigError where the run folder's `.hydra/config.yaml` is missing.
     """
-    path = Path(ckpt_path)
-    if not path.is_file():
-        raise ConfigError(f"ckpt_path={ckpt_path}: no such file; allowed is a checkpoint")
-    config = path.absolute().parents[1] / ".hydra" / "config.yaml"
+    config = Path(ckpt_path).absolute().parent.parent / ".hydra" / "config.yaml"
     if not config.is_file():
         raise ConfigError(f"ckpt_path={ckpt_path}: its run folder lacks {config.name} ({config})")
     cfg = OmegaConf.load(config)
@@ -41,6 +45,16 @@ def saved_config(ckpt_path: str, overrides: list[str]) -> DictConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(f"overrides={overrides}: {str(error).splitlines()[0]}") from error
     return cfg
+
+
+def load_weights(module: ETPO, state: dict[str, torch.Tensor], ckpt_path: str) -> None:
+    """Loads what training changed; ConfigError where `state` is that of another model."""
+    try:
+        strange = module.load_state_dict(state, strict=False).unexpected_keys
+    except RuntimeError as error:
+        raise ConfigError(f"ckpt_path={ckpt_path}: its weights have other shapes") from error
+    if strange:
+        raise ConfigError(f"ckpt_path={ckpt_path}: the model has no weight {strange[0]}")
 
 
 def first_attempts(
@@ -75,16 +89,17 @@ def score_table(
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Greedy and sampled first attempts of a checkpoint, scored on reward and held-out rows."""
-    if not isinstance(cfg.samples, int) or cfg.samples < 1:
-        raise ConfigError(f"samples={cfg.samples}: allowed is 1 or more")
-    run = saved_config(cfg.ckpt_path, list(cfg.overrides))
+    check_missing(cfg)
+    check_integer("samples", cfg.samples, 1)
+    check_integer("seed", cfg.seed, 0, MAX_SEED)
+    if not OmegaConf.is_list(cfg.overrides):
+        raise ConfigError(f"overrides={cfg.overrides}: allowed is a list, ['key=value', ...]")
+    state = load_checkpoint(cfg.ckpt_path)["state_dict"]
+    run = saved_config(str(cfg.ckpt_path), [str(override) for override in cfg.overrides])
     run.paths.output_dir = cfg.paths.output_dir
     environment = instantiate(run.environment)
     module: ETPO = instantiate(run.algorithm, backbone=instantiate(run.model))
-    module.load_state_dict(
-        torch.load(cfg.ckpt_path, map_location="cpu", weights_only=True)["state_dict"],
-        strict=False,
-    )
+    load_weights(module, state, cfg.ckpt_path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module.to(device)
     generator = torch.Generator(device).manual_seed(cfg.seed)
@@ -123,6 +138,7 @@ def report(result: dict[str, Any], folder: Path) -> None:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")
 def hydra_main(cfg: DictConfig) -> None:
+    quiet()
     with exit_on_bad_input():
         report(evaluate(cfg), Path(cfg.paths.output_dir))
 

@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
+from transformers.utils import logging as transformers_logging
 
 from etpo.callbacks.best_action import BestAction
 from etpo.callbacks.summary import RunSummary, print_closing, write_summary
@@ -127,7 +128,8 @@ def log_to(file: Path) -> None:
 
 
 def quiet() -> None:
-    """Silences what Lightning says about a loop that is meant to be as it is."""
+    """Silences what Lightning says about a loop that is meant to be as it is; no loading bars."""
+    transformers_logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
         r"Found \d+ module\(s\) in eval mode",

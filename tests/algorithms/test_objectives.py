@@ -10,8 +10,12 @@ from etpo.algorithms.objectives import (
     centred_advantage,
     critic_loss,
     doubly_robust_objective,
+    dueling_q,
+    explained_variance,
+    leave_one_out_baseline,
     masked_q,
     policy_objective,
+    rebased_q,
     taken_token_correction,
 )
 from etpo.algorithms.soft_bellman import (
@@ -338,3 +342,58 @@ def test_action_weights_are_powers_of_gamma():
     torch.testing.assert_close(action_weights(0.5, steps), torch.tensor([1, 0.5, 0.125]))
     assert action_weights(0.0, steps).tolist() == [1, 0, 0]
     assert action_weights(1, steps).tolist() == [1, 1, 1]
+
+
+def test_the_mean_of_dueling_q_is_the_value():
+    value, advantage = normal(4), normal(4, 5, seed=1)
+    log_pi = normal(4, 5, seed=2).log_softmax(-1)
+    q = dueling_q(value, advantage, log_pi)
+    torch.testing.assert_close((log_pi.exp() * q).sum(-1), value)
+    torch.testing.assert_close(q - q[:, :1], advantage - advantage[:, :1])
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.2])
+def test_rebased_q_moves_the_reference_to_the_old_policy(eta):
+    logits, q = normal(4, 5).requires_grad_(), normal(4, 5, seed=1)
+    log_ref, log_old = normal(2, 4, 5, seed=2).log_softmax(-1)
+    log_pi = logits.log_softmax(-1)
+    rebased = policy_objective(
+        log_pi, log_old, None, rebased_q(q, log_ref, log_old, BETA), BETA + eta
+    )
+    plain = policy_objective(log_pi, log_ref, log_old, q, BETA, eta)
+    torch.testing.assert_close(rebased, plain)
+    gradients = [
+        torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0] for loss in (rebased, plain)
+    ]
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].abs().max() > 0.01
+
+
+def test_leave_one_out_baseline_by_hand():
+    # valid tokens sum to 3, 3, 12 in 2, 1, 2 tokens; what is not valid counts nowhere
+    errors = torch.stack([f64(1, 2), f64(3, torch.nan), f64(5, 7)])
+    valid = torch.tensor([[True, True], [True, False], [True, True]])
+    assert leave_one_out_baseline(errors, valid).tolist() == [15 / 3, 15 / 4, 6 / 3]
+    assert leave_one_out_baseline(errors[:1], valid[:1]).tolist() == [0]
+
+
+def test_a_row_has_no_part_in_its_own_baseline():
+    """So that the baseline is independent of the row's actions and adds no bias."""
+    errors, valid = normal(4, 6), normal(4, 6, seed=1) > -1
+    before = leave_one_out_baseline(errors, valid)
+    for row in range(4):
+        changed = errors.clone()
+        changed[row] += normal(6, seed=2)
+        after = leave_one_out_baseline(changed, valid)
+        others = torch.arange(4) != row
+        torch.testing.assert_close(after[row], before[row])
+        assert ((after - before)[others].abs() > 1e-3).all()
+
+
+def test_explained_variance_by_hand():
+    targets = f64(2, 4, 6)  # variance 4
+    assert explained_variance(f64(1, 2, 3), targets) == 0.75  # errors 1, 2, 3: variance 1
+    assert explained_variance(f64(7, 9, 11), targets) == 1.0  # a shift explains as much
+    assert explained_variance(f64(5, 5, 5), targets) == 0.0
+    assert explained_variance(f64(-2, -4, -6), targets) == -3.0  # errors 4, 8, 12: variance 16
+    assert explained_variance(f64(1, 2, 3), f64(5, 5, 5)) == 0.0

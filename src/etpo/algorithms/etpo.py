@@ -4,8 +4,8 @@ What differs from the paper (arXiv 2402.06700), each a config value under `algor
 
 1. Targets are TD(lambda) with the critic as control variate; `lambda_=0` is the paper's one-step
    update (eq. 12-13), which moves a reward back by one token per iteration.
-2. The critic is a dueling head on the frozen reference's features (`critic=head`); `critic=trunk`
-   is a whole language model, as in the paper.
+2. The critic is a dueling head on a copy of the language model (`critic=trunk`), or on the frozen
+   reference's features (`critic=head`), which costs no further model.
 3. The policy objective is doubly robust: the exact full-vocabulary term plus a clipped correction
    of the critic's error on the taken token. `correction=false` is the paper's plain objective.
    The critic of the objective was fitted on EARLIER iterations only, so that the gradient at
@@ -23,7 +23,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from etpo.algorithms import objectives, soft_bellman
-from etpo.errors import ConfigError, check_range
+from etpo.errors import ConfigError, check_integer, check_range
 from etpo.models.backbone import Backbone
 from etpo.models.critics import polyak_update
 from etpo.rollout.episode import Actions, Rollout, episode_layout, pack, sequence, unpack
@@ -114,6 +114,9 @@ class ETPO(LightningModule):
         ):
             if value is not None or key not in ("clip", "max_kl"):
                 check_range(f"algorithm.{key}", value, 0, high, above=True)
+        check_integer("algorithm.annotation_batch", annotation_batch, 1)
+        if not isinstance(correction, bool):
+            raise ConfigError(f"algorithm.correction={correction}: allowed are true, false")
         if critic_loss not in ("huber", "mse"):
             raise ConfigError(f"algorithm.critic_loss={critic_loss}: allowed are huber, mse")
         self.backbone = backbone()

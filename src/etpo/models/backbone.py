@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from etpo.environments.text_env import TextObservation
-from etpo.errors import ConfigError
+from etpo.errors import ConfigError, check_integer, check_range
 from etpo.models.prompting import PromptTemplate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTENTION = ("eager", "sdpa", "flash_attention_2")
 
 
 class TokenOutput(NamedTuple):
@@ -76,11 +77,21 @@ class Backbone(nn.Module):
         super().__init__()
         if dtype not in DTYPES:
             raise ConfigError(f"model.dtype={dtype}: allowed are {', '.join(DTYPES)}")
+        if attn_implementation not in ATTENTION:
+            raise ConfigError(
+                f"model.attn_implementation={attn_implementation}: allowed are "
+                f"{', '.join(ATTENTION)}"
+            )
+        check_range("model.temperature", temperature, 0, float("inf"), above=True)
+        check_integer("model.max_prompt_tokens", max_prompt_tokens, 1)
         self.prompt = prompt
         self.temperature = temperature
         self.max_prompt_tokens = max_prompt_tokens
         self.stop_strings = list(stop_strings)
         self.tokenizer = load_tokenizer(name_or_path)
+        self.stop_ids = stop_ids(self.tokenizer, stop_tokens)
+        probe = TextObservation(instruction="a", prefix="a", suffix="a")
+        prompt.encode(self.tokenizer, probe, max_prompt_tokens)  # raises before weights are loaded
         model = load_model(name_or_path, DTYPES[dtype], attn_implementation)
         model.generation_config = None
         self.reference = None if lora else copy.deepcopy(model).requires_grad_(False)
@@ -94,7 +105,6 @@ class Backbone(nn.Module):
         self.context_size = getattr(
             model.config.get_text_config(), "max_position_embeddings", float("inf")
         )
-        self.stop_ids = stop_ids(self.tokenizer, stop_tokens)
         pad = self.tokenizer.pad_token_id
         self.pad_id = pad if pad is not None else self.stop_ids[0]
         self.eval()
@@ -176,7 +186,10 @@ def load_model(name_or_path: str, dtype: torch.dtype, attn_implementation: str) 
         return AutoModelForCausalLM.from_pretrained(
             name_or_path, dtype=dtype, attn_implementation=attn_implementation
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except ImportError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ConfigError(f"model.attn_implementation={attn_implementation}: {reason}") from error
+    except (OSError, ValueError, KeyError) as error:
         raise ConfigError(_not_a_model(name_or_path, error)) from error
 
 

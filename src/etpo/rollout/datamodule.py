@@ -8,7 +8,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 
 from etpo.environments.text_env import TextVectorEnv
-from etpo.errors import ConfigError
+from etpo.errors import ConfigError, check_integer
 from etpo.rollout.collector import OnProgress, collect
 from etpo.rollout.episode import Rollout
 from etpo.rollout.replay import OnPolicyBuffer
@@ -61,8 +61,7 @@ class RolloutDataModule(LightningDataModule):
         """Raises ConfigError where the sizes do not fit together on `world_size` ranks."""
         sizes = ("num_envs", "minibatch_size", "update_epochs", "max_new_tokens")
         for key in ("actions_per_iteration", *sizes):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"rollout.{key}={getattr(self, key)}: allowed is 1 or more")
+            check_integer(f"rollout.{key}", getattr(self, key), 1)
         if self.num_envs != self.environment.num_envs:
             raise ConfigError(
                 f"rollout.num_envs={self.num_envs}: allowed is the environment's number, "

@@ -182,6 +182,22 @@ def test_equal_programs_run_once(sandbox):
     assert scorer.cache_hits == 3
 
 
+def test_scores_that_another_scorer_knows_run_nothing_again(sandbox):
+    dataset = load_dataset("wine")
+    first, second = ProgramScorer(dataset, sandbox), ProgramScorer(dataset, sandbox)
+    scores = first.score([LOGISTIC, BROKEN])
+    second.load_scores(first.known_scores())
+    sandbox.runs.clear()
+    again = second.score([BROKEN, LOGISTIC, RANDOM])
+    assert [program for program, _ in sandbox.runs] == [RANDOM]
+    assert [score.cached for score in again] == [True, True, False]
+    assert [score[:2] for score in again[:2]] == [scores[1][:2], scores[0][:2]]
+    assert second.cache_hits == 2
+    second.load_scores({RANDOM: (0.25, None), SEARCH: (0.75, None)})
+    assert second.known_scores()[RANDOM] == again[2][:2]  # what was scored here stays
+    assert second.score([SEARCH])[0] == (0.75, None, True)
+
+
 def test_failures_score_minus_one_with_their_error(sandbox):
     unnormalised = RANDOM.replace("[1 - p, p]", "[p, p, p]")
     broken, unnormalised = ProgramScorer(load_dataset("wine"), sandbox).score(

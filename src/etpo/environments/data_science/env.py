@@ -19,9 +19,7 @@ from etpo.environments.data_science.scoring import ProgramScorer, Score
 from etpo.environments.data_science.script import best_program_script, write_program_data
 from etpo.environments.sandbox import Sandbox
 from etpo.environments.text_env import TextObservation, TextVectorEnv
-from etpo.errors import ConfigError
-
-MAX_SEED = 2**32 - 1
+from etpo.errors import MAX_SEED, ConfigError, check_integer
 
 
 class DataScienceEnv(TextVectorEnv):
@@ -62,10 +60,10 @@ class DataScienceEnv(TextVectorEnv):
         _check_choice("mode", mode, ("repair", "improve"))
         _check_choice("protocol", protocol, ("held_out", "paper"))
         for key, value in (("max_attempts", max_attempts), ("n_splits", n_splits)):
-            _check_integer(key, value, 1)
-        _check_integer("num_envs", num_envs, 1)
+            check_integer(f"environment.{key}", value, 1)
+        check_integer("environment.num_envs", num_envs, 1)
         for key, value in (("split_seed", split_seed), ("seed", seed)):
-            _check_integer(key, value, 0, MAX_SEED)
+            check_integer(f"environment.{key}", value, 0, MAX_SEED)
         self.dataset = load_dataset(
             dataset, path=path, target=target, data_dir=data_dir, missing=missing
         )
@@ -190,10 +188,3 @@ def _copies(space: spaces.Space, count: int) -> spaces.Tuple:
 def _check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"environment.{key}={value} is unknown; allowed: {', '.join(allowed)}")
-
-
-def _check_integer(key: str, value: int, lowest: int, highest: int | None = None) -> None:
-    limit = np.inf if highest is None else highest
-    if type(value) is not int or not lowest <= value <= limit:
-        allowed = f"{lowest} or more" if highest is None else f"from {lowest} to {highest}"
-        raise ConfigError(f"environment.{key}={value} is not allowed; an integer, {allowed}")

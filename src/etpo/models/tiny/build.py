@@ -236,7 +236,7 @@ def build(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the tiny base language model.")
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="folder of the checkpoint")
-    parser.add_argument("--steps", type=int, default=2400, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens per step")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak of the schedule")

@@ -103,12 +103,12 @@ ESTIMATORS = (
         wrong_modules=("trees", "ensemble", "decision_tree"),
         fit_owner="DecisionTreeClassifier",
     ),
-    Estimator("RandomForestClassifier", "ensemble", 12, 10, FOREST_SETTINGS, **FOREST_MISTAKES),
+    Estimator("RandomForestClassifier", "ensemble", 10, 10, FOREST_SETTINGS, **FOREST_MISTAKES),
     Estimator("ExtraTreesClassifier", "ensemble", 6, 6, FOREST_SETTINGS, **FOREST_MISTAKES),
     Estimator(
         "GradientBoostingClassifier",
         "ensemble",
-        4.5,
+        9,
         16,
         {
             "n_estimators": ("200", "200", "200", "200", "150", "5"),
@@ -128,7 +128,7 @@ ESTIMATORS = (
     Estimator(
         "HistGradientBoostingClassifier",
         "ensemble",
-        5,
+        9,
         16,
         {
             "max_iter": ("200", "200", "200", "200", "150", "1"),

@@ -1,0 +1,141 @@
+"""A run that was stopped or killed and goes on ends as the one that was never interrupted."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from etpo import train
+
+
+def descendants(pid: int) -> list[int]:
+    files = Path(f"/proc/{pid}/task").glob("*/children")
+    children = [int(child) for file in files for child in file.read_text().split()]
+    return children + [below for child in children for below in descendants(child)]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def assert_all_end(pids: list[int], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while any(map(is_running, pids)):
+        assert time.monotonic() < deadline, [pid for pid in pids if is_running(pid)]
+        time.sleep(0.05)
+
+
+@contextmanager
+def killed_at_the_end(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
+    with process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for_line(process: subprocess.Popen, start: str) -> None:
+    for line in process.stdout:
+        if line.startswith(start):
+            return
+    raise AssertionError(process.stderr.read())
+
+
+def wait_for_file(file: Path, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not file.exists():
+        assert time.monotonic() < deadline, file
+        time.sleep(0.02)
+
+
+def counted(folder: Path) -> dict:
+    """The summary without what the clock and the memory decide."""
+    summary = json.loads((folder / "summary.json").read_text())
+    measured = ("wall_seconds", "tokens_per_second", "peak_memory_mib")
+    return {key: value for key, value in summary.items() if key not in measured}
+
+
+@pytest.fixture
+def resumed_as_if_uninterrupted(command, finished_run, assert_same_run):
+    """Resumes the run in a folder and holds what it leaves against the uninterrupted one."""
+
+    def resume(folder: Path, *overrides: str) -> None:
+        last = folder / "checkpoints" / "last.ckpt"
+        ended = command(train.main, f"ckpt_path={last}", *overrides)
+        assert ended.status == 0, ended.err
+        assert_same_run(folder, finished_run.folder)
+        assert counted(folder) == counted(finished_run.folder)
+        best, other_best = (f / "best_action.py" for f in (folder, finished_run.folder))
+        assert best.read_text() == other_best.read_text()
+
+    return resume
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(
+    command, small_run, finished_run, resumed_as_if_uninterrupted, tmp_path
+):
+    """Scores that were known at the checkpoint are known after it: see `cached`."""
+    lines = (finished_run.folder / "episodes.jsonl").read_text().splitlines()
+    first = {json.loads(line)["action"] for line in lines[:16]}
+    assert any(json.loads(line)["action"] in first for line in lines[16:]), "nothing comes again"
+    ended = command(train.main, *small_run, "trainer.max_epochs=1", f"hydra.run.dir={tmp_path}")
+    assert ended.status == 0, ended.err
+    assert counted(tmp_path)["iterations"] == 1
+    resumed_as_if_uninterrupted(tmp_path, "trainer.max_epochs=3")
+
+
+@pytest.mark.parametrize(
+    "seconds", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.1, 0.3, 0.6, 1.0))]
+)
+def test_a_killed_run_goes_on(
+    seconds, start_train, small_run, resumed_as_if_uninterrupted, tmp_path
+):
+    process = start_train(tmp_path, *small_run, "hydra.run.dir=run")
+    with killed_at_the_end(process):
+        wait_for_line(process, "iteration 2/3")
+        time.sleep(seconds)
+        below = descendants(process.pid)
+        assert below
+        process.kill()
+        assert process.wait(timeout=30) == -signal.SIGKILL
+        assert_all_end(below)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    resumed_as_if_uninterrupted(tmp_path / "run")
+
+
+@pytest.mark.parametrize("send", [os.killpg, pytest.param(os.kill, marks=pytest.mark.slow)])
+def test_ctrl_c_leaves_what_a_run_needs_to_go_on(
+    send, start_train, small_run, resumed_as_if_uninterrupted, tmp_path
+):
+    """A terminal interrupts the whole process group; `kill -INT` the process alone."""
+    folder = tmp_path / "run"
+    process = start_train(tmp_path, *small_run, "hydra.run.dir=run")
+    with killed_at_the_end(process):
+        wait_for_line(process, "iteration 1/3")
+        wait_for_file(folder / "checkpoints" / "last.ckpt")  # written after the line
+        below = descendants(process.pid)
+        assert below
+        send(process.pid, signal.SIGINT)
+        printed, errors = process.stdout.read(), process.stderr.read()
+        assert process.wait(timeout=60) == 130, errors
+        assert_all_end(below)
+    assert "Traceback" not in errors
+    assert "Interrupted after" in printed
+    assert str(folder / "checkpoints" / "last.ckpt") in printed
+    summary = counted(folder)
+    assert summary["status"] == "interrupted"
+    last = torch.load(folder / "checkpoints" / "last.ckpt")
+    assert summary["iterations"] == last["epoch"] + 1 < 3
+    resumed_as_if_uninterrupted(folder)
