@@ -93,6 +93,6 @@ def test_improvements_know_nothing_of_the_score():
 
     assert 0.45 < len(high) / 4000 < 0.55
     assert abs(boosted(high) - boosted(low)) < 0.05  # 3.2 standard errors
-    assert boosted(high) > 0.25
     plain = [sample(rng) for _ in range(4000)]
-    assert 0.04 < boosted(plain) < 0.13
+    assert 0.1 < boosted(plain) < 0.25  # 2 of 14 estimators, a little above their even share
+    assert boosted(high) > boosted(plain) + 0.05
