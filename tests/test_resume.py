@@ -129,7 +129,7 @@ def test_ctrl_c_leaves_what_a_run_needs_to_go_on(
         assert below
         send(process.pid, signal.SIGINT)
         printed, errors = process.stdout.read(), process.stderr.read()
-        assert process.wait(timeout=60) == 130, errors
+        assert process.wait(timeout=60) == 130, printed + errors
         assert_all_end(below)
     assert "Traceback" not in errors
     assert "Interrupted after" in printed
