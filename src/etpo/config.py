@@ -141,8 +141,11 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def study_arguments(arguments: Sequence[str]) -> list[str]:
-    """`arguments`, with the hash of a multirun's command line as its `study` if it names none."""
+    """A multirun's `arguments`, its flag first, with their hash as `study` if they name none."""
     multirun = {"-m", "--multirun"} & set(arguments)
-    if not multirun or any(a.startswith("study=") for a in arguments):
+    if not multirun:
         return list(arguments)
-    return [*arguments, f"study={short_hash(*sorted(set(arguments) - multirun))}"]
+    rest = [a for a in arguments if a not in multirun]
+    if not any(a.startswith("study=") for a in rest):
+        rest.append(f"study={short_hash(*sorted(set(rest)))}")
+    return ["--multirun", *rest]  # argparse refuses overrides on both sides of a flag

@@ -5,7 +5,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from etpo.config import CONF, check_overrides
+from etpo.config import CONF, check_overrides, study_arguments
 from etpo.errors import ConfigError
 
 GROUPS = sorted(
@@ -61,3 +61,20 @@ def test_sweeps_and_hydra_overrides_pass_the_check():
     )
     with pytest.raises(ConfigError, match="nope"):
         check_overrides("train", ["-m", "nope=0,1"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["-m", "seed=0,1"], ["seed=0,1", "-m"], ["experiment=plain", "--multirun", "seed=0,1"]],
+)
+def test_the_flag_of_a_multirun_may_stand_anywhere(arguments):
+    check_overrides("train", study_arguments(arguments))
+
+
+def test_a_multirun_gets_the_same_study_whatever_the_order():
+    studies = {
+        study_arguments(a)[-1] for a in (["-m", "seed=0,1", "a=2"], ["a=2", "seed=0,1", "-m"])
+    }
+    assert len(studies) == 1
+    assert studies.pop().startswith("study=")
+    assert study_arguments(["-m", "study=mine"]) == ["--multirun", "study=mine"]

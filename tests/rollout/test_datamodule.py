@@ -52,14 +52,14 @@ def test_buffer_serves_every_action_once_per_epoch_and_refills():
 )
 def test_impossible_sizes_are_config_errors(letter_env, changes, message):
     with pytest.raises(ConfigError, match=message):
-        RolloutDataModule(letter_env(4), **(SIZES | changes))
+        RolloutDataModule(letter_env(changes.get("num_envs", 4)), **(SIZES | changes))
 
 
 def test_sizes_must_fit_all_processes(letter_env):
     data = RolloutDataModule(letter_env(4), **SIZES)
     data.check(world_size=4)
     with pytest.raises(ConfigError, match="multiples of 64 .*on 8 processes"):
-        RolloutDataModule(letter_env(4), **(SIZES | {"num_envs": 8})).check(world_size=8)
+        RolloutDataModule(letter_env(8), **(SIZES | {"num_envs": 8})).check(world_size=8)
 
 
 def test_derived_seeds_differ_and_repeat():
@@ -69,3 +69,10 @@ def test_derived_seeds_differ_and_repeat():
     assert len(set(seeds)) == len(seeds)
     assert derived_seed(0, 1, 2, 3) == derived_seed(0, 1, 2, 3)
     assert all(0 <= s < 2**63 for s in seeds)
+
+
+def test_the_environments_number_must_be_the_configured_one(letter_env):
+    with pytest.raises(
+        ConfigError, match="rollout.num_envs=4: allowed is the environment's number"
+    ):
+        RolloutDataModule(letter_env(2), **SIZES)

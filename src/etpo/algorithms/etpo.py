@@ -10,8 +10,11 @@ What differs from the paper (arXiv 2402.06700), each a config value under `algor
    of the critic's error on the taken token. `correction=false` is the paper's plain objective.
    The critic of the objective was fitted on EARLIER iterations only, so that the gradient at
    pi = pi_old is unbiased whatever the critic says.
-4. A trust region on the KL of whole actions (`max_kl`, nats) and a proximal term (`eta`).
-5. Tokens are summed, actions weighted by gamma^t: the exact gradient of the regularised return.
+4. Q is trusted where pi_old(w) >= `floor` only. The default 1 leaves V: the exact term then carries
+   the two KLs, and the token critic gives credit through the returns and the correction.
+   docs/studies/tuning.md tells what smaller floors did.
+5. A trust region on the KL of whole actions (`max_kl`, nats) and a proximal term (`eta`).
+6. Tokens are summed, actions weighted by gamma^t: the exact gradient of the regularised return.
 """
 
 import copy
