@@ -72,7 +72,5 @@ def test_derived_seeds_differ_and_repeat():
 
 
 def test_the_environments_number_must_be_the_configured_one(letter_env):
-    with pytest.raises(
-        ConfigError, match="rollout.num_envs=4: allowed is the environment's number"
-    ):
+    with pytest.raises(ConfigError, match="num_envs=4: allowed is the environment's number"):
         RolloutDataModule(letter_env(2), **SIZES)
