@@ -1,0 +1,25 @@
+"""Checkpoints that are whole or not there."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target and renames: a stop at any moment leaves the last whole checkpoint.
+
+    Lightning's own way goes through the system's temporary folder, which may lie on another file
+    system, and can swallow a Ctrl-C that comes while it writes.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str, storage_options: Any | None = None
+    ) -> None:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f"{target.name}.part")
+        torch.save(checkpoint, part)
+        os.replace(part, target)
