@@ -26,7 +26,7 @@ from etpo.config import (
 from etpo.environments.text_env import TextVectorEnv
 from etpo.errors import MAX_SEED, ConfigError, check_integer
 from etpo.models.backbone import Backbone
-from etpo.rollout.sampler import sample
+from etpo.rollout.sampler import action_texts, sample
 from etpo.train import quiet
 
 
@@ -67,11 +67,7 @@ def first_attempts(
     """`count` answers to the environment's first prompt; greedy where `generator` is None."""
     observations, _ = environment.reset(seed=0)
     prompts = backbone.encode([observations[0]] * count)
-    answers = sample(backbone, prompts, max_new_tokens, generator)
-    return [
-        backbone.decode(ids[mask].tolist())
-        for ids, mask in zip(answers.ids.cpu(), answers.mask.cpu(), strict=True)
-    ]
+    return action_texts(backbone, sample(backbone, prompts, max_new_tokens, generator))
 
 
 def score_table(

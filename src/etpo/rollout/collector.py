@@ -10,7 +10,7 @@ from torch import Tensor
 from etpo.environments.text_env import TextObservation, TextVectorEnv
 from etpo.models.backbone import Backbone, PromptBatch
 from etpo.rollout.episode import Actions, Record, Rollout, pad_stack
-from etpo.rollout.sampler import Sample, sample
+from etpo.rollout.sampler import Sample, action_texts, sample
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -50,10 +50,7 @@ def collect(
         start = time.perf_counter()
         prompts = backbone.encode(observations)
         taken = sample(backbone, prompts, max_new_tokens, generator)
-        texts = [
-            backbone.decode(ids[mask].tolist())
-            for ids, mask in zip(taken.ids.cpu(), taken.mask.cpu(), strict=True)
-        ]
+        texts = action_texts(backbone, taken)
         sampled = time.perf_counter()
         following, rewards, terminated, truncated, infos = environment.step(texts)
         generate_seconds += sampled - start

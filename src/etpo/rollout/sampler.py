@@ -71,3 +71,9 @@ def sample(
             break
         inputs, positions = token, position_ids(mask)[:, -1:]
     return Sample(torch.cat(ids, dim=1), torch.cat(masks, dim=1), torch.cat(log_probs, dim=1))
+
+
+def action_texts(backbone: Backbone, taken: Sample) -> list[str]:
+    """The text of every sampled action [B]."""
+    rows = zip(taken.ids.cpu(), taken.mask.cpu(), strict=True)
+    return [backbone.decode(ids[mask].tolist()) for ids, mask in rows]
