@@ -1,5 +1,6 @@
 """Bad input: one line with the key and what is allowed, status 2, before a model is loaded."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from lightning import LightningModule
 
 from etpo import evaluate, train
 from etpo.config import CONF
@@ -27,7 +29,7 @@ OUT_OF_RANGE = [
     ("algorithm.beta=-0.1", "0 or more"),
     ("algorithm.beta=nan", "0 or more"),
     ("algorithm.gamma=1.5", "at most 1"),
-    ("algorithm.clip=small", "above 0"),
+    ("algorithm.clip_high=small", "above 0"),
     ("algorithm.critic_loss=l1", "huber, mse"),
     ("algorithm.annotation_batch=0", "1 or more"),
     ("rollout.minibatch_size=7", "multiples of 7"),
@@ -63,6 +65,8 @@ UNKNOWN = [
     ("seed=[", "seed=["),
     ("seed=0,1", "--multirun"),
 ]
+
+LOADING = transformers.PreTrainedModel.__init__
 
 
 @pytest.fixture(autouse=True)
@@ -209,6 +213,41 @@ def test_a_value_that_only_a_constructor_knows(refused, override, words):
 def test_the_weights_of_another_model(state, words):
     with pytest.raises(ConfigError, match=f"ckpt_path=last.ckpt.*{words}"):
         evaluate.load_weights(torch.nn.Linear(2, 3), state, "last.ckpt")
+
+
+@pytest.mark.parametrize("override", ["model.name_or_path={llama}", "critic=head"])
+def test_a_run_cannot_go_on_with_another_model(
+    override, refused, finished_run, checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(transformers.PreTrainedModel, "__init__", LOADING)
+    last = shutil.copy(finished_run.folder / "checkpoints" / "last.ckpt", tmp_path)
+    line = refused(f"ckpt_path={last}", override.format(llama=checkpoint("llama")))
+    assert line.startswith(f"error: ckpt_path={last}: its weights do not fit model")
+    assert "allowed are the model=" in line
+
+
+@pytest.mark.parametrize(
+    ("state", "strange"),
+    [
+        ({"weight": torch.zeros(5, 2)}, "weight"),
+        ({"weight": torch.zeros(3, 2), "scale": torch.zeros(3)}, "scale"),
+        ({}, "weight"),
+    ],
+)
+def test_a_checkpoint_holds_what_the_module_would_write(tmp_path, state, strange):
+    class Module(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(3, 2))
+            self.frozen = torch.nn.Parameter(torch.zeros(7))
+
+        def on_save_checkpoint(self, checkpoint):
+            del checkpoint["state_dict"]["frozen"]
+
+    file = tmp_path / "last.ckpt"
+    torch.save({"state_dict": state}, file)
+    with pytest.raises(ConfigError, match=rf"ckpt_path={file}.*\({strange}\)"):
+        train.check_weights(Module(), file, "tiny")
 
 
 def test_a_gpu_that_is_not_there(refused):

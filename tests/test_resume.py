@@ -53,13 +53,6 @@ def wait_for_line(process: subprocess.Popen, start: str) -> None:
     raise AssertionError(process.stderr.read())
 
 
-def wait_for_file(file: Path, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not file.exists():
-        assert time.monotonic() < deadline, file
-        time.sleep(0.02)
-
-
 def counted(folder: Path) -> dict:
     """The summary without what the clock and the memory decide."""
     summary = json.loads((folder / "summary.json").read_text())
@@ -115,6 +108,57 @@ def test_a_killed_run_goes_on(
     resumed_as_if_uninterrupted(tmp_path / "run")
 
 
+def test_a_line_tells_that_the_iteration_is_kept(start_train, small_run, tmp_path):
+    process = start_train(tmp_path, *small_run, "hydra.run.dir=run")
+    with killed_at_the_end(process):
+        wait_for_line(process, "iteration 1/3")
+        process.kill()
+        process.wait(timeout=30)
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt")["epoch"] == 0
+    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 2
+
+
+SWEEP = (
+    "-m",
+    "seed=0,1",
+    "trainer.max_epochs=2",
+    "rollout.num_envs=2",
+    "rollout.actions_per_iteration=4",
+    "rollout.minibatch_size=4",
+)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line", "seconds"),
+    [
+        (SWEEP, "iteration 2/2", 0),  # after the last batch of the first cell
+        pytest.param(SWEEP, "iteration 1/2", 0.1, marks=pytest.mark.slow),  # in a rollout
+        pytest.param(SWEEP, "iteration 1/2", 1.0, marks=pytest.mark.slow),
+        pytest.param((), "iteration 1/3", 0.1, marks=pytest.mark.slow),
+        pytest.param((), "iteration 1/3", 1.0, marks=pytest.mark.slow),
+    ],
+)
+def test_sigterm_ends_a_run_and_a_multirun(
+    overrides, line, seconds, start_train, small_run, tmp_path
+):
+    process = start_train(tmp_path, *small_run, *overrides)
+    with killed_at_the_end(process):
+        wait_for_line(process, line)
+        time.sleep(seconds)
+        below = descendants(process.pid)
+        assert below
+        process.terminate()
+        printed, errors = process.stdout.read(), process.stderr.read()
+        assert process.wait(timeout=60) == 143, printed + errors
+        assert_all_end(below)
+    assert "Traceback" not in errors
+    assert "Interrupted after" in printed
+    (last,) = tmp_path.rglob("last.ckpt")  # of the only cell
+    folder = last.parents[1]
+    assert counted(folder)["status"] == "interrupted"
+    assert counted(folder)["iterations"] == torch.load(last)["epoch"] + 1
+
+
 @pytest.mark.parametrize("send", [os.killpg, pytest.param(os.kill, marks=pytest.mark.slow)])
 def test_ctrl_c_leaves_what_a_run_needs_to_go_on(
     send, start_train, small_run, resumed_as_if_uninterrupted, tmp_path
@@ -124,7 +168,6 @@ def test_ctrl_c_leaves_what_a_run_needs_to_go_on(
     process = start_train(tmp_path, *small_run, "hydra.run.dir=run")
     with killed_at_the_end(process):
         wait_for_line(process, "iteration 1/3")
-        wait_for_file(folder / "metrics.csv")  # the last file of an iteration to be written
         below = descendants(process.pid)
         assert below
         send(process.pid, signal.SIGINT)

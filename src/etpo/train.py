@@ -6,6 +6,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import hydra
@@ -23,12 +24,14 @@ from etpo.config import (
     check_config,
     check_overrides,
     exit_on_bad_input,
+    load_checkpoint,
     resume_arguments,
     study_arguments,
 )
 from etpo.environments.text_env import TextVectorEnv
+from etpo.errors import ConfigError
 
-INTERRUPTED = 130  # exit status after Ctrl-C
+INTERRUPTED, TERMINATED = 130, 143  # exit status after Ctrl-C and after SIGTERM
 
 
 @dataclass
@@ -54,11 +57,31 @@ def build(cfg: DictConfig) -> Run:
     trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks)
     datamodule.check(trainer.world_size)
     module = instantiate(cfg.algorithm, backbone=instantiate(cfg.model))
+    if cfg.ckpt_path is not None:
+        check_weights(module, cfg.ckpt_path, cfg.model.name_or_path)
     return Run(environment, module, datamodule, trainer)
 
 
+def check_weights(module: LightningModule, ckpt_path: str, model: str) -> None:
+    """Raises ConfigError unless the checkpoint holds what `module` would write, in its shapes."""
+    own = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(own)  # leaves frozen weights out
+    own, saved = (
+        {name: weight.shape for name, weight in content["state_dict"].items()}
+        for content in (own, load_checkpoint(ckpt_path))
+    )
+    name = next((n for n in saved | own if own.get(n) != saved.get(n)), None)
+    if name is not None:
+        raise ConfigError(
+            f"ckpt_path={ckpt_path}: its weights do not fit model.name_or_path={model} ({name}); "
+            "allowed are the model=, model.lora= and critic= that it was trained with"
+        )
+
+
 def fit(run: Run, ckpt_path: str | None) -> str:
-    """Trains until the last iteration or Ctrl-C; returns finished or interrupted."""
+    """Trains until the last iteration, Ctrl-C or SIGTERM; returns finished or interrupted."""
+    if run.trainer.world_size > 1:  # Lightning ends all processes at the same batch
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         run.trainer.fit(run.module, run.datamodule, ckpt_path=ckpt_path)
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
@@ -146,10 +169,21 @@ def hydra_main(cfg: DictConfig) -> float | None:
     quiet()
     with exit_on_bad_input():
         summary, run = train(cfg)
+    if run.trainer.received_sigterm:
+        sys.exit(TERMINATED)
     if summary.get("status") == "interrupted":
         sys.exit(INTERRUPTED)
     metric = run.trainer.callback_metrics.get(cfg.optimized_metric)
     return None if metric is None else float(metric)
+
+
+def terminate(number: int, frame: FrameType | None) -> None:
+    """Ends the process where it stands, in an orderly way.
+
+    Lightning alone would wait for the next batch, hence for a whole rollout, and lose a SIGTERM
+    that comes after the last one: a multirun would go on with its next cell.
+    """
+    sys.exit(TERMINATED)
 
 
 def main() -> None:
@@ -157,7 +191,11 @@ def main() -> None:
     with exit_on_bad_input():
         sys.argv[1:] = study_arguments(resume_arguments(sys.argv[1:]))
         check_overrides("train", sys.argv[1:])
-    hydra_main()
+    previous = signal.signal(signal.SIGTERM, terminate)  # Lightning calls it after its own
+    try:
+        hydra_main()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 if __name__ == "__main__":

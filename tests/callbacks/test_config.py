@@ -8,7 +8,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from etpo.callbacks.csv_logger import MetricsCSVLogger
+from etpo.callbacks.metrics_csv import MetricsCSV
 from etpo.config import CONF
 
 
@@ -30,7 +30,7 @@ def load(folder: Path, name: str) -> dict:
 
 
 def test_the_default_callbacks_leave_the_files_of_a_run(tmp_path, fit, script_environment):
-    fit(callbacks_of(tmp_path), 4, loggers=loggers_of(tmp_path), environment=script_environment)
+    fit(callbacks_of(tmp_path), 4, environment=script_environment)
     names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert names == {
         "metrics.csv",
@@ -69,16 +69,20 @@ def test_a_used_folder_keeps_two_checkpoints(tmp_path, fit, name):
     assert load(tmp_path, "last.ckpt")["epoch"] == 1
 
 
-@pytest.mark.parametrize("group", ["csv", "wandb", "tensorboard"])
-def test_metrics_csv_is_always_written(tmp_path, group):
-    first = instantiate(next(iter(compose_run(tmp_path, f"logger={group}").logger.values())))
-    assert isinstance(first, MetricsCSVLogger)
+@pytest.mark.parametrize(
+    ("group", "kinds"),
+    [("csv", []), ("wandb", ["WandbLogger"]), ("tensorboard", ["TensorBoardLogger"])],
+)
+def test_a_logger_comes_beside_metrics_csv(tmp_path, group, kinds):
+    cfg = compose_run(tmp_path, f"logger={group}")
+    assert [type(instantiate(c)).__name__ for c in cfg.logger.values()] == kinds
+    (metrics,) = (c for c in map(instantiate, cfg.callbacks.values()) if type(c) is MetricsCSV)
+    assert metrics.file == tmp_path / "metrics.csv"
 
 
-def test_tensorboard_writes_beside_metrics_csv(tmp_path, fit):
+def test_tensorboard_writes_into_the_runs_folder(tmp_path, fit):
     fit([], 2, loggers=loggers_of(tmp_path, "logger=tensorboard"))
     assert len(list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))) == 1
-    assert (tmp_path / "metrics.csv").exists()
 
 
 def test_wandb_runs_offline_without_an_account(tmp_path, fit, monkeypatch):
@@ -96,4 +100,3 @@ def test_wandb_runs_offline_without_an_account(tmp_path, fit, monkeypatch):
     finally:
         wandb.finish()
     assert len(list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
-    assert (tmp_path / "metrics.csv").exists()

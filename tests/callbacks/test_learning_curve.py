@@ -1,7 +1,7 @@
 import pytest
 
-from etpo.callbacks.csv_logger import MetricsCSVLogger
 from etpo.callbacks.learning_curve import LearningCurve, learning_curve
+from etpo.callbacks.metrics_csv import MetricsCSV
 
 PNG = b"\x89PNG\r\n"
 
@@ -41,7 +41,7 @@ def test_the_title_names_the_run(tmp_path, model, title):
 
 
 def test_a_finished_run_leaves_a_figure(tmp_path, fit):
-    fit([callback(tmp_path)], 2, loggers=[MetricsCSVLogger(tmp_path)])
+    fit([MetricsCSV(tmp_path), callback(tmp_path)], 2)
     assert (tmp_path / "learning_curve.png").read_bytes().startswith(PNG)
 
 
@@ -51,12 +51,12 @@ def test_an_interrupted_run_draws_its_completed_iterations(tmp_path, fit, interr
         "etpo.callbacks.learning_curve.learning_curve",
         lambda rows, *args: drawn.append(rows) or learning_curve(rows, *args),
     )
-    logger = MetricsCSVLogger(tmp_path)
-    assert fit([callback(tmp_path)], 4, loggers=[logger], module=interrupted(2)).interrupted
+    callbacks = [MetricsCSV(tmp_path), callback(tmp_path)]
+    assert fit(callbacks, 4, module=interrupted(2)).interrupted
     assert [row["iteration"] for row in drawn[0]] == ["0", "1"]
     assert (tmp_path / "learning_curve.png").read_bytes().startswith(PNG)
 
 
 def test_no_completed_iteration_no_figure(tmp_path, fit, interrupted):
-    fit([callback(tmp_path)], 2, loggers=[MetricsCSVLogger(tmp_path)], module=interrupted(0))
+    fit([MetricsCSV(tmp_path), callback(tmp_path)], 2, module=interrupted(0))
     assert not (tmp_path / "learning_curve.png").exists()

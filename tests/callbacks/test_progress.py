@@ -1,7 +1,11 @@
 import io
 import logging
+import signal
 
 import pytest
+from lightning import Callback
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from rich.console import Console
 
 from etpo.callbacks import progress
@@ -34,6 +38,73 @@ def test_without_a_terminal_only_lines_each_once(fit, capsys, caplog):
     assert "reward -0.312" in printed[0]
     assert "greedy  0.750" in printed[1]
     assert [r.getMessage() for r in caplog.records if r.name == "etpo"] == printed
+
+
+@pytest.fixture
+def events(monkeypatch) -> list[str]:
+    """Lines, in the order in which they and what else a test adds happen."""
+    happened = []
+    monkeypatch.setattr(progress.log, "info", lambda line: happened.append(line[:13]))
+    return happened
+
+
+class Rollouts(Callback):
+    """Notes when the rollout of an iteration is collected."""
+
+    def __init__(self, events):
+        self.events = events
+
+    def on_train_start(self, trainer, pl_module):
+        trainer.datamodule.on_progress = lambda *_: self.events.append("rollout")
+
+
+class Logs(DummyLogger):
+    """Notes when an iteration's metrics are logged; is interrupted at those of `fails_at`."""
+
+    def __init__(self, events, fails_at=None):
+        super().__init__()
+        self.events, self.fails_at = events, fails_at
+
+    def log_metrics(self, metrics, step=None):
+        if "rollout/reward" in metrics:
+            if metrics["epoch"] == self.fails_at:
+                raise KeyboardInterrupt
+            self.events.append("logs")
+
+
+class Writes(TorchCheckpointIO):
+    """Notes when a checkpoint is written."""
+
+    def __init__(self, events):
+        self.events = events
+
+    def save_checkpoint(self, *args, **kwargs):
+        super().save_checkpoint(*args, **kwargs)
+        self.events.append("checkpoint")
+
+
+def test_a_line_comes_after_checkpoint_and_logs_and_before_the_next_rollout(
+    fit, events, checkpoint
+):
+    callbacks = [Rollouts(events), RolloutProgress(), checkpoint()]
+    fit(callbacks, 2, loggers=[Logs(events)], plugins=[Writes(events)])
+    iteration = ["rollout", "checkpoint", "logs"]
+    assert events == [*iteration, "iteration 1/2", *iteration, "iteration 2/2"]
+
+
+def test_an_iteration_that_is_interrupted_before_its_end_has_no_line(fit, events, checkpoint):
+    callbacks = [RolloutProgress(), checkpoint()]
+    assert fit(callbacks, 3, loggers=[Logs(events, fails_at=1)]).interrupted
+    assert events == ["logs", "iteration 1/3"]
+
+
+def test_sigterm_at_the_end_of_an_iteration_comes_after_its_line(fit, events, checkpoint):
+    class Terminate(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            signal.raise_signal(signal.SIGTERM)
+
+    assert fit([RolloutProgress(), Terminate(), checkpoint()], 3).interrupted
+    assert events == ["iteration 1/3"]
 
 
 @pytest.fixture

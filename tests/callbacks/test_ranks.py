@@ -5,8 +5,8 @@ import json
 import pytest
 
 from etpo.callbacks.best_action import BestAction
-from etpo.callbacks.csv_logger import MetricsCSVLogger
 from etpo.callbacks.episodes import EpisodeLog
+from etpo.callbacks.metrics_csv import MetricsCSV
 from etpo.callbacks.progress import RolloutProgress
 from etpo.callbacks.ranks import gather
 from etpo.callbacks.summary import RunSummary
@@ -31,8 +31,8 @@ def test_without_other_processes_there_is_one_value():
 @pytest.mark.slow
 def test_two_ranks(tmp_path, fit, sampled):
     summary = RankZeroSummary(tmp_path / "numbers.json")
-    callbacks = [RolloutProgress(), EpisodeLog(tmp_path), BestAction(tmp_path), summary]
-    fit(callbacks, 2, loggers=[MetricsCSVLogger(tmp_path)], devices=2, strategy="ddp_fork")
+    files = [EpisodeLog(tmp_path), BestAction(tmp_path), MetricsCSV(tmp_path)]
+    fit([RolloutProgress(), summary, *files], 2, devices=2, strategy="ddp_fork")
     lines = [json.loads(line) for line in (tmp_path / "episodes.jsonl").read_text().splitlines()]
     assert lines == [
         {"iteration": i, **record._asdict(), "rank": rank}

@@ -6,7 +6,7 @@ from lightning import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from etpo.callbacks.csv_logger import rows_before
+from etpo.callbacks.metrics_csv import rows_before
 
 # the first two colours of Okabe and Ito's palette that differ in lightness too
 MEAN, GREEDY = "#0072B2", "#D55E00"

@@ -31,6 +31,9 @@ COLUMNS = (
 class RolloutProgress(Callback):
     """Prints on rank zero; without a terminal only the lines.
 
+    An iteration's line comes when its checkpoint and its logs are written: a run that is stopped
+    after a line goes on with the next iteration.
+
     A line goes to standard output from here and, as a record of the logger "etpo", to the log
     file: that logger should neither have a handler for the console nor propagate to one.
     """
@@ -39,6 +42,8 @@ class RolloutProgress(Callback):
         self.console = Console()
         self.bars: Progress | None = None
         self.started = 0.0
+        self.number = 0  # of the iteration that `line` tells of, from 1
+        self.line: str | None = None  # not printed yet
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.started = time.perf_counter()
@@ -69,6 +74,9 @@ class RolloutProgress(Callback):
         """Sets the lower bar: `done` of `total` parts of a stage of the iteration."""
         self.bars.update(self.stage, description=stage, completed=done, total=total)
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.tell()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -81,18 +89,28 @@ class RolloutProgress(Callback):
         seconds, self.started = now - self.started, now
         if not trainer.is_global_zero:
             return
-        line = iteration_line(trainer.current_epoch + 1, trainer.max_epochs, metrics, seconds)
+        self.number = trainer.current_epoch + 1
+        self.line = iteration_line(self.number, trainer.max_epochs, metrics, seconds)
+
+    def tell(self) -> None:
+        """Prints the line that is due, if there is one."""
+        if self.line is None:
+            return
+        line, self.line = self.line, None
         self.console.print(line, soft_wrap=True, markup=False, highlight=False)
         log.info(line)
         if self.bars is not None:
             self.bars.advance(self.iterations)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.tell()
         self.close(trainer)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
+        if trainer.current_epoch == self.number:  # counted after checkpoint and logs
+            self.tell()
         self.close(trainer)
 
     def close(self, trainer: Trainer) -> None:
