@@ -158,7 +158,7 @@ def test_wrong_number_of_actions(sandbox):
         ({"max_attempts": True}, r"environment\.max_attempts=True"),
         ({"n_splits": 0}, r"environment\.n_splits=0"),
         ({"num_envs": 0}, r"environment\.num_envs=0"),
-        ({"seed": -1}, r"environment\.seed=-1.*from 0 to 4294967295"),
+        ({"split_seed": -1}, r"environment\.split_seed=-1.*from 0 to 4294967295"),
         ({"split_seed": 2**32}, r"environment\.split_seed=4294967296"),
         ({"mode": "retry"}, r"environment\.mode=retry.*repair, improve"),
         ({"protocol": "cv"}, r"environment\.protocol=cv.*held_out, paper"),
@@ -181,9 +181,9 @@ def test_config_names_the_constructors_arguments():
 
 def test_config_builds_the_environment():
     config = OmegaConf.load(REPOSITORY / "conf" / "environment" / "data_science.yaml")
-    config = OmegaConf.create({"seed": 4, "rollout": {"num_envs": 3}, "environment": config})
+    config = OmegaConf.create({"rollout": {"num_envs": 3}, "environment": config})
     env = instantiate(config.environment)
     assert env.num_envs == 3
-    assert env.scorer.seed == 4
+    assert env.scorer.split_seed == 0
     assert len(env.scorer.held_out_rows) == 384  # 40% of 958, rounded up
     assert isinstance(env.sandbox, Sandbox)

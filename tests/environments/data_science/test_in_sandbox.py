@@ -49,8 +49,8 @@ def test_the_reward_is_that_of_a_plain_run(real_sandbox, sandbox):
     """Confinement and raw bytes change no bit of a seeded score."""
     dataset = load_dataset("iris")
     program = f"def build_model(x_train, y_train):\n{GOOD}"
-    confined = ProgramScorer(dataset, real_sandbox, seed=3)
-    plain = ProgramScorer(dataset, sandbox, seed=3)
+    confined = ProgramScorer(dataset, real_sandbox, split_seed=3)
+    plain = ProgramScorer(dataset, sandbox, split_seed=3)
     assert confined.score([program]) == plain.score([program])
     assert confined.held_out([program]) == plain.held_out([program])
 
@@ -69,7 +69,7 @@ def test_the_order_of_programs_changes_no_reward(real_sandbox):
 def test_the_best_action_file_prints_the_held_out_score(name, real_sandbox, data_dir, tmp_path):
     dataset = load_dataset("csv", path=str(data_dir / f"{name}.csv"))
     program = FOREST if name == "cmc" else FOREST.replace("> 0", ">= 0")
-    scorer = ProgramScorer(dataset, real_sandbox, seed=11)
+    scorer = ProgramScorer(dataset, real_sandbox, split_seed=11)
     (score,) = scorer.held_out([program])
     assert score.error is None
     write_program_data(scorer, tmp_path)

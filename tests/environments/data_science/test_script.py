@@ -56,7 +56,7 @@ def test_the_file_prints_the_held_out_score(name, data_dir, tmp_path, sandbox):
         numbers = np.random.default_rng(0).normal(size=(200, 4))
         pd.DataFrame(numbers).assign(y=np.arange(200) % 2).to_csv(file, index=False)
     dataset = load_dataset("csv", path=str(file))
-    scorer = ProgramScorer(dataset, sandbox, split_seed=5, seed=7)
+    scorer = ProgramScorer(dataset, sandbox, split_seed=5)
     (score,) = scorer.held_out([FINGERPRINT])
     assert score.error is None
     assert write_program_data(scorer, tmp_path) == tmp_path / "best_action_data.csv"

@@ -31,8 +31,8 @@ class DataScienceEnv(TextVectorEnv):
     own score. The attempt limit belongs to the task: every end is a termination.
 
     The constructor loads and checks everything but starts no process: the sandbox starts at the
-    first `reset` or `step`. The task holds no randomness beyond `split_seed` and `seed`, so the
-    seed of `reset` changes nothing. The spaces describe printable ASCII; other text is accepted.
+    first `reset` or `step`. The task holds no randomness beyond `split_seed`, so the seed of
+    `reset` changes nothing. The spaces describe printable ASCII; other text is accepted.
 
     Raises ConfigError (from the constructor) for every value that is not allowed.
     """
@@ -55,15 +55,14 @@ class DataScienceEnv(TextVectorEnv):
         max_attempts: int = 5,
         mode: str = "repair",
         num_envs: int = 1,
-        seed: int = 0,
+        score_cache: str | None = None,
     ) -> None:
         _check_choice("mode", mode, ("repair", "improve"))
         _check_choice("protocol", protocol, ("held_out", "paper"))
         for key, value in (("max_attempts", max_attempts), ("n_splits", n_splits)):
             check_integer(f"environment.{key}", value, 1)
         check_integer("environment.num_envs", num_envs, 1)
-        for key, value in (("split_seed", split_seed), ("seed", seed)):
-            check_integer(f"environment.{key}", value, 0, MAX_SEED)
+        check_integer("environment.split_seed", split_seed, 0, MAX_SEED)
         self.dataset = load_dataset(
             dataset, path=path, target=target, data_dir=data_dir, missing=missing
         )
@@ -74,7 +73,7 @@ class DataScienceEnv(TextVectorEnv):
             protocol=protocol,
             split_seed=split_seed,
             n_splits=n_splits,
-            seed=seed,
+            cache_path=score_cache,
         )
         self.protocol = protocol
         self.mode = mode

@@ -6,7 +6,11 @@ leaves a class out of a half, where ROC AUC is not defined, is drawn again.
 """
 
 import hashlib
+import platform
+import sqlite3
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +19,9 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 
 from etpo.environments.data_science.encoding import Dataset
+from etpo.environments.data_science.score_cache import ScoreCache
 from etpo.environments.sandbox import Outcome, Sandbox, Split
+from etpo.errors import ConfigError
 
 FAILURE_REWARD = -1.0
 HELD_OUT_FRACTION = 0.4
@@ -64,8 +70,12 @@ class ProgramScorer:
     Under `held_out`, 40% of the rows (stratified) are set aside by `split_seed`. The reward is the
     mean ROC AUC over `n_splits` random 50/50 splits of the other rows, under `paper` of all rows.
     The splits come from `split_seed` too and are as random as the paper's: not stratified, unless
-    100 draws leave a class out of a half. `seed` and the program's text alone seed its run, so a
-    reward depends on neither order nor neighbours.
+    100 draws leave a class out of a half. `split_seed` and the program's text alone seed its run,
+    so a reward depends on neither order nor neighbours nor the seed of the training.
+
+    cache_path: a file that keeps the scores for other runs (`ScoreCache`), or None. Programs that
+    ran out of time are not kept there: another machine may be faster. Raises ConfigError where the
+    file cannot be used.
     """
 
     def __init__(
@@ -76,13 +86,13 @@ class ProgramScorer:
         protocol: str = "held_out",
         split_seed: int = 0,
         n_splits: int = 5,
-        seed: int = 0,
+        cache_path: str | None = None,
     ) -> None:
         self.dataset = dataset
         self.sandbox = sandbox
         self.protocol = protocol
+        self.split_seed = split_seed
         self.n_splits = n_splits
-        self.seed = seed
         self.cache_hits = 0
         self._cache: dict[str, Score] = {}
         random = np.random.RandomState(split_seed)
@@ -96,6 +106,7 @@ class ProgramScorer:
         halves = [draw_halves(self.reward_rows, dataset.target, random) for _ in range(n_splits)]
         self.n_train_rows = len(halves[0][0])
         self._splits, self._y_tests = self._prepare(halves)
+        self._disk = None if cache_path is None else self._open_cache(Path(cache_path))
 
     def start(self) -> None:
         """Start the sandbox unless it runs; the first score does it too."""
@@ -114,9 +125,20 @@ class ProgramScorer:
 
         `on_result(done, total)` is called after each of the `total` programs that are run.
         """
-        fresh = [p for p in dict.fromkeys(programs) if p not in self._cache]
+        distinct = dict.fromkeys(programs)
+        if self._disk is not None:
+            self.load_scores(self._disk.get(p for p in distinct if p not in self._cache))
+        fresh = [p for p in distinct if p not in self._cache]
         known = set(programs) - set(fresh)
         self._cache |= self._run(fresh, self._splits, self._y_tests, on_result)
+        if self._disk is not None:
+            self._disk.put(
+                {
+                    program: self._cache[program][:2]
+                    for program in fresh
+                    if not (self._cache[program].error or "").startswith("TimeoutError")
+                }
+            )
         scores = []
         for program in programs:
             scores.append(self._cache[program]._replace(cached=program in known))
@@ -143,8 +165,27 @@ class ProgramScorer:
 
     def program_seed(self, program: str) -> int:
         """The seed, in 0..2**32 - 1, that a program runs with."""
-        text = f"{self.seed}\n{program}".encode(errors="surrogatepass")
+        text = f"{self.split_seed}\n{program}".encode(errors="surrogatepass")
         return int.from_bytes(hashlib.sha256(text).digest()[:4])
+
+    def _open_cache(self, path: Path) -> ScoreCache:
+        task = {
+            "data": self.dataset.content_hash,
+            "protocol": self.protocol,
+            "split_seed": self.split_seed,
+            "n_splits": self.n_splits,
+            "deadline": self.sandbox.deadline,
+            "memory_mib": self.sandbox.memory_mib,
+            "versions": {name: version(name) for name in ("numpy", "scipy", "scikit-learn")},
+            "python": platform.python_version(),
+        }
+        try:
+            return ScoreCache(path, task)
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(
+                f"environment.score_cache={path}: {error}; allowed is a file that this run may "
+                f"write, or null"
+            ) from error
 
     def _prepare(
         self, halves: list[tuple[np.ndarray, np.ndarray]]

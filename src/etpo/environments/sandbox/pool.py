@@ -65,8 +65,8 @@ class Sandbox:
         _check_at_least("memory_mib", memory_mib, MIN_MEMORY_MIB)
         self._level = available_level(level)
         self._workers = workers or usable_cores()
-        self._deadline = float(deadline)
-        self._memory_mib = memory_mib
+        self.deadline = float(deadline)
+        self.memory_mib = memory_mib
         self._servers: list[Server] = []
         self._closing = threading.Event()
         self._finalizer = weakref.finalize(self, _close_all, self._servers)
@@ -188,7 +188,7 @@ class Sandbox:
         return self._servers[index].run(program, split, n_classes, seed)
 
     def _new_server(self) -> Server:
-        return Server(self._level, self._deadline, self._memory_mib)
+        return Server(self._level, self.deadline, self.memory_mib)
 
     def _attack(self, server: Server) -> None:
         x = np.arange(8.0).reshape(4, 2)
