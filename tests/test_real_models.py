@@ -129,13 +129,11 @@ def test_what_is_sampled_is_what_is_trained(
         ]
     )
     taken = sample(backbone, prompts, 6, torch.Generator().manual_seed(0))
-    ids = torch.cat([prompts.ids, taken.ids], dim=1)[:, :-1]
-    mask = torch.cat([prompts.mask, taken.mask], dim=1)[:, :-1]
-    keep = taken.ids.shape[1]
+    inputs = prompts.ids, prompts.mask, taken.ids
     chosen = taken.ids.unsqueeze(-1)
-    recomputed = backbone(ids, mask, keep).log_probs.gather(-1, chosen).squeeze(-1)
+    recomputed = backbone(*inputs).log_probs.gather(-1, chosen).squeeze(-1)
     torch.testing.assert_close(recomputed[taken.mask], taken.log_probs[taken.mask])
-    reference = backbone(ids, mask, keep, reference=True).log_probs.gather(-1, chosen).squeeze(-1)
+    reference = backbone(*inputs, reference=True).log_probs.gather(-1, chosen).squeeze(-1)
     assert (reference - recomputed)[taken.mask].abs().max() > 1e-3
 
 

@@ -1,5 +1,6 @@
 import functools
 
+import numpy as np
 import pytest
 import torch
 from lightning import Callback, Trainer
@@ -18,7 +19,9 @@ SETTINGS = {
     "eta": 0.05,
     "floor": 0.0,
     "correction": True,
-    "clip": 0.2,
+    "scale_objective": False,
+    "clip_low": 0.2,
+    "clip_high": 0.2,
     "max_kl": 0.5,
     "tau": 1.0,
     "policy_lr": 3e-3,
@@ -75,17 +78,17 @@ class Rewards(Callback):
         self.values.append(module.rollout_metrics["rollout/reward"])
 
 
-class Worthless:
-    """Makes every reward of an environment zero."""
+class Paid:
+    """An environment whose rewards are `reward(action)`."""
 
-    def __init__(self, env):
-        self.env = env
+    def __init__(self, env, reward):
+        self.env, self.reward = env, reward
         self.num_envs = env.num_envs
         self.reset = env.reset
 
     def step(self, actions):
-        observations, rewards, *rest = self.env.step(actions)
-        return observations, 0 * rewards, *rest
+        observations, _, *rest = self.env.step(actions)
+        return observations, np.array([float(self.reward(a)) for a in actions]), *rest
 
 
 @pytest.mark.parametrize("critic", [HeadCritic, TrunkCritic])
@@ -94,7 +97,7 @@ def test_nothing_moves_without_reward(checkpoint, letter_env, tmp_path, critic, 
     module = build(checkpoint("llama"), critic, correction=correction)
     before = [p.clone() for p in module.backbone.policy_parameters()]
     one_step = {"minibatch_size": 32, "update_epochs": 1}
-    fit(module, Worthless(letter_env(4)), 1, tmp_path, **one_step)
+    fit(module, Paid(letter_env(4), lambda action: 0), 1, tmp_path, **one_step)
     for old, new in zip(before, module.backbone.policy_parameters(), strict=True):
         # what remains is the rounding of a float32 KL; a real step is of the size of policy_lr
         torch.testing.assert_close(old, new, rtol=0, atol=1e-3 * module.policy_lr)
@@ -103,7 +106,7 @@ def test_nothing_moves_without_reward(checkpoint, letter_env, tmp_path, critic, 
 def test_the_policy_moves_with_reward(checkpoint, letter_env, tmp_path):
     module = build(checkpoint("llama"))
     before = [p.clone() for p in module.backbone.policy_parameters()]
-    fit(module, letter_env(4), 1, tmp_path)
+    fit(module, Paid(letter_env(4), lambda action: sum(map(ord, action)) % 2), 1, tmp_path)
     pairs = zip(before, module.backbone.policy_parameters(), strict=True)
     assert max((old - new).abs().max() for old, new in pairs) > 3e-3
 
@@ -146,6 +149,26 @@ def test_lambda_returns_equal_a_loop_over_episodes(checkpoint, letter_env, tmp_p
                 assert abs(float(returns[row, j]) - expected) < 1e-5
                 after = float(values[row, j]), float(q_taken[row, j]), expected
         assert actions.truncated[env::3].sum() == 1
+
+
+def test_scaling_keeps_the_direction_of_the_whole_objective(checkpoint, letter_env, tmp_path):
+    module = build(checkpoint("llama"), scale_objective=True)
+    env = Paid(letter_env(4), lambda action: sum(map(ord, action)) % 7 / 7)
+    rollout = fit(module, env, 1, tmp_path).rollout
+    module.log_mean = lambda *_: None
+
+    def gradient(scaled):
+        module.scale_objective, module.scale = scaled, 1.0
+        batch = module.annotate(rollout)
+        loss = module.policy_step(batch)
+        parts = torch.autograd.grad(loss, module.backbone.policy_parameters(), allow_unused=True)
+        return torch.cat([part.flatten() for part in parts if part is not None]), batch
+
+    plain, batch = gradient(False)
+    scaled, _ = gradient(True)
+    rms = batch.advantages[batch.action_mask].square().mean().sqrt()
+    assert 0.01 < rms < 0.9
+    torch.testing.assert_close(scaled, plain / rms, rtol=1e-3, atol=1e-5)
 
 
 def test_trust_region_leaves_a_stopped_policy_without_gradient(checkpoint, letter_env, tmp_path):
@@ -198,7 +221,8 @@ def test_checkpoints_leave_out_the_frozen_reference(checkpoint, letter_env, tmp_
         ("beta", -0.1, "algorithm.beta=-0.1: allowed is a number, 0 or more"),
         ("gamma", 1.5, "algorithm.gamma=1.5: allowed is a number, 0 or more and at most 1"),
         ("tau", 0, "algorithm.tau=0: allowed is a number, above 0 and at most 1"),
-        ("clip", 0, "algorithm.clip=0: allowed is a number, above 0"),
+        ("clip_low", 2, "algorithm.clip_low=2: allowed is a number, above 0 and at most 1"),
+        ("clip_high", 0, "algorithm.clip_high=0: allowed is a number, above 0"),
         ("critic_loss", "l1", "algorithm.critic_loss=l1: allowed are huber, mse"),
     ],
 )

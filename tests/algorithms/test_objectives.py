@@ -13,12 +13,14 @@ from etpo.algorithms.objectives import (
     dueling_q,
     explained_variance,
     leave_one_out_baseline,
-    masked_q,
+    objective_scale,
+    pessimistic_q,
     policy_objective,
     rebased_q,
     taken_token_correction,
 )
 from etpo.algorithms.soft_bellman import (
+    expectation,
     kl_divergence,
     lambda_returns,
     soft_lambda_returns,
@@ -59,7 +61,7 @@ def test_gradcheck_through_the_log_softmax(eta, clip):
 
     def robust(x):
         return doubly_robust_objective(
-            x.log_softmax(-1), log_ref, log_old, q, taken, returns, BETA, eta, clip
+            x.log_softmax(-1), log_ref, log_old, q, taken, returns, BETA, eta, clip, clip
         )
 
     assert torch.autograd.gradcheck(plain, logits)
@@ -132,21 +134,25 @@ def test_masked_ids_leave_loss_and_gradient_alone():
 
 
 @pytest.mark.parametrize(
-    ("ratio", "advantage", "clip", "loss", "slope"),
+    ("ratio", "advantage", "low", "high", "loss", "slope"),
     [  # slope = d loss / d ratio
-        (1.0, 2.0, 0.2, -2.0, -2.0),
-        (1.5, 1.0, 0.2, -1.2, 0.0),  # gained enough: stop
-        (1.5, -1.0, 0.2, 1.5, 1.0),  # went the wrong way: pull back in full
-        (0.5, 1.0, 0.2, -0.5, -1.0),
-        (0.5, -1.0, 0.2, 0.8, 0.0),
-        (1.5, 1.0, None, -1.5, -1.0),
-        (0.5, -1.0, None, 0.5, 1.0),
+        (1.0, 2.0, 0.2, 0.2, -2.0, -2.0),
+        (1.5, 1.0, 0.2, 0.2, -1.2, 0.0),  # gained enough: stop
+        (1.5, -1.0, 0.2, 0.2, 1.5, 1.0),  # went the wrong way: pull back in full
+        (0.5, 1.0, 0.2, 0.2, -0.5, -1.0),
+        (0.5, -1.0, 0.2, 0.2, 0.8, 0.0),
+        (1.5, 1.0, None, None, -1.5, -1.0),
+        (0.5, -1.0, None, None, 0.5, 1.0),
+        (0.5, -1.0, None, 0.2, 0.5, 1.0),  # each limit bounds its own side only
+        (1.5, 1.0, None, 0.2, -1.2, 0.0),
+        (1.5, 1.0, 0.2, None, -1.5, -1.0),
+        (0.5, -1.0, 0.2, None, 0.8, 0.0),
     ],
 )
-def test_taken_token_correction_by_hand(ratio, advantage, clip, loss, slope):
+def test_taken_token_correction_by_hand(ratio, advantage, low, high, loss, slope):
     log_old = f64(0.3).log()
     log_pi = (f64(ratio).log() + log_old).requires_grad_()
-    value = taken_token_correction(log_pi, log_old, f64(advantage), clip)
+    value = taken_token_correction(log_pi, log_old, f64(advantage), low, high)
     value.sum().backward()
     assert value.item() == pytest.approx(loss)
     assert log_pi.grad.item() / ratio == pytest.approx(slope)
@@ -191,6 +197,7 @@ class Enumerated:
             returns,
             BETA,
             eta,
+            clip,
             clip,
         )
 
@@ -249,16 +256,17 @@ def test_doubly_robust_gradient_needs_sums_and_discounted_actions(case):
     assert case.error(biased) > 0.05, "a bootstrap from a random critic"
 
 
-def test_masked_q_must_stand_in_both_terms(case):
-    value = soft_value(case.log_old, case.log_ref, case.critic, BETA)
-    q = masked_q(case.critic, value, case.log_old, floor=0.2)
+@pytest.mark.parametrize("floor", [0.2, 1.0])
+def test_pessimistic_q_must_stand_in_both_terms(case, floor):
+    value = expectation(case.log_old, case.critic)
+    q = pessimistic_q(case.critic, value, case.log_old, floor)
     assert (q != case.critic).any()
     for returns in (case.returns(case.critic, 1.0), case.returns(q, 1.0)):
         assert case.error(case.losses(q, returns)) < 1e-12
         exact_term = policy_objective(case.log_pi, case.log_ref, None, q, BETA)[case.at]
         taken = (*case.at, case.e.token)
         raw_correction = taken_token_correction(
-            case.log_pi[taken], case.log_old[taken], returns - case.critic[taken], 0.2
+            case.log_pi[taken], case.log_old[taken], returns - case.critic[taken], 0.2, 0.2
         )
         assert case.error(exact_term + raw_correction) > 0.05
 
@@ -272,7 +280,7 @@ def test_exact_critic_makes_the_control_variate_pay(case):
         - soft_value(case.log_old, case.log_ref, case.exact_q, BETA)[case.at]
     )
     policy_gradient = taken_token_correction(
-        case.log_pi[taken], case.log_old[taken], advantage, None
+        case.log_pi[taken], case.log_old[taken], advantage, None, None
     )
     assert case.error(policy_gradient) < 1e-12
     plain = case.variance(exact_term)
@@ -299,11 +307,18 @@ def test_unweighted_vocabulary_mean_ignores_q():
     assert (first - second).abs().max() > 0.1
 
 
-def test_masked_q_replaces_rare_tokens_only():
-    log_old = f64(0.01, 0.02, 0.97).log()
-    q = masked_q(f64(5, 6, 7), f64(1).squeeze(), log_old, floor=0.015)
-    assert q.tolist() == [1, 6, 7]
-    assert masked_q(f64(5, 6, 7), f64(1).squeeze(), log_old, floor=0.0).tolist() == [5, 6, 7]
+def test_pessimistic_q_takes_warnings_and_no_promises_of_rare_tokens():
+    log_old = f64(0.01, 0.01, 0.02, 0.96).log()
+    q, value = f64(5, -5, 6, 7), f64(1).squeeze()
+    assert pessimistic_q(q, value, log_old, floor=0.015).tolist() == [1, -5, 6, 7]
+    assert pessimistic_q(q, value, log_old, floor=0.0).tolist() == [5, -5, 6, 7]
+    assert pessimistic_q(q, value, log_old, floor=1.0).tolist() == [1, -5, 1, 1]
+
+
+def test_objective_scale_is_one_over_the_rms_within_a_limit():
+    assert objective_scale(f64(0.25)).item() == 2
+    assert objective_scale(f64(0.0)).item() == pytest.approx(100)
+    assert objective_scale(f64(0.0), least=0.5).item() == 2
 
 
 def test_centred_advantage_has_zero_mean_under_the_policy():

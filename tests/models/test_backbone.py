@@ -17,28 +17,34 @@ def build(folder, **settings):
     return Backbone(str(folder), CompletionTemplate(), **settings)
 
 
+def after_prompt(backbone, prompts, **options):
+    """The output for the first token after each prompt."""
+    return backbone(prompts.ids, prompts.mask, prompts.ids[:, :1], **options)
+
+
 @pytest.mark.parametrize("lora", [None, LORA])
 def test_reference_is_the_pretrained_policy_and_stays(checkpoint, lora):
     backbone = build(checkpoint("llama"), lora=lora)
     prompts = backbone.encode(observations("hello", "a longer prompt"))
-    before = backbone(prompts.ids, prompts.mask, 1, reference=True)
+    before = after_prompt(backbone, prompts, reference=True)
     torch.testing.assert_close(
-        backbone(prompts.ids, prompts.mask, 1).log_probs, before.log_probs, rtol=0, atol=1e-6
+        after_prompt(backbone, prompts).log_probs, before.log_probs, rtol=0, atol=1e-6
     )
     for parameter in backbone.policy_parameters():
         parameter.data.add_(0.1)
-    after = backbone(prompts.ids, prompts.mask, 1, reference=True)
+    after = after_prompt(backbone, prompts, reference=True)
     assert torch.equal(before.log_probs, after.log_probs)
-    assert (backbone(prompts.ids, prompts.mask, 1).log_probs - after.log_probs).abs().max() > 1e-2
+    assert (after_prompt(backbone, prompts).log_probs - after.log_probs).abs().max() > 1e-2
 
 
 def test_padding_changes_nothing(checkpoint):
     backbone = build(checkpoint("llama"))
     alone = backbone.encode(observations("hello"))
     padded = backbone.encode(observations("hello", "a longer prompt"))
+    action = torch.tensor([[5, 6, 7]])
     torch.testing.assert_close(
-        backbone(padded.ids, padded.mask, 2).log_probs[0],
-        backbone(alone.ids, alone.mask, 2).log_probs[0],
+        backbone(padded.ids, padded.mask, action.expand(2, -1)).log_probs[0],
+        backbone(alone.ids, alone.mask, action).log_probs[0],
         rtol=0,
         atol=1e-5,
     )
@@ -47,7 +53,7 @@ def test_padding_changes_nothing(checkpoint):
 def test_padded_vocabulary_ids_have_no_probability(checkpoint):
     backbone = build(checkpoint("llama"))
     prompts = backbone.encode(observations("hello"))
-    log_probs = backbone(prompts.ids, prompts.mask, 1).log_probs
+    log_probs = after_prompt(backbone, prompts).log_probs
     assert log_probs.shape[-1] == backbone.vocabulary_size == 256 + 3
     torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(1, 1))
 
@@ -55,8 +61,8 @@ def test_padded_vocabulary_ids_have_no_probability(checkpoint):
 def test_temperature_is_part_of_the_policy(checkpoint):
     cold, warm = (build(checkpoint("llama"), temperature=t) for t in (0.5, 1.0))
     prompts = cold.encode(observations("hello"))
-    halved = torch.log_softmax(2 * warm(prompts.ids, prompts.mask, 1).log_probs, -1)
-    torch.testing.assert_close(cold(prompts.ids, prompts.mask, 1).log_probs, halved)
+    halved = torch.log_softmax(2 * after_prompt(warm, prompts).log_probs, -1)
+    torch.testing.assert_close(after_prompt(cold, prompts).log_probs, halved)
 
 
 def test_decode_drops_stop_token_and_stop_string(checkpoint):
@@ -88,8 +94,9 @@ def test_critic_starts_at_zero_and_shares_nothing_with_the_policy(checkpoint, cr
     backbone = build(checkpoint("qwen"))
     critic = critic_class(backbone, hidden_size=16)
     prompts = backbone.encode(observations("hello", "a longer prompt"))
-    features = backbone(prompts.ids, prompts.mask, 3, reference=True).features
-    value, advantage = critic(prompts.ids, prompts.mask, features)
+    inputs = prompts.ids, prompts.mask, torch.tensor([[5, 6, 7], [8, 9, 10]])
+    features = backbone(*inputs, reference=True).features
+    value, advantage = critic(*inputs, features)
     assert value.shape == (2, 3)
     assert advantage.shape == (2, 3, backbone.vocabulary_size)
     assert not value.any()

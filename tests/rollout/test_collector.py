@@ -3,7 +3,7 @@ import torch
 from etpo.models.backbone import Backbone
 from etpo.models.prompting import CompletionTemplate
 from etpo.rollout.collector import collect
-from etpo.rollout.episode import episode_layout, pack, pad_stack, sequence, unpack
+from etpo.rollout.episode import episode_layout, pack, pad_stack, unpack
 from etpo.rollout.metrics import rollout_metrics
 
 
@@ -46,14 +46,6 @@ def test_rows_hold_what_was_sampled(checkpoint, letter_env):
     metrics = rollout_metrics(played)
     assert metrics["rollout/reward"] == sum(r.reward for r in played.records) / 12
     assert metrics["rollout/action_tokens"] == actions.action_mask.sum() / 12
-
-
-def test_sequence_drops_the_last_token_only(checkpoint, letter_env):
-    played, _ = rollout(checkpoint("llama"), letter_env(3))
-    ids, mask = sequence(played.actions)
-    width = played.actions.prompt_ids.shape[1]
-    assert torch.equal(ids[:, width:], played.actions.action_ids[:, :-1])
-    assert torch.equal(mask[:, :width], played.actions.prompt_mask)
 
 
 def test_layout_lays_tokens_of_an_environment_in_time_order():

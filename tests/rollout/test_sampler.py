@@ -19,9 +19,7 @@ def test_recorded_log_probs_equal_those_of_the_training_forward(checkpoint, fami
     backbone = Backbone(str(checkpoint(family)), CompletionTemplate(), temperature=0.7)
     prompts = backbone.encode(OBSERVATIONS)
     taken = sample(backbone, prompts, 12, generator())
-    ids = torch.cat([prompts.ids, taken.ids], 1)[:, :-1]
-    mask = torch.cat([prompts.mask, taken.mask], 1)[:, :-1]
-    log_pi = backbone(ids, mask, taken.ids.shape[1]).log_probs
+    log_pi = backbone(prompts.ids, prompts.mask, taken.ids).log_probs
     again = log_pi.gather(-1, taken.ids.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(taken.log_probs[taken.mask], again[taken.mask], rtol=0, atol=1e-4)
 
@@ -57,7 +55,7 @@ def test_sampling_repeats_with_its_generator_and_greedy_needs_none(checkpoint):
     assert torch.equal(first.log_probs, second.log_probs)
     assert not torch.equal(first.ids, sample(backbone, prompts, 8, generator(6)).ids)
     greedy = sample(backbone, prompts, 1, None)
-    expected = backbone(prompts.ids, prompts.mask, 1).log_probs.argmax(-1)
+    expected = backbone(prompts.ids, prompts.mask, greedy.ids).log_probs.argmax(-1)
     assert torch.equal(greedy.ids, expected)
 
 
@@ -67,7 +65,7 @@ def test_samples_follow_the_policy(checkpoint):
     taken = sample(backbone, prompts, 1, generator())
     frequency = torch.bincount(taken.ids[:, 0], minlength=backbone.vocabulary_size) / 20000
     one = backbone.encode(OBSERVATIONS[:1])
-    probability = backbone(one.ids, one.mask, 1).log_probs.exp()[0, 0]
+    probability = backbone(one.ids, one.mask, taken.ids[:1]).log_probs.exp()[0, 0]
     # five standard deviations of a frequency over 20000 draws
     bound = 5 * (probability * (1 - probability) / 20000).sqrt() + 1e-4
     assert ((frequency - probability).abs() < bound).all()

@@ -10,11 +10,13 @@ What differs from the paper (arXiv 2402.06700), each a config value under `algor
    of the critic's error on the taken token. `correction=false` is the paper's plain objective.
    The critic of the objective was fitted on EARLIER iterations only, so that the gradient at
    pi = pi_old is unbiased whatever the critic says.
-4. Q is trusted where pi_old(w) >= `floor` only. The default 1 leaves V: the exact term then carries
-   the two KLs, and the token critic gives credit through the returns and the correction.
-   docs/studies/tuning.md tells what smaller floors did.
+4. Pessimism: where pi_old(w) < `floor` a token takes min(Q, V). The default 1 has the exact term
+   suppress what the critic warns of, sampled or not, and leaves what it promises to the sampled
+   correction. docs/studies/tuning.md tells what trusting Q did.
 5. A trust region on the KL of whole actions (`max_kl`, nats) and a proximal term (`eta`).
-6. Tokens are summed, actions weighted by gamma^t: the exact gradient of the regularised return.
+6. The whole policy objective is divided by the root mean square of the advantages
+   (`scale_objective`).
+7. Tokens are summed, actions weighted by gamma^t: the exact gradient of the regularised return.
 """
 
 import copy
@@ -29,15 +31,15 @@ from etpo.algorithms import objectives, soft_bellman
 from etpo.errors import ConfigError, check_integer, check_range
 from etpo.models.backbone import Backbone
 from etpo.models.critics import polyak_update
-from etpo.rollout.episode import Actions, Rollout, episode_layout, pack, sequence, unpack
+from etpo.rollout.episode import Actions, Rollout, episode_layout, pack, unpack
 from etpo.rollout.metrics import rollout_metrics
 
 
 class TokenBatch(NamedTuple):
     """Annotated actions: what one training step needs, all without gradient."""
 
-    ids: Tensor  # int64 [B, T], inputs; the last L positions predict the action tokens
-    mask: Tensor  # bool [B, T]
+    prompt_ids: Tensor  # int64 [B, P]
+    prompt_mask: Tensor  # bool [B, P]
     action_ids: Tensor  # int64 [B, L]
     action_mask: Tensor  # bool [B, L]
     old_log_probs: Tensor  # float32 [B, L, V], log pi_old
@@ -66,8 +68,10 @@ class ETPO(LightningModule):
     critic: builds the token critic from the backbone.
     optimizer: builds an optimizer from parameter groups (policy first, then critic).
     beta: KL coefficient, >= 0. gamma: discount between actions, in [0, 1]. lambda_: in [0, 1].
-    eta: weight of KL(pi || pi_old), >= 0. floor: tokens with pi_old below it take Q = V, in
-    [0, 1). correction: doubly robust objective. clip: of its probability ratio, > 0, or None.
+    eta: weight of KL(pi || pi_old), >= 0. floor: tokens with pi_old below it take min(Q, V), in
+    [0, 1]. correction: doubly robust objective. scale_objective: divide it by the rms of the
+    advantages. clip_low, clip_high: how far below and above 1 the correction's probability ratio
+    counts, > 0, clip_low at most 1, or None for no limit.
     max_kl: the policy stops for the rest of the iteration once the mean KL(pi_old || pi) of an
     action exceeds it, in nats; None for no limit. tau: Polyak step of the target critic after
     each iteration, in (0, 1]. max_grad_norm: per parameter group. annotation_batch:
@@ -86,7 +90,9 @@ class ETPO(LightningModule):
         eta: float,
         floor: float,
         correction: bool,
-        clip: float | None,
+        scale_objective: bool,
+        clip_low: float | None,
+        clip_high: float | None,
         max_kl: float | None,
         tau: float,
         policy_lr: float,
@@ -109,17 +115,19 @@ class ETPO(LightningModule):
         ):
             check_range(f"algorithm.{key}", value, low, high)
         for key, value, high in (
-            ("clip", clip, infinity),
+            ("clip_low", clip_low, 1),
+            ("clip_high", clip_high, infinity),
             ("max_kl", max_kl, infinity),
             ("tau", tau, 1),
             ("huber_delta", huber_delta, infinity),
             ("max_grad_norm", max_grad_norm, infinity),
         ):
-            if value is not None or key not in ("clip", "max_kl"):
+            if value is not None or key not in ("clip_low", "clip_high", "max_kl"):
                 check_range(f"algorithm.{key}", value, 0, high, above=True)
         check_integer("algorithm.annotation_batch", annotation_batch, 1)
-        if not isinstance(correction, bool):
-            raise ConfigError(f"algorithm.correction={correction}: allowed are true, false")
+        for key, value in (("correction", correction), ("scale_objective", scale_objective)):
+            if not isinstance(value, bool):
+                raise ConfigError(f"algorithm.{key}={value}: allowed are true, false")
         if critic_loss not in ("huber", "mse"):
             raise ConfigError(f"algorithm.critic_loss={critic_loss}: allowed are huber, mse")
         self.backbone = backbone()
@@ -127,7 +135,8 @@ class ETPO(LightningModule):
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.optimizer = optimizer
         self.beta, self.gamma, self.lambda_, self.eta = beta, gamma, lambda_, eta
-        self.floor, self.correction, self.clip, self.max_kl = floor, correction, clip, max_kl
+        self.floor, self.correction, self.max_kl = floor, correction, max_kl
+        self.clip_low, self.clip_high = clip_low, clip_high
         self.tau, self.policy_lr, self.critic_lr = tau, policy_lr, critic_lr
         self.critic_loss, self.huber_delta = critic_loss, huber_delta
         self.max_grad_norm, self.annotation_batch = max_grad_norm, annotation_batch
@@ -135,6 +144,7 @@ class ETPO(LightningModule):
         self.policy_stopped = False
         self.step_kls: list[Tensor] = []
         self.mean_length = 1.0
+        self.scale_objective, self.scale = scale_objective, 1.0
         self.rollout_metrics: dict[str, float] = {}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -155,7 +165,7 @@ class ETPO(LightningModule):
         """Distributions, soft values and targets of fresh actions, under pi_old."""
         actions = Actions(*(field.to(self.device) for field in rollout.actions))
         parts = [
-            self.evaluate_prefixes(*sequence(part), part.action_ids)
+            self.evaluate_prefixes(part.prompt_ids, part.prompt_mask, part.action_ids)
             for part in (
                 Actions(*(field[rows] for field in actions))
                 for rows in torch.arange(len(actions.rewards)).split(self.annotation_batch)
@@ -167,7 +177,9 @@ class ETPO(LightningModule):
         errors = pack(returns - old.q_taken, layout)
         baseline = objectives.leave_one_out_baseline(errors, layout.valid)
         advantages = unpack(errors - baseline[:, None], layout, like=returns)
-        ids, mask = sequence(actions)
+        if self.scale_objective:
+            square = advantages[actions.action_mask].square().mean()
+            self.scale = float(objectives.objective_scale(self.all_gather(square).mean()))
         lengths = actions.action_mask.sum()
         self.mean_length = float(self.all_gather(lengths).float().mean()) / len(actions.rewards)
         self.policy_stopped = False
@@ -179,8 +191,8 @@ class ETPO(LightningModule):
             ),
         }
         return TokenBatch(
-            ids=ids,
-            mask=mask,
+            prompt_ids=actions.prompt_ids,
+            prompt_mask=actions.prompt_mask,
             action_ids=actions.action_ids,
             action_mask=actions.action_mask,
             old_log_probs=old.log_pi,
@@ -191,18 +203,20 @@ class ETPO(LightningModule):
             weights=objectives.action_weights(self.gamma, actions.step).float(),
         )
 
-    def evaluate_prefixes(self, ids: Tensor, mask: Tensor, taken: Tensor) -> Annotation:
-        """Policy, reference and target critic at the prefixes of the tokens `taken` [B, L]."""
-        keep = taken.shape[1]
-        log_pi = self.backbone(ids, mask, keep).log_probs
-        log_ref, features = self.backbone(ids, mask, keep, reference=True)
-        value, advantage = self.target_critic(ids, mask, features)
+    def evaluate_prefixes(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor
+    ) -> Annotation:
+        """Policy, reference and target critic at the L prefixes of action_ids [B, L]."""
+        inputs = prompt_ids, prompt_mask, action_ids
+        log_pi = self.backbone(*inputs).log_probs
+        log_ref, features = self.backbone(*inputs, reference=True)
+        value, advantage = self.target_critic(*inputs, features)
         q = objectives.dueling_q(value, advantage, log_pi)
-        q = objectives.masked_q(q, value, log_pi, self.floor)
+        q = objectives.pessimistic_q(q, value, log_pi, self.floor)
         return Annotation(
             log_pi=log_pi,
             rebased_q=objectives.rebased_q(q, log_ref, log_pi, self.beta),
-            q_taken=q.gather(-1, taken.unsqueeze(-1)).squeeze(-1),
+            q_taken=q.gather(-1, action_ids.unsqueeze(-1)).squeeze(-1),
             value=soft_bellman.soft_value(log_pi, log_ref, q, self.beta),
             kl=soft_bellman.kl_divergence(log_pi, log_ref),
             features=features,
@@ -249,7 +263,8 @@ class ETPO(LightningModule):
 
     def critic_step(self, batch: TokenBatch) -> Tensor:
         """Mean over action tokens of the critic's regression error."""
-        value, advantage = self.critic(batch.ids, batch.mask, batch.features)
+        inputs = batch.prompt_ids, batch.prompt_mask, batch.action_ids
+        value, advantage = self.critic(*inputs, batch.features)
         q = objectives.dueling_q(value, advantage, batch.old_log_probs)
         q_taken = q.gather(-1, batch.action_ids.unsqueeze(-1)).squeeze(-1)
         losses = objectives.critic_loss(
@@ -260,9 +275,9 @@ class ETPO(LightningModule):
         return loss
 
     def policy_step(self, batch: TokenBatch) -> Tensor:
-        """Mean over actions of the token sums of the policy objective."""
+        """Mean over actions of the token sums of the policy objective, times its scale."""
         mask = batch.action_mask
-        log_pi = self.backbone(batch.ids, batch.mask, mask.shape[1]).log_probs
+        log_pi = self.backbone(batch.prompt_ids, batch.prompt_mask, batch.action_ids).log_probs
         kl = soft_bellman.kl_divergence(batch.old_log_probs, log_pi.detach())
         kl = (kl * mask).sum(1).mean()
         self.step_kls.append(kl)
@@ -275,9 +290,10 @@ class ETPO(LightningModule):
                 log_pi.gather(-1, taken).squeeze(-1),
                 batch.old_log_probs.gather(-1, taken).squeeze(-1),
                 batch.advantages,
-                self.clip,
+                self.clip_low,
+                self.clip_high,
             )
-        loss = ((losses * mask).sum(1) * batch.weights).mean()
+        loss = self.scale * ((losses * mask).sum(1) * batch.weights).mean()
         self.log_mean("train/policy_loss", loss, len(mask))
         self.log_mean("train/kl_to_old", kl, len(mask))
         return loss

@@ -38,20 +38,24 @@ def policy_objective(
 
 
 def taken_token_correction(
-    log_pi_taken: Tensor, log_old_taken: Tensor, advantage: Tensor, clip: float | None
+    log_pi_taken: Tensor,
+    log_old_taken: Tensor,
+    advantage: Tensor,
+    clip_low: float | None,
+    clip_high: float | None,
 ) -> Tensor:
-    """-min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) of the sampled token: all [...] -> [...].
+    """-min(ratio A, clip(ratio, 1 - low, 1 + high) A) of the sampled token: all [...] -> [...].
 
     ratio = pi/pi_old at the token that was taken, A = G - Q(x, w_taken) the critic's error there.
-    `clip` None leaves the ratio alone. Only `log_pi_taken` gets a gradient. The surrogate is that
-    of PPO, arXiv 1707.06347, equation 7.
+    None leaves that side alone: `clip_low` limits how far a bad token falls, `clip_high` how far a
+    good one rises. Only `log_pi_taken` gets a gradient. With equal limits it is the surrogate of
+    PPO, arXiv 1707.06347, equation 7.
     """
     advantage = advantage.detach()
     ratio = (log_pi_taken - log_old_taken.detach()).exp()
-    gain = ratio * advantage
-    if clip is not None:
-        gain = torch.minimum(gain, ratio.clamp(1 - clip, 1 + clip) * advantage)
-    return -gain
+    low = 0.0 if clip_low is None else 1 - clip_low
+    high = None if clip_high is None else 1 + clip_high
+    return -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
 
 
 def doubly_robust_objective(
@@ -63,13 +67,14 @@ def doubly_robust_objective(
     returns: Tensor,
     beta: float,
     eta: float = 0.0,
-    clip: float | None = None,
+    clip_low: float | None = None,
+    clip_high: float | None = None,
 ) -> Tensor:
     """`policy_objective` plus the sampled correction of the critic's error: -> [...].
 
     `log_pi`, `log_ref`, `log_old` and `q` are [..., V], `taken` int64 [...] the sampled tokens,
     `returns` [...] their lambda-returns G. The exact term is a control variate of the sampled one,
-    so the SAME q stands in both, a masked Q too: Q(x, w_taken) is read here from `q`. At
+    so the SAME q stands in both, a pessimistic Q too: Q(x, w_taken) is read here from `q`. At
     pi = pi_old and lambda = 1 the gradient is unbiased for every critic that does not depend on the
     batch. Related: Q-Prop, arXiv 1611.02247; interpolated policy gradients, arXiv 1706.00387.
     """
@@ -78,19 +83,20 @@ def doubly_robust_objective(
         return x.gather(-1, taken.unsqueeze(-1)).squeeze(-1)
 
     correction = taken_token_correction(
-        at_taken(log_pi), at_taken(log_old), returns - at_taken(q), clip
+        at_taken(log_pi), at_taken(log_old), returns - at_taken(q), clip_low, clip_high
     )
     return policy_objective(log_pi, log_ref, log_old, q, beta, eta) + correction
 
 
-def masked_q(q: Tensor, value: Tensor, log_old: Tensor, floor: float) -> Tensor:
-    """Q with V(x) in place of extrapolation: [..., V], [...], [..., V] -> [..., V].
+def pessimistic_q(q: Tensor, value: Tensor, log_old: Tensor, floor: float) -> Tensor:
+    """min(Q, V(x)) for tokens with pi_old(w) < `floor`: [..., V], [...], [..., V] -> [..., V].
 
-    Tokens with pi_old(w) < `floor` (in [0, 1]; 0 masks nothing) were hardly ever sampled: they take
-    Q = V(x), so that only pi_ref pulls on them. Soft values that meet this Q in a lambda-return
-    must be computed from it too.
+    At a token that was hardly ever sampled Q is extrapolation: the critic's warnings count there,
+    its promises do not. `floor` is in [0, 1]; 0 leaves Q as it is. The objective stays unbiased if
+    this Q stands in the exact term and in the correction; soft values that meet it in a
+    lambda-return must be computed from it too. `value` is E_pi_old[Q], without the KL.
     """
-    return torch.where(log_old.exp() < floor, value.unsqueeze(-1), q)
+    return torch.where(log_old.exp() < floor, torch.minimum(q, value.unsqueeze(-1)), q)
 
 
 def centred_advantage(advantage: Tensor, log_pi: Tensor) -> Tensor:
@@ -153,6 +159,17 @@ def leave_one_out_baseline(errors: Tensor, valid: Tensor) -> Tensor:
     counts = valid.sum(1)
     others = counts.sum() - counts
     return (errors.sum() - errors) / others.clamp(min=1)
+
+
+def objective_scale(mean_square: Tensor, least: float = 1e-2) -> Tensor:
+    """1 / rms of the advantages, `mean_square` their mean square: [] -> [], at most 1 / `least`.
+
+    A factor of the WHOLE policy objective: it keeps the direction of the gradient, where dividing
+    the advantages alone would not. Without it an iteration with a failed action moves the policy
+    far more than one whose rewards differ little, for Adam and the norm limit remember the larger
+    gradients.
+    """
+    return 1 / mean_square.sqrt().clamp(min=least)
 
 
 def explained_variance(predictions: Tensor, targets: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from etpo.environments.text_env import TextObservation
 from etpo.errors import ConfigError, check_integer, check_range
 from etpo.models.prompting import PromptTemplate
+from etpo.models.shared_prompt import forward_actions, position_ids
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
 
 
 class TokenOutput(NamedTuple):
-    """log_probs: float32 [B, K, V] over the vocabulary; features: [B, K, D] last hidden states."""
+    """log_probs: float32 [B, L, V] over the vocabulary; features: [B, L, D] last hidden states."""
 
     log_probs: Tensor
     features: Tensor
@@ -39,11 +41,6 @@ def tiny_checkpoint() -> str:
     return str(Path(__file__).parent / "tiny" / "checkpoint")
 
 
-def position_ids(mask: Tensor) -> Tensor:
-    """Positions [B, T] that count the tokens of `mask` [B, T]; padding gets position 0."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
 class Backbone(nn.Module):
     """Policy pi_theta and reference pi_ref over one tokenizer.
 
@@ -56,6 +53,7 @@ class Backbone(nn.Module):
     prompt: how observations become tokens.
     stop_tokens: further tokens that end an action, besides the tokenizer's EOS.
     stop_strings: strings that end an action; the string itself is not part of the action text.
+    gradient_checkpointing: compute each layer's activations again in the backward pass.
     lora: arguments of `peft.LoraConfig`, or None for full fine-tuning.
     Raises ConfigError for a path that holds no causal LM and for values out of range.
     """
@@ -97,7 +95,9 @@ class Backbone(nn.Module):
         self.reference = None if lora else copy.deepcopy(model).requires_grad_(False)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
+        self.checkpointed_layers = [
+            layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)
+        ]
         self.policy = get_peft_model(model, LoraConfig(**lora)) if lora else model
         largest = max(self.tokenizer.get_vocab().values())
         self.vocabulary_size = min(model.config.get_text_config().vocab_size, largest + 1)
@@ -146,29 +146,63 @@ class Backbone(nn.Module):
         return text[: min((end for end in ends if end >= 0), default=len(text))]
 
     def forward(
-        self, ids: Tensor, mask: Tensor, keep: int, *, reference: bool = False
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        action_ids: Tensor,
+        *,
+        reference: bool = False,
     ) -> TokenOutput:
-        """Next-token distributions after each of the last `keep` positions of ids [B, T]."""
+        """Distributions of the tokens of action_ids [B, L], each given the prompt and those before.
+
+        Prompts [B, P] are padded on the left, actions on the right. No gradient reaches the
+        reference. Equal prompts are computed once, unless activations are checkpointed.
+        """
         with contextlib.ExitStack() as stack:
             if reference:
                 stack.enter_context(torch.no_grad())
             if reference and self.reference is None:
                 stack.enter_context(self.policy.disable_adapter())
             model = self.reference if reference and self.reference is not None else self.policy
-            out = model(
-                input_ids=ids,
+            inputs = prompt_ids, prompt_mask, action_ids
+            if self.checkpointed_layers and torch.is_grad_enabled():
+                logits, features = self.checkpointed(*inputs)
+            else:
+                run = functools.partial(language_model, model)
+                logits, features = forward_actions(run, self.policy.config, *inputs)
+        return TokenOutput(self.normalise(logits), features)
+
+    def checkpointed(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The policy's logits and features, its layers computed again in the backward pass."""
+        length = action_ids.shape[1]
+        mask = torch.nn.functional.pad(prompt_mask, (0, length - 1), value=True)
+        for layer in self.checkpointed_layers:
+            layer.training = True  # else it keeps its activations; the modules in it stay as is
+        try:
+            return language_model(
+                self.policy,
+                last=length,
+                input_ids=torch.cat([prompt_ids, action_ids[:, :-1]], dim=1),
                 attention_mask=mask.long(),
                 position_ids=position_ids(mask),
-                logits_to_keep=keep,
-                output_hidden_states=True,
                 use_cache=False,
             )
-        return TokenOutput(self.normalise(out.logits), out.hidden_states[-1][:, -keep:])
+        finally:
+            for layer in self.checkpointed_layers:
+                layer.training = False
 
     def normalise(self, logits: Tensor) -> Tensor:
         """float32 log pi [..., V] of raw logits [..., >= V], at the policy's temperature."""
         logits = logits[..., : self.vocabulary_size].float()
         return torch.log_softmax(logits / self.temperature, dim=-1)
+
+
+def language_model(model: nn.Module, last: int, **inputs: Any) -> tuple[Tensor, Tensor]:
+    """Logits and features of a causal LM at the last `last` positions; 0: at all."""
+    output = model(**inputs, logits_to_keep=last, output_hidden_states=True)
+    return output.logits, output.hidden_states[-1][:, -last:]
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:

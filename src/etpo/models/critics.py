@@ -5,7 +5,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from etpo.models.backbone import Backbone, position_ids
+from etpo.models.backbone import Backbone
+from etpo.models.shared_prompt import forward_actions
 
 
 class DuelingHead(nn.Module):
@@ -38,8 +39,10 @@ class HeadCritic(nn.Module):
         super().__init__()
         self.head = DuelingHead(backbone.feature_size, backbone.vocabulary_size, hidden_size)
 
-    def forward(self, ids: Tensor, mask: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """ids, mask [B, T]; features [B, K, D] of the last K positions -> [B, K], [B, K, V]."""
+    def forward(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor, features: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """[B, P], [B, P], [B, L] and the reference's features [B, L, D] -> [B, L], [B, L, V]."""
         return self.head(features)
 
 
@@ -57,15 +60,16 @@ class TrunkCritic(nn.Module):
         """Keeps evaluation mode: dropout is off in every forward."""
         return super().train(False)
 
-    def forward(self, ids: Tensor, mask: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """ids, mask [B, T]; features [B, K, D] only gives K -> [B, K], [B, K, V]."""
-        out = self.trunk(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            position_ids=position_ids(mask),
-            use_cache=False,
-        )
-        return self.head(out.last_hidden_state[:, -features.shape[1] :])
+    def forward(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor, features: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """[B, P], [B, P], [B, L] and features, which are not read -> [B, L], [B, L, V]."""
+
+        def run(last: int, **inputs: Tensor) -> tuple[Tensor]:
+            return (self.trunk(**inputs).last_hidden_state[:, -last:],)
+
+        inputs = prompt_ids, prompt_mask, action_ids
+        return self.head(*forward_actions(run, self.trunk.config, *inputs))
 
 
 @torch.no_grad()

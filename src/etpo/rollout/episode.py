@@ -53,13 +53,6 @@ class Rollout(NamedTuple):
     score_seconds: float
 
 
-def sequence(actions: Actions) -> tuple[Tensor, Tensor]:
-    """Inputs ids, mask [B, P + L - 1] whose last L positions predict the L action tokens."""
-    ids = torch.cat([actions.prompt_ids, actions.action_ids], dim=1)[:, :-1]
-    mask = torch.cat([actions.prompt_mask, actions.action_mask], dim=1)[:, :-1]
-    return ids, mask
-
-
 def pad_stack(rows: list[Tensor], value: float, *, left: bool) -> Tensor:
     """Concatenates [b, T_i] blocks to [sum b, max T], padded with `value` on one side."""
     width = max(block.shape[1] for block in rows)

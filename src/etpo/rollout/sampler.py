@@ -1,13 +1,15 @@
 """Decoding with a key-value cache, from exactly the distribution that is trained."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StopStringCriteria
+from transformers import StopStringCriteria
 
-from etpo.models.backbone import Backbone, PromptBatch, position_ids
+from etpo.models.backbone import Backbone, PromptBatch, language_model
+from etpo.models.shared_prompt import encode_prompts, position_ids
 
 
 class Sample(NamedTuple):
@@ -33,26 +35,18 @@ def sample(
     """
     device = backbone.device
     mask = prompts.mask.to(device)
-    inputs, positions = prompts.ids.to(device), position_ids(mask)
     stop_ids = torch.tensor(backbone.stop_ids, device=device)
     stop_strings = (
         StopStringCriteria(backbone.tokenizer, backbone.stop_strings)
         if backbone.stop_strings
         else None
     )
-    cache = DynamicCache(config=backbone.policy.config)
+    run = functools.partial(language_model, backbone.policy)
+    (logits, _), cache = encode_prompts(run, backbone.policy.config, prompts.ids.to(device), mask)
     running = torch.ones(len(mask), dtype=torch.bool, device=device)
     ids, masks, log_probs = [], [], []
     for step in range(max_new_tokens):
-        out = backbone.policy(
-            input_ids=inputs,
-            attention_mask=mask.long(),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        log_pi = backbone.normalise(out.logits[:, -1])
+        log_pi = backbone.normalise(logits[:, -1])
         if generator is None:
             token = log_pi.argmax(-1, keepdim=True)
         else:
@@ -67,9 +61,16 @@ def sample(
             running = running & ~stop_strings(torch.cat(ids, dim=1), None)
         if on_token is not None:
             on_token(step + 1)
-        if not running.any():
+        if step + 1 == max_new_tokens or not running.any():
             break
-        inputs, positions = token, position_ids(mask)[:, -1:]
+        logits, _ = run(
+            last=1,
+            input_ids=token,
+            attention_mask=mask.long(),
+            position_ids=position_ids(mask)[:, -1:],
+            past_key_values=cache,
+            use_cache=True,
+        )
     return Sample(torch.cat(ids, dim=1), torch.cat(masks, dim=1), torch.cat(log_probs, dim=1))
 
 

@@ -1,0 +1,66 @@
+"""One forward over prompts and actions in which equal prompts are computed once.
+
+Works with any causal LM of transformers that keeps keys and values in a `DynamicCache`; gradients
+flow through the cache into the prompt.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+
+# run(last=n, input_ids=..., ...) -> tensors [b, n, ...] over the last n positions; 0: over all
+Run = Callable[..., tuple[Tensor, ...]]
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """Positions [B, T] that count the tokens of `mask` [B, T]; padding gets position 0."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def encode_prompts(
+    run: Run, config: PreTrainedConfig, prompt_ids: Tensor, prompt_mask: Tensor
+) -> tuple[tuple[Tensor, ...], DynamicCache]:
+    """What `run` says after each prompt [B, P], padded on the left, and a cache of the B prompts.
+
+    Each of the distinct prompts is run once.
+    """
+    both = torch.cat([prompt_ids, prompt_mask.long()], dim=1)
+    distinct, rows = torch.unique(both, dim=0, return_inverse=True)
+    ids, mask = distinct.chunk(2, dim=1)
+    cache = DynamicCache(config=config)
+    parts = run(
+        last=1,
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=position_ids(mask),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    cache.batch_select_indices(rows)
+    return tuple(part[rows] for part in parts), cache
+
+
+def forward_actions(
+    run: Run, config: PreTrainedConfig, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor
+) -> tuple[Tensor, ...]:
+    """What `run` says at the L prefixes of action_ids [B, L]: tensors [B, L, ...].
+
+    The first prefix is the prompt; the last one lacks the last token, which is not read. Prompts
+    [B, P] are padded on the left, actions on the right, so that no prefix sees padding.
+    """
+    first, cache = encode_prompts(run, config, prompt_ids, prompt_mask)
+    length = action_ids.shape[1] - 1
+    if length == 0:
+        return first
+    mask = torch.nn.functional.pad(prompt_mask, (0, length), value=True)
+    following = run(
+        last=0,
+        input_ids=action_ids[:, :-1],
+        attention_mask=mask.long(),
+        position_ids=position_ids(mask)[:, -length:],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return tuple(torch.cat(parts, dim=1) for parts in zip(first, following, strict=True))

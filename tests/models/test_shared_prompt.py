@@ -1,0 +1,129 @@
+"""Sharing prompts changes no number; neither does checkpointing of activations."""
+
+import pytest
+import torch
+
+from etpo.models.backbone import Backbone, position_ids
+from etpo.models.critics import TrunkCritic
+from etpo.models.prompting import CompletionTemplate
+from etpo.models.shared_prompt import encode_prompts
+
+OBSERVATIONS = [
+    {"instruction": "", "prefix": p, "suffix": ""}
+    for p in ("go", "a longer prompt", "go", "x", "a longer prompt")
+]
+FAMILIES = ["llama", "qwen", "starcoder"]
+
+
+@pytest.fixture
+def inputs(checkpoint):
+    """inputs(backbone): prompts with repetitions, and random actions of six tokens."""
+
+    def make(backbone):
+        prompts = backbone.encode(OBSERVATIONS)
+        generator = torch.Generator().manual_seed(0)
+        actions = torch.randint(3, backbone.vocabulary_size, (5, 6), generator=generator)
+        return prompts.ids, prompts.mask, actions
+
+    return make
+
+
+def build(folder, **settings):
+    return Backbone(str(folder), CompletionTemplate(), **settings)
+
+
+def plain_log_probs(backbone, model, prompt_ids, prompt_mask, action_ids):
+    """log pi [B, L, V] by one ordinary forward over the whole sequences."""
+    mask = torch.nn.functional.pad(prompt_mask, (0, action_ids.shape[1] - 1), value=True)
+    output = model(
+        input_ids=torch.cat([prompt_ids, action_ids[:, :-1]], dim=1),
+        attention_mask=mask.long(),
+        position_ids=position_ids(mask),
+        use_cache=False,
+    )
+    return backbone.normalise(output.logits[:, -action_ids.shape[1] :])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_and_gradients_are_those_of_whole_sequences(checkpoint, inputs, family):
+    backbone = build(checkpoint(family))
+    parameters = backbone.policy_parameters()
+    tensors = inputs(backbone)
+    expected = plain_log_probs(backbone, backbone.policy, *tensors)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    shared = backbone(*tensors).log_probs
+    torch.testing.assert_close(shared, expected, rtol=0, atol=1e-5)
+    gradients = torch.autograd.grad((shared * weights).sum(), parameters)
+    plain = torch.autograd.grad((expected * weights).sum(), parameters)
+    for one, other in zip(gradients, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_distinct_prompts_run_once(checkpoint, inputs):
+    backbone = build(checkpoint("llama"))
+    prompt_ids, prompt_mask, _ = inputs(backbone)
+    sizes = []
+
+    def run(last, **given):
+        sizes.append(tuple(given["input_ids"].shape))
+        return (backbone.policy(**given, logits_to_keep=last).logits,)
+
+    (logits,), cache = encode_prompts(run, backbone.policy.config, prompt_ids, prompt_mask)
+    assert sizes == [(3, prompt_ids.shape[1])]
+    assert len(logits) == len(cache.layers[0].keys) == 5
+    torch.testing.assert_close(logits[1], logits[4], rtol=0, atol=0)
+
+
+def test_the_mask_tells_prompts_of_equal_ids_apart(checkpoint):
+    backbone = build(checkpoint("llama"))
+    ids = torch.tensor([[9, 7, 8, 7]] * 2)
+    mask = torch.tensor([[True] * 4, [False, True, True, True]])
+    first = backbone(ids, mask, ids[:, :2]).log_probs
+    alone = [backbone(ids[i : i + 1], mask[i : i + 1], ids[:1, :2]).log_probs for i in range(2)]
+    torch.testing.assert_close(first, torch.cat(alone), rtol=0, atol=1e-5)
+    assert (first[0] - first[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointed_layers_run_again_and_give_the_same(checkpoint, inputs, family):
+    plain = build(checkpoint(family))
+    saving = build(checkpoint(family), gradient_checkpointing=True)
+    tensors = inputs(plain)
+    calls = {plain: 0, saving: 0}
+    gradients = []
+    for backbone in (plain, saving):
+
+        def count(*_, backbone=backbone):
+            calls[backbone] += 1
+
+        mlp = next(
+            m for name, m in backbone.policy.named_modules() if name.endswith("layers.0.mlp")
+        )
+        log_probs = backbone(*tensors).log_probs
+        mlp.register_forward_pre_hook(count)  # from here on: what the backward pass runs again
+        weights = torch.randn(log_probs.shape, generator=torch.Generator().manual_seed(1))
+        loss = (log_probs * weights).sum()
+        gradients.append(torch.autograd.grad(loss, backbone.policy_parameters()))
+    assert calls == {plain: 0, saving: 1}
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    assert not any(module.training for module in saving.modules())
+
+
+def test_the_trunk_critic_reads_whole_sequences(checkpoint, inputs):
+    backbone = build(checkpoint("llama"))
+    critic = TrunkCritic(backbone, hidden_size=16)
+    for layer in (critic.head.value, critic.head.advantage):
+        torch.nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(2))
+    prompt_ids, prompt_mask, actions = inputs(backbone)
+    features = torch.zeros(5, 6, backbone.feature_size)
+    value, advantage = critic(prompt_ids, prompt_mask, actions, features)
+    mask = torch.nn.functional.pad(prompt_mask, (0, 5), value=True)
+    states = critic.trunk(
+        input_ids=torch.cat([prompt_ids, actions[:, :-1]], dim=1),
+        attention_mask=mask.long(),
+        position_ids=position_ids(mask),
+        use_cache=False,
+    ).last_hidden_state[:, -6:]
+    for one, other in zip((value, advantage), critic.head(states), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
