@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from etpo.algorithms import objectives, soft_bellman
 from etpo.errors import ConfigError, check_integer, check_range
@@ -67,6 +68,7 @@ class ETPO(LightningModule):
     backbone: builds policy and reference; called once all other values are checked.
     critic: builds the token critic from the backbone.
     optimizer: builds an optimizer from parameter groups (policy first, then critic).
+    scheduler: builds what sets its learning rates after every iteration, or None.
     beta: KL coefficient, >= 0. gamma: discount between actions, in [0, 1]. lambda_: in [0, 1].
     eta: weight of KL(pi || pi_old), >= 0. floor: tokens with pi_old below it take min(Q, V), in
     [0, 1]. correction: doubly robust objective. scale_objective: divide it by the rms of the
@@ -83,6 +85,7 @@ class ETPO(LightningModule):
         backbone: Callable[[], Backbone],
         critic: Callable[[Backbone], nn.Module],
         optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
         *,
         beta: float,
         gamma: float,
@@ -133,7 +136,7 @@ class ETPO(LightningModule):
         self.backbone = backbone()
         self.critic = critic(self.backbone)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.optimizer = optimizer
+        self.optimizer, self.scheduler = optimizer, scheduler
         self.beta, self.gamma, self.lambda_, self.eta = beta, gamma, lambda_, eta
         self.floor, self.correction, self.max_kl = floor, correction, max_kl
         self.clip_low, self.clip_high = clip_low, clip_high
@@ -147,13 +150,16 @@ class ETPO(LightningModule):
         self.scale_objective, self.scale = scale_objective, 1.0
         self.rollout_metrics: dict[str, float] = {}
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.optimizer(
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self.optimizer(
             [
                 {"params": self.backbone.policy_parameters(), "lr": self.policy_lr},
                 {"params": list(self.critic.parameters()), "lr": self.critic_lr},
             ]
         )
+        if self.scheduler is None:
+            return {"optimizer": optimizer}
+        return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, **_: Any) -> None:
         """Clips the policy's and the critic's gradient norm apart."""
