@@ -1,5 +1,6 @@
 """`etpo-train`: compose the configuration, build the loop, run it, say how it went."""
 
+import ctypes
 import logging
 import signal
 import sys
@@ -31,6 +32,7 @@ from etpo.config import (
 from etpo.environments.text_env import TextVectorEnv
 from etpo.errors import ConfigError
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 INTERRUPTED, TERMINATED = 130, 143  # exit status after Ctrl-C and after SIGTERM
 
 
@@ -150,6 +152,17 @@ def log_to(file: Path) -> None:
     logger.propagate = False
 
 
+def keep_freed_memory() -> None:
+    """Has glibc keep the memory of large tensors; else every new one faults its pages in again.
+
+    Saves about a quarter of a training step on a CPU. Does nothing where there is no glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            mallopt(parameter, 2**31 - 1)
+
+
 def quiet() -> None:
     """Silences what Lightning says about a loop that is meant to be as it is; no loading bars."""
     transformers_logging.disable_progress_bar()
@@ -167,6 +180,7 @@ def quiet() -> None:
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def hydra_main(cfg: DictConfig) -> float | None:
     quiet()
+    keep_freed_memory()
     with exit_on_bad_input():
         summary, run = train(cfg)
     if run.trainer.received_sigterm:
