@@ -108,6 +108,7 @@ def test_a_killed_run_goes_on(
     resumed_as_if_uninterrupted(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_line_tells_that_the_iteration_is_kept(start_train, small_run, tmp_path):
     process = start_train(tmp_path, *small_run, "hydra.run.dir=run")
     with killed_at_the_end(process):
@@ -128,14 +129,15 @@ SWEEP = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "line", "seconds"),
     [
         (SWEEP, "iteration 2/2", 0),  # after the last batch of the first cell
-        pytest.param(SWEEP, "iteration 1/2", 0.1, marks=pytest.mark.slow),  # in a rollout
-        pytest.param(SWEEP, "iteration 1/2", 1.0, marks=pytest.mark.slow),
-        pytest.param((), "iteration 1/3", 0.1, marks=pytest.mark.slow),
-        pytest.param((), "iteration 1/3", 1.0, marks=pytest.mark.slow),
+        (SWEEP, "iteration 1/2", 0.1),  # in a rollout
+        (SWEEP, "iteration 1/2", 1.0),
+        ((), "iteration 1/3", 0.1),
+        ((), "iteration 1/3", 1.0),
     ],
 )
 def test_sigterm_ends_a_run_and_a_multirun(
