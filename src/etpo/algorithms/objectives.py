@@ -164,8 +164,8 @@ def leave_one_out_baseline(errors: Tensor, valid: Tensor) -> Tensor:
 def objective_scale(mean_square: Tensor, least: float = 1e-2) -> Tensor:
     """1 / rms of the advantages, `mean_square` their mean square: [] -> [], at most 1 / `least`.
 
-    A factor of the WHOLE policy objective: it keeps the direction of the gradient, where dividing
-    the advantages alone would not. Without it an iteration with a failed action moves the policy
+    A factor of the WHOLE policy objective: it keeps the direction of an iteration's gradient, where
+    dividing the advantages alone would not; over iterations it gives quiet ones more weight. Without it an iteration with a failed action moves the policy
     far more than one whose rewards differ little, for Adam and the norm limit remember the larger
     gradients.
     """
