@@ -165,9 +165,9 @@ def objective_scale(mean_square: Tensor, least: float = 1e-2) -> Tensor:
     """1 / rms of the advantages, `mean_square` their mean square: [] -> [], at most 1 / `least`.
 
     A factor of the WHOLE policy objective: it keeps the direction of an iteration's gradient, where
-    dividing the advantages alone would not; over iterations it gives quiet ones more weight. Without it an iteration with a failed action moves the policy
-    far more than one whose rewards differ little, for Adam and the norm limit remember the larger
-    gradients.
+    dividing the advantages alone would not; over iterations it gives quiet ones more weight.
+    Without it an iteration with a failed action moves the policy far more than one whose rewards
+    differ little, for Adam and the norm limit remember the larger gradients.
     """
     return 1 / mean_square.sqrt().clamp(min=least)
 
