@@ -155,6 +155,19 @@ def test_stops_at_the_first_split_that_fails(sandbox: Sandbox) -> None:
     assert all(outcomes[index] is outcome for index, outcome in seen)
 
 
+def test_the_first_failing_split_counts_on_any_number_of_workers(sandbox: Sandbox) -> None:
+    whole, _ = make_splits(n_splits=1)
+    sizes = (50, 49, 40, 30, 20)
+    splits = [Split(whole[0].x_train[:n], whole[0].y_train[:n], whole[0].x_test) for n in sizes]
+    # the later a split, the sooner it fails
+    body = "    import time\n    n = len(y_train)\n    time.sleep(max(0, n - 20) / 50)\n"
+    program = GOOD_PROGRAM.replace("    return", f"{body}    assert n > 48, n\n    return")
+    with Sandbox(workers=4) as wide:
+        (spread,) = wide.run([program], splits, 2, 0)
+    (one_by_one,) = sandbox.run([program], splits, 2, 0)
+    assert spread.error == one_by_one.error == "AssertionError: 40"
+
+
 def test_equal_inputs_give_equal_bytes_on_any_number_of_workers(sandbox: Sandbox) -> None:
     splits, _ = make_splits()
     noisy = predicting("np.random.default_rng().uniform(size=(len(x), 2))")

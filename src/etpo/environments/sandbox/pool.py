@@ -1,14 +1,14 @@
 """`Sandbox`: runs many programs at once on a pool of fork servers."""
 
+import heapq
 import logging
 import math
 import os
-import queue
 import shutil
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +29,7 @@ class Outcome:
 
     probabilities: per split [m, n_classes] float64 in [0, 1] (a tolerance of 1e-6); None after a
     failure. error: `TypeName: message` of the first split that failed, one line of at most 600
-    bytes; None after a success. seconds: CPU seconds over all splits that were run.
+    bytes; None after a success. seconds: CPU seconds over the splits up to that one.
     """
 
     probabilities: tuple[np.ndarray, ...] | None
@@ -119,56 +119,52 @@ class Sandbox:
     ) -> list[Outcome]:
         """One `Outcome` per program, in their order, whatever the number of workers.
 
-        A program runs on the splits in order, up to the first that fails. `seed` (one for all or
-        one per program, 0..2**32-1) plus the number of the split seeds NumPy and `random`.
-        `on_result(index, outcome)` is called in this thread as each program finishes. Raises
-        RuntimeError if a server fails twice on one split; the sandbox is closed then.
+        A program that fails on a split is not run on those after it; its other splits start once
+        the first has passed. `seed` (one for all or one per program, 0..2**32-1) plus the number
+        of the split seeds NumPy and `random`. `on_result(index, outcome)` is called in this thread
+        as each program finishes. Raises RuntimeError if a server fails twice on one split; the
+        sandbox is closed then.
         """
         seeds = np.broadcast_to(seed, len(programs)).tolist()
         self.start()
-        free: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for index in range(len(self._servers)):
-            free.put(index)
-
-        def work(program: str, program_seed: int) -> Outcome:
-            index = free.get()
-            try:
-                return self._run_program(index, program, splits, n_classes, program_seed)
-            finally:
-                free.put(index)
-
         outcomes: list[Outcome | None] = [None] * len(programs)
+        replies: list[dict[int, Reply]] = [{} for _ in programs]
+        ready = [(index, 0) for index in range(len(programs))]  # a heap of (program, split)
+        free = list(range(len(self._servers)))
+        running: dict[Future[Reply], tuple[int, int, int]] = {}  # program, split, server
         with ThreadPoolExecutor(len(self._servers), "sandbox") as pool:
             try:
-                jobs = {
-                    pool.submit(work, program, program_seed): index
-                    for index, (program, program_seed) in enumerate(
-                        zip(programs, seeds, strict=True)
-                    )
-                }
-                for job in as_completed(jobs):
-                    index = jobs[job]
-                    outcomes[index] = job.result()
-                    if on_result is not None:
-                        on_result(index, outcomes[index])
+                while ready or running:
+                    while ready and free:
+                        index, number = heapq.heappop(ready)
+                        if any(reply.error for reply in replies[index].values()):
+                            continue
+                        server = free.pop()
+                        job = pool.submit(
+                            self._run_split,
+                            server,
+                            programs[index],
+                            splits[number],
+                            n_classes,
+                            (seeds[index] + number) % 2**32,
+                        )
+                        running[job] = index, number, server
+                    for job in wait(running, return_when=FIRST_COMPLETED).done:
+                        index, number, server = running.pop(job)
+                        free.append(server)
+                        replies[index][number] = job.result()
+                        if number == 0:
+                            for following in range(1, len(splits)):
+                                heapq.heappush(ready, (index, following))
+                        if outcomes[index] is None:
+                            outcomes[index] = _outcome(replies[index], len(splits))
+                            if outcomes[index] is not None and on_result is not None:
+                                on_result(index, outcomes[index])
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 self.close()
                 raise
         return outcomes
-
-    def _run_program(
-        self, index: int, program: str, splits: Sequence[Split], n_classes: int, seed: int
-    ) -> Outcome:
-        probabilities = []
-        seconds = 0.0
-        for number, split in enumerate(splits):
-            reply = self._run_split(index, program, split, n_classes, (seed + number) % 2**32)
-            seconds += reply.cpu_seconds
-            if reply.error is not None:
-                return Outcome(None, reply.error, seconds)
-            probabilities.append(reply.probabilities)
-        return Outcome(tuple(probabilities), None, seconds)
 
     def _run_split(
         self, index: int, program: str, split: Split, n_classes: int, seed: int
@@ -201,6 +197,18 @@ class Sandbox:
                 f"environment.sandbox.level={self._level} does not hold on this machine "
                 f"({failure}); level=unsafe runs programs without protection"
             )
+
+
+def _outcome(replies: dict[int, Reply], n_splits: int) -> Outcome | None:
+    """What a program's replies by split add up to; None while one is missing that matters."""
+    seconds = 0.0
+    for number in range(n_splits):
+        if number not in replies:
+            return None
+        seconds += replies[number].cpu_seconds
+        if replies[number].error is not None:
+            return Outcome(None, replies[number].error, seconds)
+    return Outcome(tuple(replies[n].probabilities for n in range(n_splits)), None, seconds)
 
 
 def available_level(level: str) -> str:
