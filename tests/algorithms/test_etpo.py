@@ -160,7 +160,7 @@ def test_scaling_keeps_the_direction_of_the_whole_objective(checkpoint, letter_e
     def gradient(scaled):
         module.scale_objective, module.scale = scaled, 1.0
         batch = module.annotate(rollout)
-        loss = module.policy_step(batch)
+        loss, _ = module.policy_step(batch)
         parts = torch.autograd.grad(loss, module.backbone.policy_parameters(), allow_unused=True)
         return torch.cat([part.flatten() for part in parts if part is not None]), batch
 
@@ -169,6 +169,36 @@ def test_scaling_keeps_the_direction_of_the_whole_objective(checkpoint, letter_e
     rms = batch.advantages[batch.action_mask].square().mean().sqrt()
     assert 0.01 < rms < 0.9
     torch.testing.assert_close(scaled, plain / rms, rtol=1e-3, atol=1e-5)
+
+
+def test_grouping_actions_by_length_changes_nothing(checkpoint, letter_env, tmp_path):
+    module = build(checkpoint("llama"), critic=TrunkCritic)
+    data = fit(module, letter_env(6), 1, tmp_path, actions_per_iteration=42, minibatch_size=14)
+    batch = module.annotate(data.rollout)
+    lengths = torch.arange(42) % 5 + 1
+    batch = batch._replace(action_mask=torch.arange(5) < lengths[:, None])
+    logged = {}
+    module.log_mean = lambda name, value, count: logged.setdefault(name, []).append(
+        (float(value), count)
+    )
+    loss = module.training_step(batch, batch_idx=1)
+    (kl,) = module.step_kls
+    counts = [count for _, count in logged["train/policy_loss"]]
+    assert len(counts) > 1
+    assert sum(counts) == 42
+    policy_loss, expected_kl = module.policy_step(batch)
+    expected = module.critic_step(batch) + policy_loss
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(kl, expected_kl, rtol=1e-5, atol=1e-7)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    for one, two in zip(
+        torch.autograd.grad(loss, parameters, allow_unused=True),
+        torch.autograd.grad(expected, parameters, allow_unused=True),
+        strict=True,
+    ):
+        assert (one is None) == (two is None)
+        if one is not None:
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
 
 
 def test_trust_region_leaves_a_stopped_policy_without_gradient(checkpoint, letter_env, tmp_path):

@@ -34,6 +34,10 @@ from etpo.models.backbone import Backbone
 from etpo.models.critics import polyak_update
 from etpo.rollout.episode import Actions, Rollout, episode_layout, pack, unpack
 from etpo.rollout.metrics import rollout_metrics
+from etpo.rollout.replay import by_length
+
+# A training step's actions are computed in so many groups of similar length: less padding.
+LENGTH_GROUPS = 2
 
 
 class TokenBatch(NamedTuple):
@@ -264,8 +268,16 @@ class ETPO(LightningModule):
         if batch_idx == 0:
             for name, value in self.rollout_metrics.items():
                 self.log_mean(name, value, 1)
-        loss = self.critic_step(batch)
-        return loss if self.policy_stopped else loss + self.policy_step(batch)
+        loss = kl = torch.zeros((), device=self.device)
+        for part in by_length(batch, LENGTH_GROUPS):
+            share = len(part.weights) / len(batch.weights)
+            loss = loss + share * self.critic_step(part)
+            if not self.policy_stopped:
+                policy_loss, part_kl = self.policy_step(part)
+                loss, kl = loss + share * policy_loss, kl + share * part_kl
+        if not self.policy_stopped:
+            self.step_kls.append(kl)
+        return loss
 
     def critic_step(self, batch: TokenBatch) -> Tensor:
         """Mean over action tokens of the critic's regression error."""
@@ -280,13 +292,12 @@ class ETPO(LightningModule):
         self.log_mean("train/critic_loss", loss, len(losses))
         return loss
 
-    def policy_step(self, batch: TokenBatch) -> Tensor:
-        """Mean over actions of the token sums of the policy objective, times its scale."""
+    def policy_step(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """Means over actions of the policy objective's token sums, and of KL(pi_old || pi)."""
         mask = batch.action_mask
         log_pi = self.backbone(batch.prompt_ids, batch.prompt_mask, batch.action_ids).log_probs
         kl = soft_bellman.kl_divergence(batch.old_log_probs, log_pi.detach())
         kl = (kl * mask).sum(1).mean()
-        self.step_kls.append(kl)
         losses = objectives.policy_objective(
             log_pi, batch.old_log_probs, None, batch.q, self.beta + self.eta
         )
@@ -302,7 +313,7 @@ class ETPO(LightningModule):
         loss = self.scale * ((losses * mask).sum(1) * batch.weights).mean()
         self.log_mean("train/policy_loss", loss, len(mask))
         self.log_mean("train/kl_to_old", kl, len(mask))
-        return loss
+        return loss, kl
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Takes the policy's gradient away where the KL of the whole step leaves the trust region.

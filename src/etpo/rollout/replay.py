@@ -1,10 +1,32 @@
 """The on-policy replay buffer: one iteration's annotated actions in shuffled minibatches."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import IterableDataset
+
+
+def by_length(batch: Any, groups: int) -> list[Any]:
+    """At most `groups` parts of `batch`, its actions sorted by length, without common padding.
+
+    batch: a NamedTuple of tensors whose first dimension is the action, with `prompt_mask` [B, P],
+    padded on the left, and `action_mask` [B, L], padded on the right. Fields named prompt_* are
+    [B, P], all others [B], [B, L] or [B, L, ...]. Parts differ in size where B does not divide.
+    """
+    order = batch.action_mask.sum(1).argsort(stable=True)
+    parts = []
+    for rows in order.chunk(groups):
+        first = int(batch.prompt_mask[rows].any(0).int().argmax())
+        length = int(batch.action_mask[rows].any(0).sum())
+        fields = {}
+        for name, field in batch._asdict().items():
+            if name.startswith("prompt_"):
+                fields[name] = field[rows, first:]
+            else:
+                fields[name] = field[rows] if field.ndim == 1 else field[rows, :length]
+        parts.append(type(batch)(**fields))
+    return parts
 
 
 class OnPolicyBuffer(IterableDataset):

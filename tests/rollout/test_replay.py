@@ -1,0 +1,39 @@
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from etpo.rollout.replay import by_length
+
+
+class Batch(NamedTuple):
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    action_mask: Tensor
+    q: Tensor
+    weights: Tensor
+
+
+def test_parts_hold_every_action_once_and_no_common_padding():
+    prompts, lengths = torch.tensor([5, 2, 3, 4, 5]), torch.tensor([1, 6, 2, 6, 3])
+    prompt_mask = torch.arange(7) >= 7 - prompts[:, None]
+    action_mask = torch.arange(8) < lengths[:, None]
+    batch = Batch(
+        torch.arange(35).view(5, 7), prompt_mask, action_mask, torch.rand(5, 8, 3), torch.arange(5)
+    )
+    parts = by_length(batch, 2)
+    assert [part.weights.tolist() for part in parts] == [[0, 2, 4], [1, 3]]
+    assert [part.action_mask.shape[1] for part in parts] == [3, 6]
+    assert [part.prompt_mask.shape[1] for part in parts] == [5, 4]
+    for part in parts:
+        for place, row in enumerate(part.weights):
+            ids, mask = part.prompt_ids[place], part.prompt_mask[place]
+            assert torch.equal(ids[mask], batch.prompt_ids[row][prompt_mask[row]])
+            valid = part.action_mask[place]
+            assert torch.equal(part.q[place][valid], batch.q[row][action_mask[row]])
+
+
+def test_few_actions_make_few_parts():
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    (part,) = by_length(Batch(mask.long(), mask, mask, mask, torch.ones(1)), 4)
+    assert part.action_mask.shape == (1, 2)
