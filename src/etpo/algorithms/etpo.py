@@ -24,20 +24,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from lightning import LightningModule
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 
 from etpo.algorithms import objectives, soft_bellman
-from etpo.errors import ConfigError, check_integer, check_range
+from etpo.algorithms.on_policy import OnPolicyAlgorithm
+from etpo.errors import ConfigError, check_range
 from etpo.models.backbone import Backbone
 from etpo.models.critics import polyak_update
 from etpo.rollout.episode import Actions, Rollout, episode_layout, pack, unpack
 from etpo.rollout.metrics import rollout_metrics
-from etpo.rollout.replay import by_length
-
-# A training step's actions are computed in so many groups of similar length: less padding.
-LENGTH_GROUPS = 2
 
 
 class TokenBatch(NamedTuple):
@@ -66,31 +61,24 @@ class Annotation(NamedTuple):
     features: Tensor  # [B, L, D]
 
 
-class ETPO(LightningModule):
+class ETPO(OnPolicyAlgorithm):
     """Entropy-regularised token-level policy optimisation.
 
-    backbone: builds policy and reference; called once all other values are checked.
     critic: builds the token critic from the backbone.
-    optimizer: builds an optimizer from parameter groups (policy first, then critic).
-    scheduler: builds what sets its learning rates after every iteration, or None.
     beta: KL coefficient, >= 0. gamma: discount between actions, in [0, 1]. lambda_: in [0, 1].
     eta: weight of KL(pi || pi_old), >= 0. floor: tokens with pi_old below it take min(Q, V), in
     [0, 1]. correction: doubly robust objective. scale_objective: divide it by the rms of the
     advantages. clip_low, clip_high: how far below and above 1 the correction's probability ratio
-    counts, > 0, clip_low at most 1, or None for no limit.
-    max_kl: the policy stops for the rest of the iteration once the mean KL(pi_old || pi) of an
-    action exceeds it, in nats; None for no limit. tau: Polyak step of the target critic after
-    each iteration, in (0, 1]. max_grad_norm: per parameter group. annotation_batch:
-    actions annotated at once. Raises ConfigError for values out of range.
+    counts, > 0, clip_low at most 1, or None for no limit. tau: Polyak step of the target critic
+    after each iteration, in (0, 1]. shared: arguments of `OnPolicyAlgorithm`.
+    Raises ConfigError for values out of range.
     """
 
     def __init__(
         self,
         backbone: Callable[[], Backbone],
         critic: Callable[[Backbone], nn.Module],
-        optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
-        scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
-        *,
+        *args: Any,
         beta: float,
         gamma: float,
         lambda_: float,
@@ -100,16 +88,11 @@ class ETPO(LightningModule):
         scale_objective: bool,
         clip_low: float | None,
         clip_high: float | None,
-        max_kl: float | None,
         tau: float,
-        policy_lr: float,
-        critic_lr: float,
         critic_loss: str,
         huber_delta: float,
-        max_grad_norm: float,
-        annotation_batch: int,
+        **shared: Any,
     ) -> None:
-        super().__init__()
         infinity = float("inf")
         for key, value, low, high in (
             ("beta", beta, 0, infinity),
@@ -117,58 +100,30 @@ class ETPO(LightningModule):
             ("lambda_", lambda_, 0, 1),
             ("eta", eta, 0, infinity),
             ("floor", floor, 0, 1),
-            ("policy_lr", policy_lr, 0, infinity),
-            ("critic_lr", critic_lr, 0, infinity),
         ):
             check_range(f"algorithm.{key}", value, low, high)
         for key, value, high in (
             ("clip_low", clip_low, 1),
             ("clip_high", clip_high, infinity),
-            ("max_kl", max_kl, infinity),
             ("tau", tau, 1),
             ("huber_delta", huber_delta, infinity),
-            ("max_grad_norm", max_grad_norm, infinity),
         ):
-            if value is not None or key not in ("clip_low", "clip_high", "max_kl"):
+            if value is not None or key not in ("clip_low", "clip_high"):
                 check_range(f"algorithm.{key}", value, 0, high, above=True)
-        check_integer("algorithm.annotation_batch", annotation_batch, 1)
         for key, value in (("correction", correction), ("scale_objective", scale_objective)):
             if not isinstance(value, bool):
                 raise ConfigError(f"algorithm.{key}={value}: allowed are true, false")
         if critic_loss not in ("huber", "mse"):
             raise ConfigError(f"algorithm.critic_loss={critic_loss}: allowed are huber, mse")
-        self.backbone = backbone()
+        super().__init__(backbone, *args, **shared)
         self.critic = critic(self.backbone)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.optimizer, self.scheduler = optimizer, scheduler
         self.beta, self.gamma, self.lambda_, self.eta = beta, gamma, lambda_, eta
-        self.floor, self.correction, self.max_kl = floor, correction, max_kl
+        self.floor, self.correction = floor, correction
         self.clip_low, self.clip_high = clip_low, clip_high
-        self.tau, self.policy_lr, self.critic_lr = tau, policy_lr, critic_lr
-        self.critic_loss, self.huber_delta = critic_loss, huber_delta
-        self.max_grad_norm, self.annotation_batch = max_grad_norm, annotation_batch
-        self.strict_loading = False
-        self.policy_stopped = False
-        self.step_kls: list[Tensor] = []
+        self.tau, self.critic_loss, self.huber_delta = tau, critic_loss, huber_delta
         self.mean_length = 1.0
         self.scale_objective, self.scale = scale_objective, 1.0
-        self.rollout_metrics: dict[str, float] = {}
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = self.optimizer(
-            [
-                {"params": self.backbone.policy_parameters(), "lr": self.policy_lr},
-                {"params": list(self.critic.parameters()), "lr": self.critic_lr},
-            ]
-        )
-        if self.scheduler is None:
-            return {"optimizer": optimizer}
-        return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}
-
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, **_: Any) -> None:
-        """Clips the policy's and the critic's gradient norm apart."""
-        for group in optimizer.param_groups:
-            torch.nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
 
     @torch.no_grad()
     def annotate(self, rollout: Rollout) -> TokenBatch:
@@ -192,7 +147,6 @@ class ETPO(LightningModule):
             self.scale = float(objectives.objective_scale(self.all_gather(square).mean()))
         lengths = actions.action_mask.sum()
         self.mean_length = float(self.all_gather(lengths).float().mean()) / len(actions.rewards)
-        self.policy_stopped = False
         self.rollout_metrics = rollout_metrics(rollout) | {
             "rollout/kl_to_reference": float((old.kl * actions.action_mask).sum(1).mean()),
             "rollout/value": float(old.value[:, 0].mean()),
@@ -264,21 +218,6 @@ class ETPO(LightningModule):
         )
         return unpack(returns, layout, like=values)
 
-    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        if batch_idx == 0:
-            for name, value in self.rollout_metrics.items():
-                self.log_mean(name, value, 1)
-        loss = kl = torch.zeros((), device=self.device)
-        for part in by_length(batch, LENGTH_GROUPS):
-            share = len(part.weights) / len(batch.weights)
-            loss = loss + share * self.critic_step(part)
-            if not self.policy_stopped:
-                policy_loss, part_kl = self.policy_step(part)
-                loss, kl = loss + share * policy_loss, kl + share * part_kl
-        if not self.policy_stopped:
-            self.step_kls.append(kl)
-        return loss
-
     def critic_step(self, batch: TokenBatch) -> Tensor:
         """Mean over action tokens of the critic's regression error."""
         inputs = batch.prompt_ids, batch.prompt_mask, batch.action_ids
@@ -315,36 +254,5 @@ class ETPO(LightningModule):
         self.log_mean("train/kl_to_old", kl, len(mask))
         return loss, kl
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Takes the policy's gradient away where the KL of the whole step leaves the trust region.
-
-        No gradient, not a zero one: Adam's momentum would still move the policy.
-        """
-        kls, self.step_kls = self.step_kls, []
-        if not kls or self.max_kl is None:
-            return
-        if self.all_gather(torch.stack(kls).mean()).mean() > self.max_kl:
-            self.policy_stopped = True
-            for parameter in self.backbone.policy_parameters():
-                parameter.grad = None
-
     def on_train_epoch_end(self) -> None:
         polyak_update(self.target_critic, self.critic, self.tau)
-
-    def validation_step(self, batch: Rollout, batch_idx: int) -> None:
-        reward = batch.actions.rewards.mean()
-        self.log("val/reward", reward, sync_dist=True, batch_size=len(batch.actions.rewards))
-
-    def log_mean(self, name: str, value: Tensor | float, count: int) -> None:
-        self.log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=count)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leaves out the frozen weights: they come from `model.name_or_path` again."""
-        frozen = {
-            f"backbone.{name}"
-            for name, parameter in self.backbone.named_parameters(remove_duplicate=False)
-            if not parameter.requires_grad
-        }
-        checkpoint["state_dict"] = {
-            key: value for key, value in checkpoint["state_dict"].items() if key not in frozen
-        }

@@ -1,0 +1,138 @@
+"""What on-policy algorithms share: policy, optimizer, trust region, minibatches, checkpoints."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from etpo.errors import check_integer, check_range
+from etpo.models.backbone import Backbone
+from etpo.rollout.episode import Rollout
+from etpo.rollout.replay import by_length
+
+# A training step's actions are computed in so many groups of similar length: less padding.
+LENGTH_GROUPS = 2
+
+
+class OnPolicyAlgorithm(LightningModule):
+    """A policy that is trained on fresh actions only; a subclass says with which losses.
+
+    A subclass implements `annotate` and `policy_step`, sets `self.critic` and implements
+    `critic_step` where it has one, and puts the numbers of a rollout into `self.rollout_metrics`.
+
+    backbone: builds policy and reference; called once all other values are checked.
+    optimizer: builds an optimizer from parameter groups (policy first, then critic).
+    scheduler: builds what sets its learning rates after every iteration, or None.
+    policy_lr, critic_lr: learning rates, >= 0.
+    max_kl: the policy stops for the rest of the iteration once the mean KL(pi_old || pi) of an
+    action exceeds it, in nats; None for no limit. max_grad_norm: per parameter group.
+    annotation_batch: actions annotated at once. Raises ConfigError for values out of range.
+    """
+
+    def __init__(
+        self,
+        backbone: Callable[[], Backbone],
+        optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
+        *,
+        policy_lr: float,
+        critic_lr: float = 0.0,
+        max_kl: float | None,
+        max_grad_norm: float,
+        annotation_batch: int,
+    ) -> None:
+        super().__init__()
+        infinity = float("inf")
+        check_range("algorithm.policy_lr", policy_lr, 0, infinity)
+        check_range("algorithm.critic_lr", critic_lr, 0, infinity)
+        check_range("algorithm.max_grad_norm", max_grad_norm, 0, infinity, above=True)
+        if max_kl is not None:
+            check_range("algorithm.max_kl", max_kl, 0, infinity, above=True)
+        check_integer("algorithm.annotation_batch", annotation_batch, 1)
+        self.backbone = backbone()
+        self.critic: nn.Module | None = None
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.policy_lr, self.critic_lr, self.max_kl = policy_lr, critic_lr, max_kl
+        self.max_grad_norm, self.annotation_batch = max_grad_norm, annotation_batch
+        self.strict_loading = False
+        self.policy_stopped = False
+        self.step_kls: list[Tensor] = []
+        self.rollout_metrics: dict[str, float] = {}
+
+    def annotate(self, rollout: Rollout) -> Any:
+        """A NamedTuple of tensors whose first dimension is the action, without gradient."""
+        raise NotImplementedError
+
+    def policy_step(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Means over actions of the policy's loss and of KL(pi_old || pi) in nats."""
+        raise NotImplementedError
+
+    def critic_step(self, batch: Any) -> Tensor:
+        """Mean over actions of the critic's loss."""
+        return torch.zeros((), device=self.device)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        groups = [{"params": self.backbone.policy_parameters(), "lr": self.policy_lr}]
+        if self.critic is not None:
+            groups.append({"params": list(self.critic.parameters()), "lr": self.critic_lr})
+        optimizer = self.optimizer(groups)
+        if self.scheduler is None:
+            return {"optimizer": optimizer}
+        return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, **_: Any) -> None:
+        """Clips the policy's and the critic's gradient norm apart."""
+        for group in optimizer.param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
+
+    def on_train_epoch_start(self) -> None:
+        self.policy_stopped = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if batch_idx == 0:
+            for name, value in self.rollout_metrics.items():
+                self.log_mean(name, value, 1)
+        loss = kl = torch.zeros((), device=self.device)
+        for part in by_length(batch, LENGTH_GROUPS):
+            share = len(part.weights) / len(batch.weights)
+            loss = loss + share * self.critic_step(part)
+            if not self.policy_stopped:
+                policy_loss, part_kl = self.policy_step(part)
+                loss, kl = loss + share * policy_loss, kl + share * part_kl
+        if not self.policy_stopped:
+            self.step_kls.append(kl)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Takes the policy's gradient away where the KL of the whole step leaves the trust region.
+
+        No gradient, not a zero one: Adam's momentum would still move the policy.
+        """
+        kls, self.step_kls = self.step_kls, []
+        if not kls or self.max_kl is None:
+            return
+        if self.all_gather(torch.stack(kls).mean()).mean() > self.max_kl:
+            self.policy_stopped = True
+            for parameter in self.backbone.policy_parameters():
+                parameter.grad = None
+
+    def validation_step(self, batch: Rollout, batch_idx: int) -> None:
+        reward = batch.actions.rewards.mean()
+        self.log("val/reward", reward, sync_dist=True, batch_size=len(batch.actions.rewards))
+
+    def log_mean(self, name: str, value: Tensor | float, count: int) -> None:
+        self.log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=count)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves out the frozen weights: they come from `model.name_or_path` again."""
+        frozen = {
+            f"backbone.{name}"
+            for name, parameter in self.backbone.named_parameters(remove_duplicate=False)
+            if not parameter.requires_grad
+        }
+        checkpoint["state_dict"] = {
+            key: value for key, value in checkpoint["state_dict"].items() if key not in frozen
+        }
