@@ -31,7 +31,15 @@ from etpo.algorithms.on_policy import OnPolicyAlgorithm
 from etpo.errors import ConfigError, check_range
 from etpo.models.backbone import Backbone
 from etpo.models.critics import polyak_update
-from etpo.rollout.episode import Actions, Rollout, episode_layout, pack, unpack
+from etpo.rollout.episode import (
+    Actions,
+    Rollout,
+    episode_layout,
+    episode_steps,
+    following_values,
+    pack,
+    unpack,
+)
 from etpo.rollout.metrics import rollout_metrics
 
 
@@ -190,33 +198,21 @@ class ETPO(OnPolicyAlgorithm):
         self, actions: Actions, values: Tensor, q_taken: Tensor, rollout: Rollout
     ) -> Tensor:
         """G [B, L] of soft values [B, L] and Q of the taken tokens [B, L]."""
-        mask = actions.action_mask
-        last = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
-        rewards = torch.where(last, actions.rewards[:, None], 0.0)
-        between = self.gamma * (~actions.terminated).float()
-        discounts = torch.where(last, between[:, None], 1.0)
-        ends = last & (actions.terminated | actions.truncated)[:, None]
+        steps = episode_steps(actions, actions.action_mask, rollout.num_envs, self.gamma)
         bootstrap = torch.zeros_like(actions.rewards)
         if len(rollout.bootstrap_ids):
             prompts = rollout.bootstrap_ids.to(self.device), rollout.bootstrap_mask.to(self.device)
             none_taken = torch.zeros_like(prompts[0][:, :1])
             bootstrap[actions.truncated] = self.evaluate_prefixes(*prompts, none_taken).value[:, 0]
-        layout = episode_layout(mask, rollout.num_envs)
-        following = torch.nn.functional.pad
-        next_values = following(pack(values, layout)[:, 1:], (0, 1))
-        ended = pack(ends, layout)
-        next_values = torch.where(
-            ended, pack(bootstrap[:, None].expand_as(values), layout), next_values
-        )
         returns = soft_bellman.lambda_returns(
-            pack(rewards, layout),
-            pack(discounts, layout) * layout.valid,
-            next_values,
-            following(pack(q_taken, layout)[:, 1:], (0, 1)),
+            steps.rewards,
+            steps.discounts,
+            following_values(steps, values, bootstrap),
+            torch.nn.functional.pad(pack(q_taken, steps.layout)[:, 1:], (0, 1)),
             self.lambda_,
-            layout.valid & ~ended,
+            steps.continues,
         )
-        return unpack(returns, layout, like=values)
+        return unpack(returns, steps.layout, like=values)
 
     def critic_step(self, batch: TokenBatch) -> Tensor:
         """Mean over action tokens of the critic's regression error."""

@@ -1,6 +1,7 @@
-"""Soft token critics Q_phi(x, w) over the whole vocabulary: a dueling head and what feeds it."""
+"""Critics: a dueling head over the vocabulary or a scalar one, and what feeds it."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,29 +33,55 @@ class DuelingHead(nn.Module):
         return self.value(hidden).squeeze(-1), self.advantage(hidden)
 
 
-class HeadCritic(nn.Module):
-    """A dueling head on the frozen reference's last hidden states: no further language model."""
+class ValueHead(nn.Module):
+    """Features [..., D] -> value [...], float32, exactly zero at the start.
 
-    def __init__(self, backbone: Backbone, hidden_size: int = 512) -> None:
+    Takes the arguments of `DuelingHead`; the vocabulary does not matter to it.
+    """
+
+    def __init__(self, feature_size: int, vocabulary_size: int, hidden_size: int) -> None:
         super().__init__()
-        self.head = DuelingHead(backbone.feature_size, backbone.vocabulary_size, hidden_size)
+        self.body = nn.Sequential(
+            nn.LayerNorm(feature_size), nn.Linear(feature_size, hidden_size), nn.GELU()
+        )
+        self.value = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.value.weight)
+        nn.init.zeros_(self.value.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.value(self.body(features.float())).squeeze(-1)
+
+
+class HeadCritic(nn.Module):
+    """A head on the frozen reference's last hidden states: no further language model."""
+
+    def __init__(
+        self, backbone: Backbone, hidden_size: int = 512, head: type[nn.Module] = DuelingHead
+    ) -> None:
+        super().__init__()
+        self.head = head(backbone.feature_size, backbone.vocabulary_size, hidden_size)
 
     def forward(
         self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor, features: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """[B, P], [B, P], [B, L] and the reference's features [B, L, D] -> [B, L], [B, L, V]."""
+    ) -> Any:
+        """[B, P], [B, P], [B, L] and the reference's features [B, L, D] -> what the head gives.
+
+        `DuelingHead`: [B, L] and [B, L, V]; `ValueHead`: [B, L].
+        """
         return self.head(features)
 
 
 class TrunkCritic(nn.Module):
-    """A dueling head on a trainable copy of the whole language model, as in the paper."""
+    """A head on a trainable copy of the whole language model, as in the paper."""
 
-    def __init__(self, backbone: Backbone, hidden_size: int = 512) -> None:
+    def __init__(
+        self, backbone: Backbone, hidden_size: int = 512, head: type[nn.Module] = DuelingHead
+    ) -> None:
         super().__init__()
         # with an adapter there is no separate reference: the copied policy sheds its own
         source = backbone.reference or copy.deepcopy(backbone.policy).unload()
         self.trunk = copy.deepcopy(source.base_model).requires_grad_(True).float()
-        self.head = DuelingHead(backbone.feature_size, backbone.vocabulary_size, hidden_size)
+        self.head = head(backbone.feature_size, backbone.vocabulary_size, hidden_size)
 
     def train(self, mode: bool = True) -> "TrunkCritic":
         """Keeps evaluation mode: dropout is off in every forward."""
@@ -62,8 +89,8 @@ class TrunkCritic(nn.Module):
 
     def forward(
         self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor, features: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """[B, P], [B, P], [B, L] and features, which are not read -> [B, L], [B, L, V]."""
+    ) -> Any:
+        """[B, P], [B, P], [B, L] and features, which are not read -> as `HeadCritic`."""
 
         def run(last: int, **inputs: Tensor) -> tuple[Tensor]:
             return (self.trunk(**inputs).last_hidden_state[:, -last:],)

@@ -97,3 +97,45 @@ def unpack(packed: Tensor, layout: EpisodeLayout, like: Tensor) -> Tensor:
     flat = torch.zeros(like.numel(), dtype=packed.dtype, device=packed.device)
     flat[layout.index[layout.valid]] = packed[layout.valid]
     return flat.view(like.shape)
+
+
+class Steps(NamedTuple):
+    """The steps of every environment in a row each, [N, K]: tokens, or whole actions.
+
+    rewards: an action's reward at its last token, 0 elsewhere. discounts: of what follows a step;
+    0 after a termination. ends: the episode ends or is cut here. continues: bool, the next step
+    belongs to the same episode.
+    """
+
+    layout: EpisodeLayout
+    rewards: Tensor
+    discounts: Tensor
+    ends: Tensor
+    continues: Tensor
+
+
+def episode_steps(
+    actions: Actions, mask: Tensor, num_envs: int, gamma: float, token_discount: float = 1.0
+) -> Steps:
+    """The steps that `mask` [B, L] marks; a mask [B, 1] of ones makes every action one step.
+
+    `gamma` discounts between actions, `token_discount` inside one.
+    """
+    last = mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))
+    rewards = torch.where(last, actions.rewards[:, None], 0.0)
+    between = gamma * (~actions.terminated).to(rewards.dtype)
+    discounts = torch.where(last, between[:, None], token_discount)
+    layout = episode_layout(mask, num_envs)
+    ends = pack(last & (actions.terminated | actions.truncated)[:, None], layout)
+    return Steps(layout, pack(rewards, layout), pack(discounts, layout), ends, layout.valid & ~ends)
+
+
+def following_values(steps: Steps, values: Tensor, bootstrap: Tensor) -> Tensor:
+    """V of the prefix after every step: [B, L], [B] -> [N, K].
+
+    Where an episode ends or is cut it is `bootstrap`, the value of the action's true next prompt
+    (0 after a termination).
+    """
+    at_end = pack(bootstrap[:, None].expand_as(values), steps.layout)
+    following = torch.nn.functional.pad(pack(values, steps.layout)[:, 1:], (0, 1))
+    return torch.where(steps.ends, at_end, following)

@@ -1,0 +1,182 @@
+"""What the baselines share: rollouts with the log-probabilities of taken tokens, a clipped step."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from etpo.algorithms import advantages, objectives
+from etpo.algorithms.on_policy import OnPolicyAlgorithm
+from etpo.errors import check_range
+from etpo.models.backbone import Backbone
+from etpo.rollout.episode import Actions, Rollout
+from etpo.rollout.metrics import rollout_metrics
+
+
+class TakenBatch(NamedTuple):
+    """Annotated actions: what one training step needs, all without gradient."""
+
+    prompt_ids: Tensor  # int64 [B, P]
+    prompt_mask: Tensor  # bool [B, P]
+    action_ids: Tensor  # int64 [B, L]
+    action_mask: Tensor  # bool [B, L]
+    old_log_probs: Tensor  # float32 [B, L], log pi_old of the taken tokens
+    ref_log_probs: Tensor  # float32 [B, L], log pi_ref of them
+    features: Tensor  # [B, L, D], of the frozen reference
+    advantages: Tensor  # float32 [B, L]
+    returns: Tensor  # float32 [B, L], what the critic is fitted to; 0 without one
+    weights: Tensor  # float32 [B]
+
+
+class Taken(NamedTuple):
+    """Taken tokens under pi_old and pi_ref, and the critic's value of their prefixes."""
+
+    log_pi: Tensor  # float32 [B, L]
+    log_ref: Tensor  # float32 [B, L]
+    values: Tensor  # float32 [B, L]; 0 without a critic
+    features: Tensor  # [B, L, D]
+
+
+class PolicyGradient(OnPolicyAlgorithm):
+    """Clipped policy gradient; a subclass says what an action or a token was worth (`credit`).
+
+    critic: builds what values prefixes from the backbone, or None.
+    beta: KL coefficient, >= 0. gamma: discount between actions, in [0, 1].
+    clip: how far the probability ratio counts above and below 1, or None for no limit.
+    shared: arguments of `OnPolicyAlgorithm`. Raises ConfigError for values out of range.
+    """
+
+    def __init__(
+        self,
+        backbone: Callable[[], Backbone],
+        critic: Callable[[Backbone], nn.Module] | None,
+        *args: Any,
+        beta: float,
+        gamma: float,
+        clip: float | None,
+        **shared: Any,
+    ) -> None:
+        check_range("algorithm.beta", beta, 0, float("inf"))
+        check_range("algorithm.gamma", gamma, 0, 1)
+        if clip is not None:
+            check_range("algorithm.clip", clip, 0, 1, above=True)
+        super().__init__(backbone, *args, **shared)
+        self.critic = None if critic is None else critic(self.backbone)
+        self.beta, self.gamma, self.clip = beta, gamma, clip
+        self.mean_length = 1.0
+
+    def credit(self, actions: Actions, taken: Taken, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """Advantages and the critic's targets of every taken token: [B, L], [B, L]."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def annotate(self, rollout: Rollout) -> TakenBatch:
+        actions = Actions(*(field.to(self.device) for field in rollout.actions))
+        rows = torch.arange(len(actions.rewards)).split(self.annotation_batch)
+        parts = [
+            self.evaluate_taken(
+                actions.prompt_ids[r], actions.prompt_mask[r], actions.action_ids[r]
+            )
+            for r in rows
+        ]
+        taken = Taken(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+        mask = actions.action_mask
+        credited, returns = self.credit(actions, taken, rollout)
+        log_ratio = (taken.log_pi - taken.log_ref) * mask
+        self.rollout_metrics = rollout_metrics(rollout) | {
+            "rollout/kl_to_reference": float(log_ratio.sum(1).mean())
+        }
+        if self.critic is not None:
+            self.rollout_metrics |= {
+                "rollout/value": float(taken.values[:, 0].mean()),
+                "rollout/explained_variance": objectives.explained_variance(
+                    taken.values[mask], returns[mask]
+                ),
+            }
+        batch = TakenBatch(
+            prompt_ids=actions.prompt_ids,
+            prompt_mask=actions.prompt_mask,
+            action_ids=actions.action_ids,
+            action_mask=mask,
+            old_log_probs=taken.log_pi,
+            ref_log_probs=taken.log_ref,
+            features=taken.features,
+            advantages=credited,
+            returns=returns,
+            weights=torch.ones_like(actions.rewards),
+        )
+        valued = self.valued(batch).sum(1).float().mean()
+        self.mean_length = float(self.all_gather(valued).mean())
+        return batch
+
+    def evaluate_taken(self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor) -> Taken:
+        """Policy, reference and critic at the L taken tokens of action_ids [B, L]."""
+        inputs = prompt_ids, prompt_mask, action_ids
+        at_taken = action_ids.unsqueeze(-1)
+        log_pi = self.backbone(*inputs).log_probs.gather(-1, at_taken).squeeze(-1)
+        log_ref, features = self.backbone(*inputs, reference=True)
+        log_ref = log_ref.gather(-1, at_taken).squeeze(-1)
+        values = torch.zeros_like(log_pi)
+        if self.critic is not None:
+            values = self.prefix_values(*inputs, features)
+        return Taken(log_pi, log_ref, values, features)
+
+    def prefix_values(self, *inputs: Tensor) -> Tensor:
+        """The critic's values [B, L] of the L prefixes; `inputs` as a critic takes them."""
+        return self.critic(*inputs)
+
+    def bootstrap_values(self, actions: Actions, rollout: Rollout) -> Tensor:
+        """The critic's value of the true next prompt of truncated actions, 0 of others: [B]."""
+        values = torch.zeros_like(actions.rewards)
+        if len(rollout.bootstrap_ids):
+            prompts = rollout.bootstrap_ids.to(self.device), rollout.bootstrap_mask.to(self.device)
+            none_taken = torch.zeros_like(prompts[0][:, :1])
+            values[actions.truncated] = self.evaluate_taken(*prompts, none_taken).values[:, 0]
+        return values
+
+    def standardised(self, values: Tensor, mask: Tensor) -> Tensor:
+        """(x - mean) / deviation over the entries that `mask` marks, on all ranks: [B, L]."""
+        count, total, square = (
+            self.all_gather(moment).sum()
+            for moment in (mask.sum(), values[mask].sum(), values[mask].square().sum())
+        )
+        mean = total / count
+        deviation = (square / count - mean.square()).clamp(min=0).sqrt()
+        return (values - mean) / (deviation + 1e-8)
+
+    def valued(self, batch: TakenBatch) -> Tensor:
+        """The prefixes that the critic is fitted at: bool [B, L]."""
+        return batch.action_mask
+
+    def critic_step(self, batch: TakenBatch) -> Tensor:
+        """Mean of the critic's regression error over the prefixes that it is fitted at."""
+        if self.critic is None:
+            return super().critic_step(batch)
+        values = self.prefix_values(
+            batch.prompt_ids, batch.prompt_mask, batch.action_ids, batch.features
+        )
+        losses = objectives.critic_loss(values, batch.returns, self.valued(batch), "huber")
+        loss = losses.sum() / (len(losses) * self.mean_length)
+        self.log_mean("train/critic_loss", loss, len(losses))
+        return loss
+
+    def policy_step(self, batch: TakenBatch) -> tuple[Tensor, Tensor]:
+        """Means over actions of the clipped surrogate and of the estimated KL(pi_old || pi)."""
+        mask, taken = batch.action_mask, batch.action_ids.unsqueeze(-1)
+        log_pi = self.backbone(batch.prompt_ids, batch.prompt_mask, batch.action_ids).log_probs
+        log_pi = torch.where(mask, log_pi.gather(-1, taken).squeeze(-1), 0.0)
+        log_old = torch.where(mask, batch.old_log_probs, 0.0)
+        kl = (advantages.k3(log_old, log_pi.detach()) * mask).sum(1).mean()
+        losses = self.surrogate(log_pi, log_old, batch)
+        loss = losses.mean()
+        self.log_mean("train/policy_loss", loss, len(mask))
+        self.log_mean("train/kl_to_old", kl, len(mask))
+        return loss, kl
+
+    def surrogate(self, log_pi: Tensor, log_old: Tensor, batch: TakenBatch) -> Tensor:
+        """The loss of every action: log pi, log pi_old of taken tokens [B, L], 0 beyond -> [B]."""
+        losses = objectives.taken_token_correction(
+            log_pi, log_old, batch.advantages, self.clip, self.clip
+        )
+        return (losses * batch.action_mask).sum(1)
