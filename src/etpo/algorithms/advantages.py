@@ -65,16 +65,15 @@ def group_standardised(returns: Tensor, group: Tensor, epsilon: float = 1e-4) ->
     return (returns - mean) / ((square / (count - 1).clamp(min=1)).sqrt() + epsilon)
 
 
-def groups_of_prompts(prompt_ids: Tensor, prompt_mask: Tensor, step: Tensor) -> Tensor:
-    """A group number for every action: [B, P], bool [B, P], int64 [B] -> int64 [B].
+def groups_of_prompts(prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
+    """A group number for every action: [B, P], bool [B, P] -> int64 [B].
 
     Actions on equal prompts make a group. Those whose prompt nobody shares, as repair prompts are,
-    make one with the others of their step in the episode.
+    make one together.
     """
     both = torch.cat([torch.where(prompt_mask, prompt_ids, -1), prompt_mask.long()], dim=1)
     _, group, counts = torch.unique(both, dim=0, return_inverse=True, return_counts=True)
-    alone = counts[group] == 1
-    return torch.where(alone, len(counts) + step, group)
+    return torch.where(counts[group] == 1, len(counts), group)
 
 
 def k3(log_pi: Tensor, log_ref: Tensor) -> Tensor:

@@ -82,4 +82,4 @@ class GRPO(Reinforce):
 
 def groups(actions: Actions) -> Tensor:
     """Groups of actions on equal prompts: int64 [B]."""
-    return advantages.groups_of_prompts(actions.prompt_ids, actions.prompt_mask, actions.step)
+    return advantages.groups_of_prompts(actions.prompt_ids, actions.prompt_mask)
