@@ -158,3 +158,116 @@ def test_grpo(credit):
     assert advantages == near(
         [[-1 / 3 / deviation] * 2, [16 / 15 / deviation], [0.0], [-11 / 15 / deviation] * 2]
     )
+
+
+ALL = [POAD, NTPO, PPOKL, ArCHer, Reinforce, RLOO, GRPO]
+
+
+@pytest.mark.parametrize("algorithm", ALL)
+def test_nothing_moves_without_reward(algorithm, build, letter_env, fit, paid):
+    module = build(algorithm, beta=0.0)
+    before = [p.clone() for p in module.backbone.policy_parameters()]
+    fit(module, paid(letter_env(4), lambda action: 0), 1)
+    for old, new in zip(before, module.backbone.policy_parameters(), strict=True):
+        assert torch.equal(old, new)
+
+
+@pytest.mark.parametrize("algorithm", ALL)
+def test_paid_actions_become_likelier(algorithm, build, letter_env, fit, paid, monkeypatch):
+    """Not in the first iteration, of which ArCHer's critic knows nothing yet."""
+    module = build(algorithm)
+    annotate, batches = module.annotate, []
+    monkeypatch.setattr(
+        module, "annotate", lambda rollout: batches.append(annotate(rollout)) or batches[-1]
+    )
+    env = paid(letter_env(8, length=1), lambda action: sum(map(ord, action[-1:])) % 2)
+    data = fit(module, env, 4, minibatch_size=64, update_epochs=10)
+    batch, rewards = batches[-1], data.rollout.actions.rewards
+    assert 0 < rewards.mean() < 1
+    with torch.no_grad():
+        log_pi = module.backbone(batch.prompt_ids, batch.prompt_mask, batch.action_ids).log_probs
+    taken = log_pi.gather(-1, batch.action_ids.unsqueeze(-1)).squeeze(-1)
+    gain = ((taken - batch.old_log_probs) * batch.action_mask).sum(1)
+    assert gain[rewards == 1].mean() > gain[rewards == 0].mean() + 0.01
+
+
+@pytest.mark.parametrize("algorithm", ALL)
+def test_the_step_is_the_policy_gradient(algorithm, build, letter_env, fit, paid):
+    """At pi = pi_old = pi_ref: -A grad log pi, summed over tokens; GRPO: their mean."""
+    module = build(algorithm)
+    data = fit(module, paid(letter_env(4), len), 1, update_epochs=1, minibatch_size=32)
+    fresh = build(algorithm)
+    fresh.trainer = module.trainer
+    fresh.log_mean = lambda *_: None
+    batch = fresh.annotate(data.rollout)
+    lengths = torch.arange(len(batch.weights)) % 5 + 1
+    mask = torch.arange(batch.action_mask.shape[1]) < lengths[:, None]
+    batch = batch._replace(action_mask=mask, advantages=torch.randn(mask.shape))
+    if algorithm is PPOKL:  # one advantage per action
+        batch = batch._replace(advantages=batch.advantages[:, :1].expand_as(mask))
+    loss, kl = fresh.policy_step(batch)
+    assert kl.item() == pytest.approx(0, abs=1e-6)
+    inputs = batch.prompt_ids, batch.prompt_mask, batch.action_ids
+    log_pi = fresh.backbone(*inputs).log_probs
+    taken = log_pi.gather(-1, batch.action_ids.unsqueeze(-1)).squeeze(-1)
+    expected = -(batch.advantages * taken * mask).sum(1)
+    if algorithm is GRPO:
+        expected = expected / lengths
+    parameters = fresh.backbone.policy_parameters()
+    for one, two in zip(
+        torch.autograd.grad(loss, parameters, allow_unused=True),
+        torch.autograd.grad(expected.mean(), parameters, allow_unused=True),
+        strict=True,
+    ):
+        assert (one is None) == (two is None)
+        if one is not None:
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_penalised_rewards_leave_padding_at_zero():
+    rewards = penalised_rewards(
+        torch.tensor([[0.0, 1.0, 5.0]]),
+        torch.tensor([[-1.0, -2.0, 3.0]]),
+        torch.tensor([[-1.5, -1.0, 0.0]]),
+        0.5,
+        torch.tensor([[True, True, False]]),
+    )
+    assert rewards.tolist() == [[-0.25, 1.5, 0.0]]
+
+
+def test_advantages_at_lambda_one_are_returns_less_values():
+    random = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, 3, 6, generator=random, dtype=torch.float64)
+    following = torch.nn.functional.pad(values[:, 1:], (0, 1), value=0.7)
+    discounts = torch.full_like(rewards, 0.9)
+    continues = torch.arange(6).expand(3, 6) < 5
+    advantages = generalized_advantages(rewards, discounts, values, following, 1.0, continues)
+    powers = 0.9 ** torch.arange(6, dtype=torch.float64)
+    for k in range(6):
+        returns = rewards[:, k:] @ powers[: 6 - k] + 0.9 ** (6 - k) * 0.7
+        torch.testing.assert_close(advantages[:, k], returns - values[:, k])
+
+
+def test_groups_are_those_of_equal_prompts_whatever_the_padding():
+    ids = torch.tensor([[0, 5], [9, 5], [4, 5], [9, 6], [8, 8]])
+    mask = torch.tensor([[0, 1], [0, 1], [1, 1], [0, 1], [1, 1]]).bool()
+    group = groups_of_prompts(ids, mask).tolist()
+    assert group[0] == group[1]
+    assert group[2] == group[3] == group[4] != group[0]
+
+
+def test_group_statistics_leave_one_alone_at_zero():
+    returns, group = torch.tensor([1.0, 2.0, 6.0, 5.0]), torch.tensor([0, 0, 0, 1])
+    assert group_mean_of_others(returns, group).tolist() == [4.0, 3.5, 1.5, 0.0]
+    standardised = group_standardised(returns, group, epsilon=0.0)
+    assert standardised[:3].tolist() == pytest.approx([-2 / 7**0.5, -1 / 7**0.5, 3 / 7**0.5])
+    assert group_standardised(returns, group)[3] == 0
+
+
+def test_k3_is_an_unbiased_kl_and_never_negative():
+    random = torch.Generator().manual_seed(0)
+    log_pi, log_ref = torch.randn(2, 7, generator=random, dtype=torch.float64).log_softmax(-1)
+    estimates = k3(log_pi, log_ref)
+    assert (estimates >= 0).all()
+    kl = (log_pi.exp() * (log_pi - log_ref)).sum()
+    torch.testing.assert_close((log_pi.exp() * estimates).sum(), kl)

@@ -1,16 +1,14 @@
 import functools
 
-import numpy as np
 import pytest
 import torch
-from lightning import Callback, Trainer
+from lightning import Callback
 
 from etpo.algorithms.etpo import ETPO
 from etpo.errors import ConfigError
 from etpo.models.backbone import Backbone
 from etpo.models.critics import HeadCritic, TrunkCritic
 from etpo.models.prompting import CompletionTemplate
-from etpo.rollout.datamodule import RolloutDataModule
 
 SETTINGS = {
     "beta": 0.01,
@@ -33,6 +31,14 @@ SETTINGS = {
 }
 
 
+class Rewards(Callback):
+    def __init__(self):
+        self.values = []
+
+    def on_train_epoch_end(self, trainer, module):
+        self.values.append(module.rollout_metrics["rollout/reward"])
+
+
 def build(folder, critic=HeadCritic, **changes):
     return ETPO(
         lambda: Backbone(str(folder), CompletionTemplate()),
@@ -42,85 +48,36 @@ def build(folder, critic=HeadCritic, **changes):
     )
 
 
-def fit(module, env, iterations, tmp_path, callbacks=(), **sizes):
-    data = RolloutDataModule(
-        env,
-        **{
-            "actions_per_iteration": 8 * env.num_envs,
-            "minibatch_size": 16,
-            "update_epochs": 4,
-            "max_new_tokens": 5,
-            "num_envs": env.num_envs,
-            "seed": 0,
-        }
-        | sizes,
-    )
-    trainer = Trainer(
-        max_epochs=iterations,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=list(callbacks),
-        default_root_dir=tmp_path,
-    )
-    trainer.fit(module, data)
-    return data
-
-
-class Rewards(Callback):
-    def __init__(self):
-        self.values = []
-
-    def on_train_epoch_end(self, trainer, module):
-        self.values.append(module.rollout_metrics["rollout/reward"])
-
-
-class Paid:
-    """An environment whose rewards are `reward(action)`."""
-
-    def __init__(self, env, reward):
-        self.env, self.reward = env, reward
-        self.num_envs = env.num_envs
-        self.reset = env.reset
-
-    def step(self, actions):
-        observations, _, *rest = self.env.step(actions)
-        return observations, np.array([float(self.reward(a)) for a in actions]), *rest
-
-
 @pytest.mark.parametrize("critic", [HeadCritic, TrunkCritic])
 @pytest.mark.parametrize("correction", [True, False])
-def test_nothing_moves_without_reward(checkpoint, letter_env, tmp_path, critic, correction):
+def test_nothing_moves_without_reward(checkpoint, letter_env, fit, paid, critic, correction):
     module = build(checkpoint("llama"), critic, correction=correction)
     before = [p.clone() for p in module.backbone.policy_parameters()]
     one_step = {"minibatch_size": 32, "update_epochs": 1}
-    fit(module, Paid(letter_env(4), lambda action: 0), 1, tmp_path, **one_step)
+    fit(module, paid(letter_env(4), lambda action: 0), 1, **one_step)
     for old, new in zip(before, module.backbone.policy_parameters(), strict=True):
         # what remains is the rounding of a float32 KL; a real step is of the size of policy_lr
         torch.testing.assert_close(old, new, rtol=0, atol=1e-3 * module.policy_lr)
 
 
-def test_the_policy_moves_with_reward(checkpoint, letter_env, tmp_path):
+def test_the_policy_moves_with_reward(checkpoint, letter_env, fit, paid):
     module = build(checkpoint("llama"))
     before = [p.clone() for p in module.backbone.policy_parameters()]
-    fit(module, Paid(letter_env(4), lambda action: sum(map(ord, action)) % 2), 1, tmp_path)
+    fit(module, paid(letter_env(4), lambda action: sum(map(ord, action)) % 2), 1)
     pairs = zip(before, module.backbone.policy_parameters(), strict=True)
     assert max((old - new).abs().max() for old, new in pairs) > 3e-3
 
 
-def test_it_learns(checkpoint, letter_env, tmp_path):
+def test_it_learns(checkpoint, letter_env, fit):
     rewards = Rewards()
-    fit(build(checkpoint("llama")), letter_env(16), 25, tmp_path, [rewards], minibatch_size=32)
+    fit(build(checkpoint("llama")), letter_env(16), 25, [rewards], minibatch_size=32)
     assert rewards.values[0] < 0.1
     assert min(rewards.values[-3:]) > 0.5
 
 
-def test_lambda_returns_equal_a_loop_over_episodes(checkpoint, letter_env, tmp_path):
+def test_lambda_returns_equal_a_loop_over_episodes(checkpoint, letter_env, fit):
     module = build(checkpoint("llama"))
-    data = fit(module, letter_env(3), 1, tmp_path, minibatch_size=6)
+    data = fit(module, letter_env(3), 1, minibatch_size=6)
     rollout = data.rollout
     actions = rollout.actions
     generator = torch.Generator().manual_seed(0)
@@ -151,10 +108,10 @@ def test_lambda_returns_equal_a_loop_over_episodes(checkpoint, letter_env, tmp_p
         assert actions.truncated[env::3].sum() == 1
 
 
-def test_scaling_keeps_the_direction_of_the_whole_objective(checkpoint, letter_env, tmp_path):
+def test_scaling_keeps_the_direction_of_the_whole_objective(checkpoint, letter_env, fit, paid):
     module = build(checkpoint("llama"), scale_objective=True)
-    env = Paid(letter_env(4), lambda action: sum(map(ord, action)) % 7 / 7)
-    rollout = fit(module, env, 1, tmp_path).rollout
+    env = paid(letter_env(4), lambda action: sum(map(ord, action)) % 7 / 7)
+    rollout = fit(module, env, 1).rollout
     module.log_mean = lambda *_: None
 
     def gradient(scaled):
@@ -171,9 +128,9 @@ def test_scaling_keeps_the_direction_of_the_whole_objective(checkpoint, letter_e
     torch.testing.assert_close(scaled, plain / rms, rtol=1e-3, atol=1e-5)
 
 
-def test_grouping_actions_by_length_changes_nothing(checkpoint, letter_env, tmp_path):
+def test_grouping_actions_by_length_changes_nothing(checkpoint, letter_env, fit):
     module = build(checkpoint("llama"), critic=TrunkCritic)
-    data = fit(module, letter_env(6), 1, tmp_path, actions_per_iteration=42, minibatch_size=14)
+    data = fit(module, letter_env(6), 1, actions_per_iteration=42, minibatch_size=14)
     batch = module.annotate(data.rollout)
     lengths = torch.arange(42) % 5 + 1
     batch = batch._replace(action_mask=torch.arange(5) < lengths[:, None])
@@ -201,7 +158,7 @@ def test_grouping_actions_by_length_changes_nothing(checkpoint, letter_env, tmp_
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
 
 
-def test_trust_region_leaves_a_stopped_policy_without_gradient(checkpoint, letter_env, tmp_path):
+def test_trust_region_leaves_a_stopped_policy_without_gradient(checkpoint, letter_env, fit):
     class Stopped(Callback):
         def __init__(self):
             self.moved, self.critic_moved = [], []
@@ -220,21 +177,21 @@ def test_trust_region_leaves_a_stopped_policy_without_gradient(checkpoint, lette
             self.critic_moved.append(not torch.equal(critic, self.before[1]))
 
     watch = Stopped()
-    fit(build(checkpoint("llama"), max_kl=0.02), letter_env(8), 3, tmp_path, [watch])
+    fit(build(checkpoint("llama"), max_kl=0.02), letter_env(8), 3, [watch])
     assert {stopped for stopped, _ in watch.moved} == {True, False}
     assert all(moved != stopped for stopped, moved in watch.moved)
     assert all(watch.critic_moved)
 
 
-def test_target_critic_follows_once_per_iteration(checkpoint, letter_env, tmp_path):
+def test_target_critic_follows_once_per_iteration(checkpoint, letter_env, fit):
     module = build(checkpoint("llama"), tau=1.0)
-    fit(module, letter_env(4), 1, tmp_path)
+    fit(module, letter_env(4), 1)
     pairs = zip(module.critic.parameters(), module.target_critic.parameters(), strict=True)
     assert all(torch.equal(new, target) for new, target in pairs)
     assert any(p.any() for p in module.target_critic.head.value.parameters())
 
 
-def test_checkpoints_leave_out_the_frozen_reference(checkpoint, letter_env, tmp_path):
+def test_checkpoints_leave_out_the_frozen_reference(checkpoint, letter_env, fit):
     module = build(checkpoint("llama"))
     saved = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(saved)

@@ -136,14 +136,17 @@ class PolicyGradient(OnPolicyAlgorithm):
         return values
 
     def standardised(self, values: Tensor, mask: Tensor) -> Tensor:
-        """(x - mean) / deviation over the entries that `mask` marks, on all ranks: [B, L]."""
+        """(x - mean) / (deviation + 1e-4) over what `mask` marks, on all ranks: [B, L].
+
+        With a smaller term the rounding errors of equal values would become advantages of 1.
+        """
         count, total, square = (
             self.all_gather(moment).sum()
             for moment in (mask.sum(), values[mask].sum(), values[mask].square().sum())
         )
         mean = total / count
         deviation = (square / count - mean.square()).clamp(min=0).sqrt()
-        return (values - mean) / (deviation + 1e-8)
+        return (values - mean) / (deviation + 1e-4)
 
     def valued(self, batch: TakenBatch) -> Tensor:
         """The prefixes that the critic is fitted at: bool [B, L]."""
