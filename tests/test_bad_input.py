@@ -48,6 +48,7 @@ OUT_OF_RANGE = [
     ("trainer.max_epochs=null", "1 or more"),
     ("model.dtype=float8", "float32, bfloat16, float16"),
     ("model.temperature=0", "above 0"),
+    ("model.min_p=1.5", "at most 1"),
     ("model.max_prompt_tokens=0", "1 or more"),
     ("model.attn_implementation=slow", "eager"),
     ("model/prompt=chat", "chat template"),

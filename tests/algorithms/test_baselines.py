@@ -53,6 +53,7 @@ TAKEN = Taken(
     log_ref=LOG_PI - torch.tensor([[0.1, 0.2], [0.3, 9.0], [-0.1, 9.0], [0.2, 0.4]]),
     values=torch.tensor([[0.1, 0.2], [0.4, 9.0], [0.6, 9.0], [0.5, 0.7]]),
     features=torch.zeros(4, 2, 1),
+    support=torch.zeros(4, 2, 0).bool(),
 )
 ROLLOUT = Rollout(ACTIONS, torch.zeros(1, 1), torch.ones(1, 1), [], 2, 0, 1.0, 1.0)
 WITH_CRITIC = {POAD: {"lambda_": 0.5}, NTPO: {"lambda_": 0.5}, PPOKL: {"lambda_": 0.5}}
@@ -70,11 +71,11 @@ SETTINGS = {
 
 @pytest.fixture
 def build(checkpoint, monkeypatch):
-    def make(algorithm, **changes):
+    def make(algorithm, min_p=0.0, **changes):
         own = WITH_CRITIC.get(algorithm, {"tau": 1.0} if algorithm is ArCHer else {})
         has_critic = algorithm in WITH_CRITIC or algorithm is ArCHer
         return algorithm(
-            lambda: Backbone(str(checkpoint("llama")), CompletionTemplate()),
+            lambda: Backbone(str(checkpoint("llama")), CompletionTemplate(), min_p=min_p),
             functools.partial(HeadCritic, hidden_size=16) if has_critic else None,
             functools.partial(torch.optim.AdamW, eps=1e-5, weight_decay=0.0),
             **(SETTINGS | own | changes),
@@ -172,10 +173,11 @@ def test_nothing_moves_without_reward(algorithm, build, letter_env, fit, paid):
         assert torch.equal(old, new)
 
 
+@pytest.mark.parametrize("min_p", [0.0, 0.05])
 @pytest.mark.parametrize("algorithm", ALL)
-def test_paid_actions_become_likelier(algorithm, build, letter_env, fit, paid, monkeypatch):
+def test_paid_actions_become_likelier(algorithm, min_p, build, letter_env, fit, paid, monkeypatch):
     """Not in the first iteration, of which ArCHer's critic knows nothing yet."""
-    module = build(algorithm)
+    module = build(algorithm, min_p=min_p)
     annotate, batches = module.annotate, []
     monkeypatch.setattr(
         module, "annotate", lambda rollout: batches.append(annotate(rollout)) or batches[-1]

@@ -39,9 +39,9 @@ class Rewards(Callback):
         self.values.append(module.rollout_metrics["rollout/reward"])
 
 
-def build(folder, critic=HeadCritic, **changes):
+def build(folder, critic=HeadCritic, min_p=0.0, **changes):
     return ETPO(
-        lambda: Backbone(str(folder), CompletionTemplate()),
+        lambda: Backbone(str(folder), CompletionTemplate(), min_p=min_p),
         functools.partial(critic, hidden_size=32),
         functools.partial(torch.optim.AdamW, eps=1e-5, weight_decay=0.0),
         **(SETTINGS | changes),
@@ -73,6 +73,26 @@ def test_it_learns(checkpoint, letter_env, fit):
     fit(build(checkpoint("llama")), letter_env(16), 25, [rewards], minibatch_size=32)
     assert rewards.values[0] < 0.1
     assert min(rewards.values[-3:]) > 0.5
+
+
+def test_tokens_below_min_p_take_no_part(checkpoint, letter_env, fit):
+    module = build(checkpoint("llama"), TrunkCritic, min_p=0.3)
+    data = fit(module, letter_env(8), 3)
+    batch = module.annotate(data.rollout)
+    valid = batch.action_mask
+    support = batch.old_log_probs.isfinite()
+    assert not support[valid].all()
+    taken = batch.action_ids.unsqueeze(-1)
+    assert support.gather(-1, taken)[valid].all()
+    for field in (batch.returns, batch.advantages, batch.q[support]):
+        assert field.isfinite().all()
+    module.log_mean = lambda *_: None
+    loss, kl = module.policy_step(batch)
+    assert kl.item() == pytest.approx(0, abs=1e-5)
+    loss.backward()
+    gradients = [p.grad for p in module.backbone.policy_parameters() if p.grad is not None]
+    assert gradients
+    assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 def test_lambda_returns_equal_a_loop_over_episodes(checkpoint, letter_env, fit):

@@ -65,6 +65,27 @@ def test_temperature_is_part_of_the_policy(checkpoint):
     torch.testing.assert_close(after_prompt(cold, prompts).log_probs, halved)
 
 
+def test_min_p_leaves_the_likely_tokens_and_those_that_were_taken(checkpoint):
+    whole, cut = (build(checkpoint("llama"), min_p=min_p) for min_p in (0.0, 0.2))
+    prompts = whole.encode(observations("hello", "a longer prompt", "x"))
+    full = whole(prompts.ids, prompts.mask, torch.zeros(len(prompts.ids), 1).long()).log_probs
+    taken = full.argmin(-1)  # far below the limit
+    p = full[:, 0].exp()
+    kept = (p >= 0.2 * p.amax(-1, keepdim=True)).scatter(-1, taken, True)
+    assert (~kept).any()
+    expected = torch.where(kept, p, 0.0)
+    expected = expected / expected.sum(-1, keepdim=True)
+    inputs = prompts.ids, prompts.mask, taken
+    torch.testing.assert_close(cut(*inputs).log_probs[:, 0].exp(), expected)
+    reference = cut(*inputs, reference=True).log_probs
+    torch.testing.assert_close(reference, full)
+    support = torch.rand(full.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    held = cut(*inputs, support=support).log_probs
+    assert torch.equal(held.isfinite(), support)
+    held[support].sum().backward()
+    assert all(p.grad.isfinite().all() for p in cut.policy_parameters() if p.grad is not None)
+
+
 def test_decode_drops_stop_token_and_stop_string(checkpoint):
     backbone = build(checkpoint("llama"), stop_strings=["\ndef "])
     ids = backbone.tokenizer("x = 1\ndef ", add_special_tokens=False)["input_ids"]

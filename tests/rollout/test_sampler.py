@@ -14,9 +14,10 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+@pytest.mark.parametrize("min_p", [0.0, 0.2])
 @pytest.mark.parametrize("family", ["llama", "qwen", "starcoder"])
-def test_recorded_log_probs_equal_those_of_the_training_forward(checkpoint, family):
-    backbone = Backbone(str(checkpoint(family)), CompletionTemplate(), temperature=0.7)
+def test_recorded_log_probs_equal_those_of_the_training_forward(checkpoint, family, min_p):
+    backbone = Backbone(str(checkpoint(family)), CompletionTemplate(), temperature=0.7, min_p=min_p)
     prompts = backbone.encode(OBSERVATIONS)
     taken = sample(backbone, prompts, 12, generator())
     log_pi = backbone(prompts.ids, prompts.mask, taken.ids).log_probs
@@ -59,8 +60,9 @@ def test_sampling_repeats_with_its_generator_and_greedy_needs_none(checkpoint):
     assert torch.equal(greedy.ids, expected)
 
 
-def test_samples_follow_the_policy(checkpoint):
-    backbone = Backbone(str(checkpoint("llama")), CompletionTemplate())
+@pytest.mark.parametrize("min_p", [0.0, 0.3])
+def test_samples_follow_the_policy(checkpoint, min_p):
+    backbone = Backbone(str(checkpoint("llama")), CompletionTemplate(), min_p=min_p)
     prompts = backbone.encode(OBSERVATIONS[:1] * 20000)
     taken = sample(backbone, prompts, 1, generator())
     frequency = torch.bincount(taken.ids[:, 0], minlength=backbone.vocabulary_size) / 20000

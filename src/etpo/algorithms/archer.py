@@ -25,6 +25,7 @@ class UtteranceBatch(NamedTuple):
     old_log_probs: Tensor
     ref_log_probs: Tensor
     features: Tensor
+    support: Tensor
     advantages: Tensor
     returns: Tensor  # float32 [B, L], r + gamma V(o')
     weights: Tensor

@@ -230,7 +230,12 @@ class ETPO(OnPolicyAlgorithm):
     def policy_step(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Means over actions of the policy objective's token sums, and of KL(pi_old || pi)."""
         mask = batch.action_mask
-        log_pi = self.backbone(batch.prompt_ids, batch.prompt_mask, batch.action_ids).log_probs
+        log_pi = self.backbone(
+            batch.prompt_ids,
+            batch.prompt_mask,
+            batch.action_ids,
+            support=batch.old_log_probs.isfinite(),
+        ).log_probs
         kl = soft_bellman.kl_divergence(batch.old_log_probs, log_pi.detach())
         kl = (kl * mask).sum(1).mean()
         losses = objectives.policy_objective(

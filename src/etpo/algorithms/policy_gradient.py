@@ -24,6 +24,7 @@ class TakenBatch(NamedTuple):
     old_log_probs: Tensor  # float32 [B, L], log pi_old of the taken tokens
     ref_log_probs: Tensor  # float32 [B, L], log pi_ref of them
     features: Tensor  # [B, L, D], of the frozen reference
+    support: Tensor  # bool [B, L, V], tokens of positive pi_old; [B, L, 0] where all are
     advantages: Tensor  # float32 [B, L]
     returns: Tensor  # float32 [B, L], what the critic is fitted to; 0 without one
     weights: Tensor  # float32 [B]
@@ -36,6 +37,7 @@ class Taken(NamedTuple):
     log_ref: Tensor  # float32 [B, L]
     values: Tensor  # float32 [B, L]; 0 without a critic
     features: Tensor  # [B, L, D]
+    support: Tensor  # bool [B, L, V] or [B, L, 0]
 
 
 class PolicyGradient(OnPolicyAlgorithm):
@@ -102,6 +104,7 @@ class PolicyGradient(OnPolicyAlgorithm):
             old_log_probs=taken.log_pi,
             ref_log_probs=taken.log_ref,
             features=taken.features,
+            support=taken.support,
             advantages=credited,
             returns=returns,
             weights=torch.ones_like(actions.rewards),
@@ -114,13 +117,15 @@ class PolicyGradient(OnPolicyAlgorithm):
         """Policy, reference and critic at the L taken tokens of action_ids [B, L]."""
         inputs = prompt_ids, prompt_mask, action_ids
         at_taken = action_ids.unsqueeze(-1)
-        log_pi = self.backbone(*inputs).log_probs.gather(-1, at_taken).squeeze(-1)
+        log_probs = self.backbone(*inputs).log_probs
+        support = log_probs.isfinite() if self.backbone.min_p > 0 else at_taken[..., :0].bool()
+        log_pi = log_probs.gather(-1, at_taken).squeeze(-1)
         log_ref, features = self.backbone(*inputs, reference=True)
         log_ref = log_ref.gather(-1, at_taken).squeeze(-1)
         values = torch.zeros_like(log_pi)
         if self.critic is not None:
             values = self.prefix_values(*inputs, features)
-        return Taken(log_pi, log_ref, values, features)
+        return Taken(log_pi, log_ref, values, features, support)
 
     def prefix_values(self, *inputs: Tensor) -> Tensor:
         """The critic's values [B, L] of the L prefixes; `inputs` as a critic takes them."""
@@ -167,7 +172,10 @@ class PolicyGradient(OnPolicyAlgorithm):
     def policy_step(self, batch: TakenBatch) -> tuple[Tensor, Tensor]:
         """Means over actions of the clipped surrogate and of the estimated KL(pi_old || pi)."""
         mask, taken = batch.action_mask, batch.action_ids.unsqueeze(-1)
-        log_pi = self.backbone(batch.prompt_ids, batch.prompt_mask, batch.action_ids).log_probs
+        support = batch.support if batch.support.shape[-1] else None
+        log_pi = self.backbone(
+            batch.prompt_ids, batch.prompt_mask, batch.action_ids, support=support
+        ).log_probs
         log_pi = torch.where(mask, log_pi.gather(-1, taken).squeeze(-1), 0.0)
         log_old = torch.where(mask, batch.old_log_probs, 0.0)
         kl = (advantages.k3(log_old, log_pi.detach()) * mask).sum(1).mean()

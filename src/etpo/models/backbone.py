@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +48,8 @@ class Backbone(nn.Module):
     Without `lora` the reference is a frozen copy of the pretrained weights; with it, the policy
     with its adapter switched off. pi is softmax(logits / temperature), for the reference too, and
     the same pi is sampled and trained. Padded vocabulary ids take no probability. Dropout is off
-    in every forward.
+    in every forward. With `min_p` the policy gives no probability to tokens that would have less
+    than min_p times that of the likeliest one (arXiv 2407.01082); the reference keeps all tokens.
 
     name_or_path: hub id or local folder of a causal LM.
     prompt: how observations become tokens.
@@ -66,6 +68,7 @@ class Backbone(nn.Module):
         dtype: str = "float32",
         attn_implementation: str = "sdpa",
         temperature: float = 1.0,
+        min_p: float = 0.0,
         max_prompt_tokens: int = 1024,
         stop_tokens: Sequence[str] = (),
         stop_strings: Sequence[str] = (),
@@ -81,9 +84,10 @@ class Backbone(nn.Module):
                 f"{', '.join(ATTENTION)}"
             )
         check_range("model.temperature", temperature, 0, float("inf"), above=True)
+        check_range("model.min_p", min_p, 0, 1)
         check_integer("model.max_prompt_tokens", max_prompt_tokens, 1)
         self.prompt = prompt
-        self.temperature = temperature
+        self.temperature, self.min_p = temperature, min_p
         self.max_prompt_tokens = max_prompt_tokens
         self.stop_strings = list(stop_strings)
         self.tokenizer = load_tokenizer(name_or_path)
@@ -152,11 +156,14 @@ class Backbone(nn.Module):
         action_ids: Tensor,
         *,
         reference: bool = False,
+        support: Tensor | None = None,
     ) -> TokenOutput:
         """Distributions of the tokens of action_ids [B, L], each given the prompt and those before.
 
         Prompts [B, P] are padded on the left, actions on the right. No gradient reaches the
-        reference. Equal prompts are computed once, unless activations are checkpointed.
+        reference. Equal prompts are computed once, unless activations are checkpointed. `support`
+        (bool [B, L, V]): the tokens that may have probability, in place of what `min_p` leaves now.
+        The token that was taken always may.
         """
         with contextlib.ExitStack() as stack:
             if reference:
@@ -170,7 +177,13 @@ class Backbone(nn.Module):
             else:
                 run = functools.partial(language_model, model)
                 logits, features = forward_actions(run, self.policy.config, *inputs)
-        return TokenOutput(self.normalise(logits), features)
+        log_probs = self.normalise(logits)
+        if not reference and self.min_p > 0:
+            if support is None:
+                # the sampler's rounding may have been another
+                support = self.supported(log_probs).scatter(-1, action_ids.unsqueeze(-1), True)
+            log_probs = restricted(log_probs, support)
+        return TokenOutput(log_probs, features)
 
     def checkpointed(
         self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor
@@ -194,9 +207,20 @@ class Backbone(nn.Module):
                 layer.training = False
 
     def normalise(self, logits: Tensor) -> Tensor:
-        """float32 log pi [..., V] of raw logits [..., >= V], at the policy's temperature."""
+        """float32 log-probabilities [..., V] of raw logits [..., >= V], over all tokens."""
         logits = logits[..., : self.vocabulary_size].float()
         return torch.log_softmax(logits / self.temperature, dim=-1)
+
+    def supported(self, log_probs: Tensor) -> Tensor:
+        """The tokens that `min_p` leaves: [..., V] -> bool [..., V]."""
+        if self.min_p == 0:
+            return torch.ones_like(log_probs, dtype=torch.bool)
+        return log_probs >= log_probs.amax(-1, keepdim=True) + math.log(self.min_p)
+
+
+def restricted(log_probs: Tensor, support: Tensor) -> Tensor:
+    """Log-probabilities given that the token is one of `support`; -inf for the others: [..., V]."""
+    return torch.log_softmax(log_probs.masked_fill(~support, float("-inf")), dim=-1)
 
 
 def language_model(model: nn.Module, last: int, **inputs: Any) -> tuple[Tensor, Tensor]:

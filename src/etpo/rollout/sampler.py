@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import StopStringCriteria
 
-from etpo.models.backbone import Backbone, PromptBatch, language_model
+from etpo.models.backbone import Backbone, PromptBatch, language_model, restricted
 from etpo.models.shared_prompt import encode_prompts, position_ids
 
 
@@ -47,6 +47,8 @@ def sample(
     ids, masks, log_probs = [], [], []
     for step in range(max_new_tokens):
         log_pi = backbone.normalise(logits[:, -1])
+        if backbone.min_p > 0:
+            log_pi = restricted(log_pi, backbone.supported(log_pi))
         if generator is None:
             token = log_pi.argmax(-1, keepdim=True)
         else:
