@@ -22,6 +22,7 @@ SETTINGS = {
     "scale_objective": False,
     "clip_low": 0.2,
     "clip_high": 0.2,
+    "leak": 1.0,
     "max_kl": 0.5,
     "tau": 1.0,
     "policy_lr": 3e-3,
@@ -136,6 +137,28 @@ def test_tokens_below_min_p_take_no_part(checkpoint, letter_env, tmp_path):
     gradients = [p.grad for p in module.backbone.policy_parameters() if p.grad is not None]
     assert gradients
     assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_the_leak_term_keeps_what_min_p_cut_off_unlikely(checkpoint, letter_env, tmp_path):
+    module = build(checkpoint("llama"), min_p=0.3, leak=0.0)
+    data = fit(module, letter_env(8), 1, tmp_path)
+    module.log_mean = lambda *_: None
+    batch = module.annotate(data.rollout)
+    support, mask = batch.old_log_probs.isfinite(), batch.action_mask
+    inputs = batch.prompt_ids, batch.prompt_mask, batch.action_ids
+    parameters = module.backbone.policy_parameters()
+
+    def gradient(loss):
+        parts = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return torch.cat([part.flatten() for part in parts if part is not None])
+
+    without = gradient(module.policy_step(batch)[0])
+    module.leak = 0.7
+    leaked = gradient(module.policy_step(batch)[0]) - without
+    log_kept = module.backbone(*inputs, support=support).log_kept
+    expected = gradient(-0.7 * ((log_kept * mask).sum(1) * batch.weights).mean())
+    assert expected.norm() > 1e-3
+    torch.testing.assert_close(leaked, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_lambda_returns_equal_a_loop_over_episodes(checkpoint, letter_env, tmp_path):

@@ -77,7 +77,8 @@ class ETPO(LightningModule):
     eta: weight of KL(pi || pi_old), >= 0. floor: tokens with pi_old below it take min(Q, V), in
     [0, 1]. correction: doubly robust objective. scale_objective: divide it by the rms of the
     advantages. clip_low, clip_high: how far below and above 1 the correction's probability ratio
-    counts, > 0, clip_low at most 1, or None for no limit.
+    counts, > 0, clip_low at most 1, or None for no limit. leak: weight of KL(pi || softmax), the
+    softmax's mass on tokens that `min_p` cut off, >= 0.
     max_kl: the policy stops for the rest of the iteration once the mean KL(pi_old || pi) of an
     action exceeds it, in nats; None for no limit. tau: Polyak step of the target critic after
     each iteration, in (0, 1]. max_grad_norm: per parameter group. annotation_batch:
@@ -100,6 +101,7 @@ class ETPO(LightningModule):
         scale_objective: bool,
         clip_low: float | None,
         clip_high: float | None,
+        leak: float,
         max_kl: float | None,
         tau: float,
         policy_lr: float,
@@ -117,6 +119,7 @@ class ETPO(LightningModule):
             ("lambda_", lambda_, 0, 1),
             ("eta", eta, 0, infinity),
             ("floor", floor, 0, 1),
+            ("leak", leak, 0, infinity),
             ("policy_lr", policy_lr, 0, infinity),
             ("critic_lr", critic_lr, 0, infinity),
         ):
@@ -143,7 +146,7 @@ class ETPO(LightningModule):
         self.optimizer, self.scheduler = optimizer, scheduler
         self.beta, self.gamma, self.lambda_, self.eta = beta, gamma, lambda_, eta
         self.floor, self.correction, self.max_kl = floor, correction, max_kl
-        self.clip_low, self.clip_high = clip_low, clip_high
+        self.clip_low, self.clip_high, self.leak = clip_low, clip_high, leak
         self.tau, self.policy_lr, self.critic_lr = tau, policy_lr, critic_lr
         self.critic_loss, self.huber_delta = critic_loss, huber_delta
         self.max_grad_norm, self.annotation_batch = max_grad_norm, annotation_batch
@@ -219,7 +222,7 @@ class ETPO(LightningModule):
         """Policy, reference and target critic at the L prefixes of action_ids [B, L]."""
         inputs = prompt_ids, prompt_mask, action_ids
         log_pi = self.backbone(*inputs).log_probs
-        log_ref, features = self.backbone(*inputs, reference=True)
+        log_ref, features, _ = self.backbone(*inputs, reference=True)
         value, advantage = self.target_critic(*inputs, features)
         q = objectives.dueling_q(value, advantage, log_pi)
         q = objectives.pessimistic_q(q, value, log_pi, self.floor)
@@ -295,12 +298,12 @@ class ETPO(LightningModule):
     def policy_step(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Means over actions of the policy objective's token sums, and of KL(pi_old || pi)."""
         mask = batch.action_mask
-        log_pi = self.backbone(
+        log_pi, _, log_kept = self.backbone(
             batch.prompt_ids,
             batch.prompt_mask,
             batch.action_ids,
             support=batch.old_log_probs.isfinite(),
-        ).log_probs
+        )
         kl = soft_bellman.kl_divergence(batch.old_log_probs, log_pi.detach())
         kl = (kl * mask).sum(1).mean()
         losses = objectives.policy_objective(
@@ -315,6 +318,7 @@ class ETPO(LightningModule):
                 self.clip_low,
                 self.clip_high,
             )
+        losses = losses - self.leak * log_kept
         loss = self.scale * ((losses * mask).sum(1) * batch.weights).mean()
         self.log_mean("train/policy_loss", loss, len(mask))
         self.log_mean("train/kl_to_old", kl, len(mask))

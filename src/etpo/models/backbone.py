@@ -23,10 +23,14 @@ ATTENTION = ("eager", "sdpa", "flash_attention_2")
 
 
 class TokenOutput(NamedTuple):
-    """log_probs: float32 [B, L, V] over the vocabulary; features: [B, L, D] last hidden states."""
+    """log_probs: float32 [B, L, V] over the vocabulary; features: [B, L, D] last hidden states.
+
+    log_kept: float32 [B, L], log of the softmax's mass on the tokens that have probability.
+    """
 
     log_probs: Tensor
     features: Tensor
+    log_kept: Tensor
 
 
 class PromptBatch(NamedTuple):
@@ -178,12 +182,14 @@ class Backbone(nn.Module):
                 run = functools.partial(language_model, model)
                 logits, features = forward_actions(run, self.policy.config, *inputs)
         log_probs = self.normalise(logits)
+        log_kept = torch.zeros_like(log_probs[..., 0])
         if not reference and self.min_p > 0:
             if support is None:
                 # the sampler's rounding may have been another
                 support = self.supported(log_probs).scatter(-1, action_ids.unsqueeze(-1), True)
+            log_kept = log_probs.masked_fill(~support, float("-inf")).logsumexp(-1)
             log_probs = restricted(log_probs, support)
-        return TokenOutput(log_probs, features)
+        return TokenOutput(log_probs, features, log_kept)
 
     def checkpointed(
         self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor
