@@ -14,6 +14,8 @@ from etpo.rollout.datamodule import RolloutDataModule
 
 SETTINGS = {
     "beta": 0.01,
+    "beta_end_factor": 1.0,
+    "beta_iters": 1,
     "gamma": 0.9,
     "lambda_": 0.9,
     "eta": 0.05,
@@ -269,6 +271,22 @@ def test_trust_region_leaves_a_stopped_policy_without_gradient(checkpoint, lette
     assert all(watch.critic_moved)
 
 
+def test_beta_moves_linearly_over_the_iterations(checkpoint, letter_env, tmp_path):
+    class Betas(Callback):
+        def __init__(self):
+            self.values, self.logged = [], []
+
+        def on_train_epoch_end(self, trainer, module):
+            self.values.append(module.beta)
+            self.logged.append(float(trainer.callback_metrics["train/beta"]))
+
+    module = build(checkpoint("llama"), beta=0.4, beta_end_factor=0.25, beta_iters=3)
+    betas = Betas()
+    fit(module, letter_env(4), 5, tmp_path, callbacks=[betas])
+    assert betas.values == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.1])
+    assert betas.logged == pytest.approx(betas.values)
+
+
 def test_target_critic_follows_once_per_iteration(checkpoint, letter_env, tmp_path):
     module = build(checkpoint("llama"), tau=1.0)
     fit(module, letter_env(4), 1, tmp_path)
@@ -292,6 +310,8 @@ def test_checkpoints_leave_out_the_frozen_reference(checkpoint, letter_env, tmp_
     ("key", "value", "message"),
     [
         ("beta", -0.1, "algorithm.beta=-0.1: allowed is a number, 0 or more"),
+        ("beta_end_factor", -1, "algorithm.beta_end_factor=-1: allowed is a number, 0 or more"),
+        ("beta_iters", 0, "algorithm.beta_iters=0: allowed is 1 or more, an integer"),
         ("gamma", 1.5, "algorithm.gamma=1.5: allowed is a number, 0 or more and at most 1"),
         ("tau", 0, "algorithm.tau=0: allowed is a number, above 0 and at most 1"),
         ("clip_low", 2, "algorithm.clip_low=2: allowed is a number, above 0 and at most 1"),

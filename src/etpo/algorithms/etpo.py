@@ -73,7 +73,8 @@ class ETPO(LightningModule):
     critic: builds the token critic from the backbone.
     optimizer: builds an optimizer from parameter groups (policy first, then critic).
     scheduler: builds what sets its learning rates after every iteration, or None.
-    beta: KL coefficient, >= 0. gamma: discount between actions, in [0, 1]. lambda_: in [0, 1].
+    beta: KL coefficient, >= 0; it moves linearly to beta_end_factor (>= 0) times that over
+    beta_iters iterations. gamma: discount between actions, in [0, 1]. lambda_: in [0, 1].
     eta: weight of KL(pi || pi_old), >= 0. floor: tokens with pi_old below it take min(Q, V), in
     [0, 1]. correction: doubly robust objective. scale_objective: divide it by the rms of the
     advantages. clip_low, clip_high: how far below and above 1 the correction's probability ratio
@@ -93,6 +94,8 @@ class ETPO(LightningModule):
         scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
         *,
         beta: float,
+        beta_end_factor: float,
+        beta_iters: int,
         gamma: float,
         lambda_: float,
         eta: float,
@@ -115,6 +118,7 @@ class ETPO(LightningModule):
         infinity = float("inf")
         for key, value, low, high in (
             ("beta", beta, 0, infinity),
+            ("beta_end_factor", beta_end_factor, 0, infinity),
             ("gamma", gamma, 0, 1),
             ("lambda_", lambda_, 0, 1),
             ("eta", eta, 0, infinity),
@@ -135,6 +139,7 @@ class ETPO(LightningModule):
             if value is not None or key not in ("clip_low", "clip_high", "max_kl"):
                 check_range(f"algorithm.{key}", value, 0, high, above=True)
         check_integer("algorithm.annotation_batch", annotation_batch, 1)
+        check_integer("algorithm.beta_iters", beta_iters, 1)
         for key, value in (("correction", correction), ("scale_objective", scale_objective)):
             if not isinstance(value, bool):
                 raise ConfigError(f"algorithm.{key}={value}: allowed are true, false")
@@ -144,7 +149,9 @@ class ETPO(LightningModule):
         self.critic = critic(self.backbone)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.beta, self.gamma, self.lambda_, self.eta = beta, gamma, lambda_, eta
+        self.first_beta, self.last_beta = beta, beta * beta_end_factor
+        self.beta_iters = beta_iters
+        self.gamma, self.lambda_, self.eta = gamma, lambda_, eta
         self.floor, self.correction, self.max_kl = floor, correction, max_kl
         self.clip_low, self.clip_high, self.leak = clip_low, clip_high, leak
         self.tau, self.policy_lr, self.critic_lr = tau, policy_lr, critic_lr
@@ -156,6 +163,12 @@ class ETPO(LightningModule):
         self.mean_length = 1.0
         self.scale_objective, self.scale = scale_objective, 1.0
         self.rollout_metrics: dict[str, float] = {}
+
+    @property
+    def beta(self) -> float:
+        """The KL coefficient of this iteration."""
+        progress = min(self.current_epoch / self.beta_iters, 1.0)
+        return self.first_beta + (self.last_beta - self.first_beta) * progress
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.optimizer(
@@ -271,6 +284,7 @@ class ETPO(LightningModule):
         if batch_idx == 0:
             for name, value in self.rollout_metrics.items():
                 self.log_mean(name, value, 1)
+            self.log_mean("train/beta", self.beta, 1)
         loss = kl = torch.zeros((), device=self.device)
         for part in by_length(batch, LENGTH_GROUPS):
             share = len(part.weights) / len(batch.weights)
