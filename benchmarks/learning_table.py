@@ -21,6 +21,8 @@ def read_runs(folder: Path) -> dict[int, tuple[list[dict[str, str]], dict]]:
     runs = {}
     for file in folder.glob("*/summary.json"):
         summary = json.loads(file.read_text())
+        if summary["status"] != "finished":
+            continue
         with file.with_name("metrics.csv").open(newline="") as lines:
             runs[summary["seed"]] = (list(csv.DictReader(lines)), summary)
     return dict(sorted(runs.items()))

@@ -59,6 +59,9 @@ ROLLOUT = Rollout(ACTIONS, torch.zeros(1, 1), torch.ones(1, 1), [], 2, 0, 1.0, 1
 WITH_CRITIC = {POAD: {"lambda_": 0.5}, NTPO: {"lambda_": 0.5}, PPOKL: {"lambda_": 0.5}}
 SETTINGS = {
     "beta": 0.5,
+    "beta_end_factor": 1.0,
+    "beta_iters": 1,
+    "leak": 0.2,
     "gamma": 0.8,
     "clip": 0.2,
     "max_kl": None,
@@ -73,6 +76,7 @@ SETTINGS = {
 def build(checkpoint, monkeypatch):
     def make(algorithm, min_p=0.0, **changes):
         own = WITH_CRITIC.get(algorithm, {"tau": 1.0} if algorithm is ArCHer else {})
+        torch.manual_seed(0)
         has_critic = algorithm in WITH_CRITIC or algorithm is ArCHer
         return algorithm(
             lambda: Backbone(str(checkpoint("llama")), CompletionTemplate(), min_p=min_p),

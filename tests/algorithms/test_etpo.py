@@ -12,6 +12,8 @@ from etpo.models.prompting import CompletionTemplate
 
 SETTINGS = {
     "beta": 0.01,
+    "beta_end_factor": 1.0,
+    "beta_iters": 1,
     "gamma": 0.9,
     "lambda_": 0.9,
     "eta": 0.05,
@@ -20,6 +22,7 @@ SETTINGS = {
     "scale_objective": False,
     "clip_low": 0.2,
     "clip_high": 0.2,
+    "leak": 1.0,
     "max_kl": 0.5,
     "tau": 1.0,
     "policy_lr": 3e-3,
@@ -93,6 +96,28 @@ def test_tokens_below_min_p_take_no_part(checkpoint, letter_env, fit):
     gradients = [p.grad for p in module.backbone.policy_parameters() if p.grad is not None]
     assert gradients
     assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_the_leak_term_keeps_what_min_p_cut_off_unlikely(checkpoint, letter_env, fit):
+    module = build(checkpoint("llama"), min_p=0.3, leak=0.0)
+    data = fit(module, letter_env(8), 1)
+    module.log_mean = lambda *_: None
+    batch = module.annotate(data.rollout)
+    support, mask = batch.old_log_probs.isfinite(), batch.action_mask
+    inputs = batch.prompt_ids, batch.prompt_mask, batch.action_ids
+    parameters = module.backbone.policy_parameters()
+
+    def gradient(loss):
+        parts = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return torch.cat([part.flatten() for part in parts if part is not None])
+
+    without = gradient(module.policy_step(batch)[0])
+    module.leak = 0.7
+    leaked = gradient(module.policy_step(batch)[0]) - without
+    log_kept = module.backbone(*inputs, support=support).log_kept
+    expected = gradient(-0.7 * ((log_kept * mask).sum(1) * batch.weights).mean())
+    assert expected.norm() > 1e-3
+    torch.testing.assert_close(leaked, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_lambda_returns_equal_a_loop_over_episodes(checkpoint, letter_env, fit):
@@ -203,6 +228,22 @@ def test_trust_region_leaves_a_stopped_policy_without_gradient(checkpoint, lette
     assert all(watch.critic_moved)
 
 
+def test_beta_moves_linearly_over_the_iterations(checkpoint, letter_env, fit):
+    class Betas(Callback):
+        def __init__(self):
+            self.values, self.logged = [], []
+
+        def on_train_epoch_end(self, trainer, module):
+            self.values.append(module.beta)
+            self.logged.append(float(trainer.callback_metrics["train/beta"]))
+
+    module = build(checkpoint("llama"), beta=0.4, beta_end_factor=0.25, beta_iters=3)
+    betas = Betas()
+    fit(module, letter_env(4), 5, callbacks=[betas])
+    assert betas.values == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.1])
+    assert betas.logged == pytest.approx(betas.values)
+
+
 def test_target_critic_follows_once_per_iteration(checkpoint, letter_env, fit):
     module = build(checkpoint("llama"), tau=1.0)
     fit(module, letter_env(4), 1)
@@ -226,6 +267,8 @@ def test_checkpoints_leave_out_the_frozen_reference(checkpoint, letter_env, fit)
     ("key", "value", "message"),
     [
         ("beta", -0.1, "algorithm.beta=-0.1: allowed is a number, 0 or more"),
+        ("beta_end_factor", -1, "algorithm.beta_end_factor=-1: allowed is a number, 0 or more"),
+        ("beta_iters", 0, "algorithm.beta_iters=0: allowed is 1 or more, an integer"),
         ("gamma", 1.5, "algorithm.gamma=1.5: allowed is a number, 0 or more and at most 1"),
         ("tau", 0, "algorithm.tau=0: allowed is a number, above 0 and at most 1"),
         ("clip_low", 2, "algorithm.clip_low=2: allowed is a number, above 0 and at most 1"),

@@ -77,6 +77,9 @@ def test_min_p_leaves_the_likely_tokens_and_those_that_were_taken(checkpoint):
     expected = expected / expected.sum(-1, keepdim=True)
     inputs = prompts.ids, prompts.mask, taken
     torch.testing.assert_close(cut(*inputs).log_probs[:, 0].exp(), expected)
+    kept_mass = torch.where(kept, p, 0.0).sum(-1)
+    torch.testing.assert_close(cut(*inputs).log_kept[:, 0].exp(), kept_mass)
+    assert (whole(*inputs).log_kept == 0).all()
     reference = cut(*inputs, reference=True).log_probs
     torch.testing.assert_close(reference, full)
     support = torch.rand(full.shape, generator=torch.Generator().manual_seed(0)) < 0.5

@@ -73,7 +73,7 @@ class ETPO(OnPolicyAlgorithm):
     """Entropy-regularised token-level policy optimisation.
 
     critic: builds the token critic from the backbone.
-    beta: KL coefficient, >= 0. gamma: discount between actions, in [0, 1]. lambda_: in [0, 1].
+    gamma: discount between actions, in [0, 1]. lambda_: in [0, 1].
     eta: weight of KL(pi || pi_old), >= 0. floor: tokens with pi_old below it take min(Q, V), in
     [0, 1]. correction: doubly robust objective. scale_objective: divide it by the rms of the
     advantages. clip_low, clip_high: how far below and above 1 the correction's probability ratio
@@ -87,7 +87,6 @@ class ETPO(OnPolicyAlgorithm):
         backbone: Callable[[], Backbone],
         critic: Callable[[Backbone], nn.Module],
         *args: Any,
-        beta: float,
         gamma: float,
         lambda_: float,
         eta: float,
@@ -103,7 +102,6 @@ class ETPO(OnPolicyAlgorithm):
     ) -> None:
         infinity = float("inf")
         for key, value, low, high in (
-            ("beta", beta, 0, infinity),
             ("gamma", gamma, 0, 1),
             ("lambda_", lambda_, 0, 1),
             ("eta", eta, 0, infinity),
@@ -126,7 +124,7 @@ class ETPO(OnPolicyAlgorithm):
         super().__init__(backbone, *args, **shared)
         self.critic = critic(self.backbone)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.beta, self.gamma, self.lambda_, self.eta = beta, gamma, lambda_, eta
+        self.gamma, self.lambda_, self.eta = gamma, lambda_, eta
         self.floor, self.correction = floor, correction
         self.clip_low, self.clip_high = clip_low, clip_high
         self.tau, self.critic_loss, self.huber_delta = tau, critic_loss, huber_delta
@@ -181,7 +179,7 @@ class ETPO(OnPolicyAlgorithm):
         """Policy, reference and target critic at the L prefixes of action_ids [B, L]."""
         inputs = prompt_ids, prompt_mask, action_ids
         log_pi = self.backbone(*inputs).log_probs
-        log_ref, features = self.backbone(*inputs, reference=True)
+        log_ref, features, _ = self.backbone(*inputs, reference=True)
         value, advantage = self.target_critic(*inputs, features)
         q = objectives.dueling_q(value, advantage, log_pi)
         q = objectives.pessimistic_q(q, value, log_pi, self.floor)
@@ -230,12 +228,12 @@ class ETPO(OnPolicyAlgorithm):
     def policy_step(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Means over actions of the policy objective's token sums, and of KL(pi_old || pi)."""
         mask = batch.action_mask
-        log_pi = self.backbone(
+        log_pi, _, log_kept = self.backbone(
             batch.prompt_ids,
             batch.prompt_mask,
             batch.action_ids,
             support=batch.old_log_probs.isfinite(),
-        ).log_probs
+        )
         kl = soft_bellman.kl_divergence(batch.old_log_probs, log_pi.detach())
         kl = (kl * mask).sum(1).mean()
         losses = objectives.policy_objective(
@@ -250,6 +248,7 @@ class ETPO(OnPolicyAlgorithm):
                 self.clip_low,
                 self.clip_high,
             )
+        losses = losses - self.leak * log_kept
         loss = self.scale * ((losses * mask).sum(1) * batch.weights).mean()
         self.log_mean("train/policy_loss", loss, len(mask))
         self.log_mean("train/kl_to_old", kl, len(mask))

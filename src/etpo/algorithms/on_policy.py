@@ -26,7 +26,9 @@ class OnPolicyAlgorithm(LightningModule):
     backbone: builds policy and reference; called once all other values are checked.
     optimizer: builds an optimizer from parameter groups (policy first, then critic).
     scheduler: builds what sets its learning rates after every iteration, or None.
-    policy_lr, critic_lr: learning rates, >= 0.
+    beta: KL coefficient, >= 0; it moves linearly to beta_end_factor (>= 0) times that over
+    beta_iters iterations. leak: weight of KL(pi || softmax), the softmax's mass on tokens that
+    `min_p` cut off, >= 0. policy_lr, critic_lr: learning rates, >= 0.
     max_kl: the policy stops for the rest of the iteration once the mean KL(pi_old || pi) of an
     action exceeds it, in nats; None for no limit. max_grad_norm: per parameter group.
     annotation_batch: actions annotated at once. Raises ConfigError for values out of range.
@@ -38,6 +40,10 @@ class OnPolicyAlgorithm(LightningModule):
         optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
         scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
         *,
+        beta: float,
+        beta_end_factor: float,
+        beta_iters: int,
+        leak: float,
         policy_lr: float,
         critic_lr: float = 0.0,
         max_kl: float | None,
@@ -46,21 +52,36 @@ class OnPolicyAlgorithm(LightningModule):
     ) -> None:
         super().__init__()
         infinity = float("inf")
-        check_range("algorithm.policy_lr", policy_lr, 0, infinity)
-        check_range("algorithm.critic_lr", critic_lr, 0, infinity)
+        for key, value in (
+            ("beta", beta),
+            ("beta_end_factor", beta_end_factor),
+            ("leak", leak),
+            ("policy_lr", policy_lr),
+            ("critic_lr", critic_lr),
+        ):
+            check_range(f"algorithm.{key}", value, 0, infinity)
         check_range("algorithm.max_grad_norm", max_grad_norm, 0, infinity, above=True)
         if max_kl is not None:
             check_range("algorithm.max_kl", max_kl, 0, infinity, above=True)
         check_integer("algorithm.annotation_batch", annotation_batch, 1)
+        check_integer("algorithm.beta_iters", beta_iters, 1)
         self.backbone = backbone()
         self.critic: nn.Module | None = None
         self.optimizer, self.scheduler = optimizer, scheduler
+        self.first_beta, self.last_beta = beta, beta * beta_end_factor
+        self.beta_iters, self.leak = beta_iters, leak
         self.policy_lr, self.critic_lr, self.max_kl = policy_lr, critic_lr, max_kl
         self.max_grad_norm, self.annotation_batch = max_grad_norm, annotation_batch
         self.strict_loading = False
         self.policy_stopped = False
         self.step_kls: list[Tensor] = []
         self.rollout_metrics: dict[str, float] = {}
+
+    @property
+    def beta(self) -> float:
+        """The KL coefficient of this iteration."""
+        progress = min(self.current_epoch / self.beta_iters, 1.0)
+        return self.first_beta + (self.last_beta - self.first_beta) * progress
 
     def annotate(self, rollout: Rollout) -> Any:
         """A NamedTuple of tensors whose first dimension is the action, without gradient."""
@@ -95,6 +116,7 @@ class OnPolicyAlgorithm(LightningModule):
         if batch_idx == 0:
             for name, value in self.rollout_metrics.items():
                 self.log_mean(name, value, 1)
+            self.log_mean("train/beta", self.beta, 1)
         loss = kl = torch.zeros((), device=self.device)
         for part in by_length(batch, LENGTH_GROUPS):
             share = len(part.weights) / len(batch.weights)

@@ -44,7 +44,7 @@ class PolicyGradient(OnPolicyAlgorithm):
     """Clipped policy gradient; a subclass says what an action or a token was worth (`credit`).
 
     critic: builds what values prefixes from the backbone, or None.
-    beta: KL coefficient, >= 0. gamma: discount between actions, in [0, 1].
+    gamma: discount between actions, in [0, 1].
     clip: how far the probability ratio counts above and below 1, or None for no limit.
     shared: arguments of `OnPolicyAlgorithm`. Raises ConfigError for values out of range.
     """
@@ -54,18 +54,16 @@ class PolicyGradient(OnPolicyAlgorithm):
         backbone: Callable[[], Backbone],
         critic: Callable[[Backbone], nn.Module] | None,
         *args: Any,
-        beta: float,
         gamma: float,
         clip: float | None,
         **shared: Any,
     ) -> None:
-        check_range("algorithm.beta", beta, 0, float("inf"))
         check_range("algorithm.gamma", gamma, 0, 1)
         if clip is not None:
             check_range("algorithm.clip", clip, 0, 1, above=True)
         super().__init__(backbone, *args, **shared)
         self.critic = None if critic is None else critic(self.backbone)
-        self.beta, self.gamma, self.clip = beta, gamma, clip
+        self.gamma, self.clip = gamma, clip
         self.mean_length = 1.0
 
     def credit(self, actions: Actions, taken: Taken, rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -120,7 +118,7 @@ class PolicyGradient(OnPolicyAlgorithm):
         log_probs = self.backbone(*inputs).log_probs
         support = log_probs.isfinite() if self.backbone.min_p > 0 else at_taken[..., :0].bool()
         log_pi = log_probs.gather(-1, at_taken).squeeze(-1)
-        log_ref, features = self.backbone(*inputs, reference=True)
+        log_ref, features, _ = self.backbone(*inputs, reference=True)
         log_ref = log_ref.gather(-1, at_taken).squeeze(-1)
         values = torch.zeros_like(log_pi)
         if self.critic is not None:
@@ -173,14 +171,14 @@ class PolicyGradient(OnPolicyAlgorithm):
         """Means over actions of the clipped surrogate and of the estimated KL(pi_old || pi)."""
         mask, taken = batch.action_mask, batch.action_ids.unsqueeze(-1)
         support = batch.support if batch.support.shape[-1] else None
-        log_pi = self.backbone(
+        log_pi, _, log_kept = self.backbone(
             batch.prompt_ids, batch.prompt_mask, batch.action_ids, support=support
-        ).log_probs
+        )
         log_pi = torch.where(mask, log_pi.gather(-1, taken).squeeze(-1), 0.0)
         log_old = torch.where(mask, batch.old_log_probs, 0.0)
         kl = (advantages.k3(log_old, log_pi.detach()) * mask).sum(1).mean()
         losses = self.surrogate(log_pi, log_old, batch)
-        loss = losses.mean()
+        loss = (losses - self.leak * (log_kept * mask).sum(1)).mean()
         self.log_mean("train/policy_loss", loss, len(mask))
         self.log_mean("train/kl_to_old", kl, len(mask))
         return loss, kl

@@ -23,10 +23,14 @@ ATTENTION = ("eager", "sdpa", "flash_attention_2")
 
 
 class TokenOutput(NamedTuple):
-    """log_probs: float32 [B, L, V] over the vocabulary; features: [B, L, D] last hidden states."""
+    """log_probs: float32 [B, L, V] over the vocabulary; features: [B, L, D] last hidden states.
+
+    log_kept: float32 [B, L], log of the softmax's mass on the tokens that have probability.
+    """
 
     log_probs: Tensor
     features: Tensor
+    log_kept: Tensor
 
 
 class PromptBatch(NamedTuple):
@@ -178,12 +182,13 @@ class Backbone(nn.Module):
                 run = functools.partial(language_model, model)
                 logits, features = forward_actions(run, self.policy.config, *inputs)
         log_probs = self.normalise(logits)
-        if not reference and self.min_p > 0:
-            if support is None:
-                # the sampler's rounding may have been another
-                support = self.supported(log_probs).scatter(-1, action_ids.unsqueeze(-1), True)
-            log_probs = restricted(log_probs, support)
-        return TokenOutput(log_probs, features)
+        if reference or self.min_p == 0:
+            return TokenOutput(log_probs, features, torch.zeros_like(log_probs[..., 0]))
+        if support is None:
+            # the sampler's rounding may have been another
+            support = self.supported(log_probs).scatter(-1, action_ids.unsqueeze(-1), True)
+        kept = log_probs.masked_fill(~support, float("-inf"))
+        return TokenOutput(kept.log_softmax(-1), features, kept.logsumexp(-1))
 
     def checkpointed(
         self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor
@@ -212,15 +217,8 @@ class Backbone(nn.Module):
         return torch.log_softmax(logits / self.temperature, dim=-1)
 
     def supported(self, log_probs: Tensor) -> Tensor:
-        """The tokens that `min_p` leaves: [..., V] -> bool [..., V]."""
-        if self.min_p == 0:
-            return torch.ones_like(log_probs, dtype=torch.bool)
+        """The tokens that a positive `min_p` leaves: [..., V] -> bool [..., V]."""
         return log_probs >= log_probs.amax(-1, keepdim=True) + math.log(self.min_p)
-
-
-def restricted(log_probs: Tensor, support: Tensor) -> Tensor:
-    """Log-probabilities given that the token is one of `support`; -inf for the others: [..., V]."""
-    return torch.log_softmax(log_probs.masked_fill(~support, float("-inf")), dim=-1)
 
 
 def language_model(model: nn.Module, last: int, **inputs: Any) -> tuple[Tensor, Tensor]:

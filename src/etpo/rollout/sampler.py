@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import StopStringCriteria
 
-from etpo.models.backbone import Backbone, PromptBatch, language_model, restricted
+from etpo.models.backbone import Backbone, PromptBatch, language_model
 from etpo.models.shared_prompt import encode_prompts, position_ids
 
 
@@ -48,7 +48,7 @@ def sample(
     for step in range(max_new_tokens):
         log_pi = backbone.normalise(logits[:, -1])
         if backbone.min_p > 0:
-            log_pi = restricted(log_pi, backbone.supported(log_pi))
+            log_pi = log_pi.masked_fill(~backbone.supported(log_pi), float("-inf")).log_softmax(-1)
         if generator is None:
             token = log_pi.argmax(-1, keepdim=True)
         else:

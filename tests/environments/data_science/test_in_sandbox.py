@@ -56,7 +56,7 @@ def test_the_reward_is_that_of_a_plain_run(real_sandbox, sandbox):
 
 
 def test_the_order_of_programs_changes_no_reward(real_sandbox):
-    programs = [f"{FOREST}# {i}\n" for i in range(3)]
+    programs = [f"{FOREST}{i}\n" for i in range(3)]
     dataset = load_dataset("wine")
     forward = ProgramScorer(dataset, real_sandbox).score(programs)
     backward = ProgramScorer(dataset, real_sandbox).score(programs[::-1])

@@ -182,6 +182,30 @@ def test_equal_programs_run_once(sandbox):
     assert scorer.cache_hits == 3
 
 
+def test_what_works_runs_once_under_all_names(sandbox):
+    def named(name, last):
+        line = f"    {name} = LogisticRegression(max_iter=1000)\n"
+        return LOGISTIC.replace(
+            "    return", f"{line}    {name}.fit(x_train, y_train)\n    return {last} #"
+        )
+
+    works, twin = named("model", "model"), named("clf", "clf")
+    fails, failing_twin = named("model", "model.nothing"), named("clf", "clf.nothing")
+    scorer = ProgramScorer(load_dataset("wine"), sandbox)
+    calls = []
+    scores = scorer.score(
+        [works, fails, twin, failing_twin], lambda done, total: calls.append((done, total))
+    )
+    assert [program for program, _ in sandbox.runs] == [works, fails, failing_twin]
+    assert [score.cached for score in scores] == [False, False, True, False]
+    assert scores[2].reward == scores[0].reward > 0.9
+    assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert scorer.program_seed(works) == scorer.program_seed(twin) != scorer.program_seed(fails)
+    other = ProgramScorer(load_dataset("wine"), sandbox)
+    other.load_scores({works: (0.25, None)})
+    assert other.score([twin])[0] == (0.25, None, True)
+
+
 def test_scores_that_another_scorer_knows_run_nothing_again(sandbox):
     dataset = load_dataset("wine")
     first, second = ProgramScorer(dataset, sandbox), ProgramScorer(dataset, sandbox)

@@ -19,6 +19,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 
 from etpo.environments.data_science.encoding import Dataset
+from etpo.environments.data_science.renaming import canonical_form
 from etpo.environments.data_science.score_cache import ScoreCache
 from etpo.environments.sandbox import Outcome, Sandbox, Split
 from etpo.errors import ConfigError
@@ -70,8 +71,9 @@ class ProgramScorer:
     Under `held_out`, 40% of the rows (stratified) are set aside by `split_seed`. The reward is the
     mean ROC AUC over `n_splits` random 50/50 splits of the other rows, under `paper` of all rows.
     The splits come from `split_seed` too and are as random as the paper's: not stratified, unless
-    100 draws leave a class out of a half. `split_seed` and the program's text alone seed its run,
-    so a reward depends on neither order nor neighbours nor the seed of the training.
+    100 draws leave a class out of a half. `split_seed` and the program's `canonical_form` alone
+    seed its run, so a reward depends on neither order nor neighbours nor the seed of the training,
+    and what works is worth the same under other names: one program of the same form is run.
 
     cache_path: a file that keeps the scores for other runs (`ScoreCache`), or None. Programs that
     ran out of time are not kept there: another machine may be faster. Raises ConfigError where the
@@ -95,6 +97,7 @@ class ProgramScorer:
         self.n_splits = n_splits
         self.cache_hits = 0
         self._cache: dict[str, Score] = {}
+        self._working: dict[str, Score] = {}  # by canonical form
         random = np.random.RandomState(split_seed)
         rows = np.arange(len(dataset.target))
         self.reward_rows, self.held_out_rows = rows, rows[:0]
@@ -121,16 +124,16 @@ class ProgramScorer:
         programs: Sequence[str],
         on_result: Callable[[int, int], None] | None = None,
     ) -> list[Score]:
-        """One `Score` per program; equal programs run once.
+        """One `Score` per program; of equal ones, and of those with one form that work, one runs.
 
-        `on_result(done, total)` is called after each of the `total` programs that are run.
+        A failure's error text may hold names, so each program that fails is run.
+        `on_result(done, total)` is called as the scores of the `total` new programs come in.
         """
         distinct = dict.fromkeys(programs)
         if self._disk is not None:
             self.load_scores(self._disk.get(p for p in distinct if p not in self._cache))
         fresh = [p for p in distinct if p not in self._cache]
-        known = set(programs) - set(fresh)
-        self._cache |= self._run(fresh, self._splits, self._y_tests, on_result)
+        ran = self._score_fresh(fresh, on_result)
         if self._disk is not None:
             self._disk.put(
                 {
@@ -141,8 +144,8 @@ class ProgramScorer:
             )
         scores = []
         for program in programs:
-            scores.append(self._cache[program]._replace(cached=program in known))
-            known.add(program)
+            scores.append(self._cache[program]._replace(cached=program not in ran))
+            ran.discard(program)
         self.cache_hits += sum(score.cached for score in scores)
         return scores
 
@@ -160,13 +163,56 @@ class ProgramScorer:
 
     def load_scores(self, scores: dict[str, tuple[float, str | None]]) -> None:
         """Takes `known_scores` of an earlier run over; what is here already stays."""
-        taken = {program: Score(*score, cached=False) for program, score in scores.items()}
-        self._cache = taken | self._cache
+        self._take(
+            {
+                program: Score(*score, cached=True)
+                for program, score in scores.items()
+                if program not in self._cache
+            }
+        )
 
     def program_seed(self, program: str) -> int:
         """The seed, in 0..2**32 - 1, that a program runs with."""
-        text = f"{self.split_seed}\n{program}".encode(errors="surrogatepass")
+        text = f"{self.split_seed}\n{canonical_form(program)}".encode(errors="surrogatepass")
         return int.from_bytes(hashlib.sha256(text).digest()[:4])
+
+    def _score_fresh(
+        self, programs: list[str], on_result: Callable[[int, int], None] | None
+    ) -> set[str]:
+        """Take the scores of `programs` into the cache; returns those that were run."""
+        forms = {program: self._form(program) for program in programs}
+        firsts = {form: program for program, form in reversed(forms.items())}
+        ran: set[str] = set()
+        done = 0
+
+        def count(*_: object) -> None:
+            nonlocal done
+            done += 1
+            if on_result is not None:
+                on_result(done, len(programs))
+
+        twins = [program for program in programs if firsts[forms[program]] != program]
+        for batch in ([p for p in programs if firsts[forms[p]] == p], twins):
+            to_run = [program for program in batch if forms[program] not in self._working]
+            scores = self._run(to_run, self._splits, self._y_tests, count)
+            for program in batch:
+                if program not in scores:
+                    scores[program] = self._working[forms[program]]
+                    count()
+            self._take(scores)
+            ran.update(to_run)
+        return ran
+
+    def _take(self, scores: dict[str, Score]) -> None:
+        """Keep scores by program, and by form where the program works."""
+        self._cache |= scores
+        self._working |= {self._form(p): s for p, s in scores.items() if s.error is None}
+
+    def _form(self, program: str) -> str:
+        return program if self._is_refused(program) else canonical_form(program)
+
+    def _is_refused(self, program: str) -> bool:
+        return self.protocol == "paper" and "GridSearchCV(" in program
 
     def _open_cache(self, path: Path) -> ScoreCache:
         task = {
@@ -203,31 +249,24 @@ class ProgramScorer:
         programs: list[str],
         splits: list[Split],
         y_tests: list[np.ndarray],
-        on_result: Callable[[int, int], None] | None,
+        on_result: Callable[[int, Outcome], None] | None,
     ) -> dict[str, Score]:
         refused = "RuntimeError: GridSearchCV is not allowed"
         scores = {
             program: Score(FAILURE_REWARD, refused, cached=False)
             for program in programs
-            if self.protocol == "paper" and "GridSearchCV(" in program
+            if self._is_refused(program)
         }
         programs = [program for program in programs if program not in scores]
         if not programs:
             return scores
         self.start()
-        done = 0
-
-        def count(*_: object) -> None:
-            nonlocal done
-            done += 1
-            on_result(done, len(programs))
-
         outcomes = self.sandbox.run(
             programs,
             splits,
             self.dataset.n_classes,
             [self.program_seed(program) for program in programs],
-            on_result=count if on_result else None,
+            on_result=on_result,
         )
         for program, outcome in zip(programs, outcomes, strict=True):
             scores[program] = _score(outcome, y_tests)
