@@ -13,6 +13,7 @@ import functools
 
 import pytest
 import torch
+from lightning import Callback
 
 from etpo.algorithms.advantages import (
     generalized_advantages,
@@ -195,6 +196,27 @@ def test_paid_actions_become_likelier(algorithm, min_p, build, letter_env, fit, 
     taken = log_pi.gather(-1, batch.action_ids.unsqueeze(-1)).squeeze(-1)
     gain = ((taken - batch.old_log_probs) * batch.action_mask).sum(1)
     assert gain[rewards == 1].mean() > gain[rewards == 0].mean() + 0.01
+
+
+@pytest.mark.parametrize("algorithm", [RLOO, POAD])
+def test_a_policy_beyond_the_trust_region_rests(algorithm, build, letter_env, fit, paid):
+    class Watch(Callback):
+        def __init__(self):
+            self.moved = []
+
+        def on_train_batch_start(self, trainer, module, batch, index):
+            self.before = [p.detach().clone() for p in module.backbone.policy_parameters()]
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            pairs = zip(self.before, module.backbone.policy_parameters(), strict=True)
+            moved = not all(torch.equal(old, new) for old, new in pairs)
+            self.moved.append((module.policy_stopped, moved))
+
+    watch = Watch()
+    fit(build(algorithm, max_kl=1e-4), paid(letter_env(8), len), 2, [watch], update_epochs=4)
+    assert {stopped for stopped, _ in watch.moved} == {True, False}
+    assert all(moved != stopped for stopped, moved in watch.moved)
+    assert watch.moved[-1] == (True, False)
 
 
 @pytest.mark.parametrize("algorithm", ALL)

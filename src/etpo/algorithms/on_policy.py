@@ -126,6 +126,8 @@ class OnPolicyAlgorithm(LightningModule):
                 loss, kl = loss + share * policy_loss, kl + share * part_kl
         if not self.policy_stopped:
             self.step_kls.append(kl)
+        elif self.critic is None:  # backward needs a graph; the gradient is taken away below
+            loss = 0.0 * self.backbone.policy_parameters()[0].sum()
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -134,10 +136,10 @@ class OnPolicyAlgorithm(LightningModule):
         No gradient, not a zero one: Adam's momentum would still move the policy.
         """
         kls, self.step_kls = self.step_kls, []
-        if not kls or self.max_kl is None:
-            return
-        if self.all_gather(torch.stack(kls).mean()).mean() > self.max_kl:
-            self.policy_stopped = True
+        if kls and self.max_kl is not None:
+            step_kl = self.all_gather(torch.stack(kls).mean()).mean()
+            self.policy_stopped = bool(step_kl > self.max_kl)
+        if self.policy_stopped:
             for parameter in self.backbone.policy_parameters():
                 parameter.grad = None
 
