@@ -168,9 +168,10 @@ def test_a_multirun_finds_its_cells_again(command, repeatable, tmp_path, monkeyp
     overrides = ("rollout.actions_per_iteration=4", "rollout.minibatch_size=4")
     sweep = ("seed=0,1", *ONE_ITERATION[:2], *overrides, *ONE_ITERATION[4:])
     found = []
-    for arguments in (sweep, reversed(sweep)):
+    for arguments, skipped in ((sweep, 0), (reversed(sweep), 2)):
         ended = command(train.main, "-m", *arguments)
         assert ended.status == 0, ended.err
+        assert ended.out.count("was finished before") == skipped
         cells = {path.parent for path in tmp_path.rglob("summary.json")}
         found.append({cell: (summary_of(cell)["seed"], repeatable(cell)) for cell in cells})
     assert found[0] == found[1]

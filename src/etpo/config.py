@@ -44,26 +44,40 @@ def exit_on_bad_input() -> Iterator[None]:
     try:
         yield
     except (ConfigError, InstantiationException, OmegaConfBaseException) as error:
-        cause: BaseException = error
-        while not isinstance(cause, ConfigError) and cause.__cause__ is not None:
-            cause = cause.__cause__
-        line = str(cause)
-        if not isinstance(cause, ConfigError):
-            if "HYDRA_FULL_ERROR" in os.environ:
-                raise
-            key = re.search(r"full_key: (\S+)", str(error))
-            line = (line.splitlines() or [type(cause).__name__])[0]
-            line = f"{key[1]}: {line}" if key else line
-            line += " (HYDRA_FULL_ERROR=1 shows the traceback)"
-        print(f"error: {line}", file=sys.stderr)
+        cause = first_cause(error)
+        if not isinstance(cause, ConfigError) and "HYDRA_FULL_ERROR" in os.environ:
+            raise
+        told = "" if isinstance(cause, ConfigError) else " (HYDRA_FULL_ERROR=1 shows the traceback)"
+        print(f"error: {error_line(error)}{told}", file=sys.stderr)
         sys.exit(2)
 
 
-def check_overrides(config_name: str, arguments: Sequence[str]) -> None:
-    """Raises ConfigError unless the overrides among `arguments` compose; sweeps by first value."""
+def first_cause(error: BaseException) -> BaseException:
+    """The ConfigError that led to `error`, else its first cause."""
+    while not isinstance(error, ConfigError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def error_line(error: BaseException) -> str:
+    """One line for a person: a ConfigError's text, else the first line, with OmegaConf's key."""
+    cause = first_cause(error)
+    if isinstance(cause, ConfigError):
+        return str(cause)
+    key = re.search(r"full_key: (\S+)", str(error))
+    line = (str(cause).splitlines() or [type(cause).__name__])[0]
+    return f"{key[1]}: {line}" if key else line
+
+
+def check_overrides(config_name: str, arguments: Sequence[str]) -> DictConfig | None:
+    """What the overrides among `arguments` compose to, sweeps by their first value.
+
+    None where `arguments` name another configuration than the package's own. Raises ConfigError
+    where they do not compose.
+    """
     flags = get_args_parser().parse_args(list(arguments))
     if flags.config_dir or flags.config_path or flags.config_name:
-        return  # not the package's own configuration
+        return None
     multirun = flags.multirun or "hydra.mode=MULTIRUN" in flags.overrides
     try:
         parsed = OverridesParser.create().parse_overrides(flags.overrides)
@@ -73,8 +87,9 @@ def check_overrides(config_name: str, arguments: Sequence[str]) -> None:
             else o.input_line
             for o in parsed
         ]
+        own = [o for o in single if not o.lstrip("+~").startswith("hydra")]
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            compose(config_name, [o for o in single if not o.lstrip("+~").startswith("hydra")])
+            return compose(config_name, own)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error)) from error
 
@@ -141,11 +156,15 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def study_arguments(arguments: Sequence[str]) -> list[str]:
-    """A multirun's `arguments`, its flag first, with their hash as `study` if they name none."""
+    """A multirun's `arguments`, its flag first, with their hash as `study` if none is named.
+
+    Raises ConfigError where the overrides do not compose.
+    """
     multirun = {"-m", "--multirun"} & set(arguments)
-    if not multirun:
-        return list(arguments)
     rest = [a for a in arguments if a not in multirun]
-    if not any(a.startswith("study=") for a in rest):
-        rest.append(f"study={short_hash(*sorted(set(rest)))}")
-    return ["--multirun", *rest]  # argparse refuses overrides on both sides of a flag
+    # argparse refuses overrides on both sides of a flag
+    arguments = ["--multirun", *rest] if multirun else rest
+    cfg = check_overrides("train", arguments)
+    if multirun and cfg is not None and cfg.study is None:
+        arguments.append(f"study={short_hash(*sorted(set(rest)))}")
+    return arguments

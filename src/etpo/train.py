@@ -12,6 +12,8 @@ from typing import Any
 
 import hydra
 import wandb
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
@@ -23,7 +25,6 @@ from etpo.callbacks.summary import RunSummary, print_closing, write_summary
 from etpo.config import (
     CONF,
     check_config,
-    check_overrides,
     exit_on_bad_input,
     load_checkpoint,
     resume_arguments,
@@ -31,6 +32,7 @@ from etpo.config import (
 )
 from etpo.environments.text_env import TextVectorEnv
 from etpo.errors import ConfigError
+from etpo.study import run_cell
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 INTERRUPTED, TERMINATED = 130, 143  # exit status after Ctrl-C and after SIGTERM
@@ -181,8 +183,15 @@ def quiet() -> None:
 def hydra_main(cfg: DictConfig) -> float | None:
     quiet()
     keep_freed_memory()
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return run_cell(cfg, train_and_judge)
     with exit_on_bad_input():
-        summary, run = train(cfg)
+        return train_and_judge(cfg)
+
+
+def train_and_judge(cfg: DictConfig) -> float | None:
+    """Trains; returns `cfg.optimized_metric`. Ends the process where the run was interrupted."""
+    summary, run = train(cfg)
     if run.trainer.received_sigterm:
         sys.exit(TERMINATED)
     if summary.get("status") == "interrupted":
@@ -204,7 +213,6 @@ def main() -> None:
     """Console script: `etpo-train [key=value ...]`."""
     with exit_on_bad_input():
         sys.argv[1:] = study_arguments(resume_arguments(sys.argv[1:]))
-        check_overrides("train", sys.argv[1:])
     previous = signal.signal(signal.SIGTERM, terminate)  # Lightning calls it after its own
     try:
         hydra_main()

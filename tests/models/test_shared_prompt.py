@@ -6,7 +6,7 @@ import torch
 from etpo.models.backbone import Backbone, position_ids
 from etpo.models.critics import TrunkCritic
 from etpo.models.prompting import CompletionTemplate
-from etpo.models.shared_prompt import encode_prompts
+from etpo.models.shared_prompt import encode_prompts, forward_actions
 
 OBSERVATIONS = [
     {"instruction": "", "prefix": p, "suffix": ""}
@@ -72,6 +72,24 @@ def test_distinct_prompts_run_once(checkpoint, inputs):
     assert sizes == [(3, prompt_ids.shape[1])]
     assert len(logits) == len(cache.layers[0].keys) == 5
     torch.testing.assert_close(logits[1], logits[4], rtol=0, atol=0)
+
+
+def test_rows_that_differ_in_the_last_token_alone_run_once(checkpoint, inputs):
+    backbone = build(checkpoint("llama"))
+    prompt_ids, prompt_mask, actions = inputs(backbone)
+    actions[2, :-1] = actions[0, :-1]  # on the same prompt
+    actions[4, 1:] = actions[1, 1:]  # another first token
+    sizes = []
+
+    def run(last, **given):
+        sizes.append(len(given["input_ids"]))
+        return (backbone.policy(**given, logits_to_keep=last).logits,)
+
+    tensors = prompt_ids, prompt_mask, actions
+    (logits,) = forward_actions(run, backbone.policy.config, *tensors)
+    assert sizes == [3, 4]
+    expected = plain_log_probs(backbone, backbone.policy, *tensors)
+    torch.testing.assert_close(backbone.normalise(logits), expected, rtol=0, atol=1e-5)
 
 
 def test_the_mask_tells_prompts_of_equal_ids_apart(checkpoint):

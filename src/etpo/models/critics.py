@@ -92,11 +92,13 @@ class TrunkCritic(nn.Module):
     ) -> Any:
         """[B, P], [B, P], [B, L] and features, which are not read -> as `HeadCritic`."""
 
-        def run(last: int, **inputs: Tensor) -> tuple[Tensor]:
-            return (self.trunk(**inputs).last_hidden_state[:, -last:],)
+        def run(last: int, **inputs: Tensor) -> tuple[Tensor, ...]:
+            output = self.head(self.trunk(**inputs).last_hidden_state[:, -last:])
+            return output if isinstance(output, tuple) else (output,)
 
         inputs = prompt_ids, prompt_mask, action_ids
-        return self.head(*forward_actions(run, self.trunk.config, *inputs))
+        outputs = forward_actions(run, self.trunk.config, *inputs)
+        return outputs if len(outputs) > 1 else outputs[0]
 
 
 @torch.no_grad()

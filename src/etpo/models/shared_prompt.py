@@ -1,4 +1,4 @@
-"""One forward over prompts and actions in which equal prompts are computed once.
+"""One forward over prompts and actions in which equal prompts, and equal rows, are computed once.
 
 Works with any causal LM of transformers that keeps keys and values in a `DynamicCache`; gradients
 flow through the cache into the prompt.
@@ -48,19 +48,24 @@ def forward_actions(
     """What `run` says at the L prefixes of action_ids [B, L]: tensors [B, L, ...].
 
     The first prefix is the prompt; the last one lacks the last token, which is not read. Prompts
-    [B, P] are padded on the left, actions on the right, so that no prefix sees padding.
+    [B, P] are padded on the left, actions on the right, so that no prefix sees padding. Each of
+    the distinct rows is run once: a trained policy writes the same action many times.
     """
-    first, cache = encode_prompts(run, config, prompt_ids, prompt_mask)
-    length = action_ids.shape[1] - 1
-    if length == 0:
-        return first
-    mask = torch.nn.functional.pad(prompt_mask, (0, length), value=True)
-    following = run(
-        last=0,
-        input_ids=action_ids[:, :-1],
-        attention_mask=mask.long(),
-        position_ids=position_ids(mask)[:, -length:],
-        past_key_values=cache,
-        use_cache=True,
-    )
-    return tuple(torch.cat(parts, dim=1) for parts in zip(first, following, strict=True))
+    size = prompt_ids.shape[1]
+    read = torch.cat([prompt_ids, prompt_mask.long(), action_ids[:, :-1]], dim=1)
+    distinct, rows = torch.unique(read, dim=0, return_inverse=True)
+    ids, mask, action_ids = distinct.tensor_split([size, 2 * size], dim=1)
+    parts, cache = encode_prompts(run, config, ids, mask)
+    length = action_ids.shape[1]
+    if length > 0:
+        mask = torch.nn.functional.pad(mask, (0, length), value=1)
+        following = run(
+            last=0,
+            input_ids=action_ids,
+            attention_mask=mask,
+            position_ids=position_ids(mask)[:, -length:],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        parts = tuple(torch.cat(pair, dim=1) for pair in zip(parts, following, strict=True))
+    return tuple(part.index_select(0, rows) for part in parts)

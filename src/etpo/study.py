@@ -1,0 +1,139 @@
+"""Studies: a multirun whose finished cells are skipped, half-done ones resumed, failed ones told.
+
+The same command again goes on with a study. Several processes, also on several machines with a
+common folder, share a study when each is given the same command: a cell belongs to the process
+that holds its lock.
+"""
+
+import csv
+import fcntl
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from etpo.config import error_line
+from etpo.errors import ConfigError
+
+# of a cell's configuration: what may change between the sessions of a study
+CHANGEABLE = (
+    "ckpt_path",
+    "study",
+    "paths.log_dir",
+    "environment.data_dir",
+    "environment.path",
+    "environment.score_cache",
+    "environment.sandbox.workers",
+)
+
+
+def run_cell(cfg: DictConfig, run: Callable[[DictConfig], float | None]) -> float | None:
+    """The optimised metric of a cell, which `run` trains unless that was done before.
+
+    None where another process trains it or where it fails; a failure leaves `failed.txt`, one line
+    and the traceback. A cell that has a checkpoint goes on from there.
+    """
+    folder = Path(cfg.paths.output_dir)
+    name = " ".join(HydraConfig.get().overrides.task)
+    with claimed(folder) as mine:
+        if not mine:
+            print(f"\ncell {name}\n  is being run by another process", flush=True)
+            return None
+        (folder / "failed.txt").unlink(missing_ok=True)
+        try:
+            check_unchanged(folder, cfg)
+            if status_of(folder) == "finished":
+                print(f"\ncell {name}\n  was finished before: {folder}", flush=True)
+                return last_metric(folder, cfg.optimized_metric)
+            last = folder / "checkpoints" / "last.ckpt"
+            if cfg.ckpt_path is None and last.is_file():
+                cfg.ckpt_path = str(last)
+            print(f"\ncell {name}", flush=True)
+            return run(cfg)
+        except Exception as error:  # the other cells are still to be run
+            line = error_line(error)
+            report = f"{line}\n\n{traceback.format_exc()}"
+            (folder / "failed.txt").write_text(report, encoding="utf-8")
+            print(f"error: {line}", file=sys.stderr, flush=True)
+            return None
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Whether this process alone holds the folder, until the end of the context or its own end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if rank_zero_only.rank != 0:  # what rank zero claims is claimed for all
+        yield True
+        return
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def check_unchanged(folder: Path, cfg: DictConfig) -> None:
+    """Raises ConfigError where the cell was begun with another configuration."""
+    kept = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
+    for key in CHANGEABLE:
+        OmegaConf.update(kept, key, None, force_add=True)
+    present = OmegaConf.to_container(kept, resolve=False)
+    file = folder / "cell.json"
+    if not file.exists():
+        file.write_text(json.dumps(present, indent=2) + "\n", encoding="utf-8")
+        return
+    key = difference(json.loads(file.read_text(encoding="utf-8")), present)
+    if key is not None:
+        raise ConfigError(
+            f"study={cfg.study}: {folder} was begun with another {key}; "
+            "allowed is the same configuration, another study=, or none of this folder"
+        )
+
+
+def difference(one: Any, other: Any, path: str = "") -> str | None:
+    """The first key below which two containers differ, or None."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        pairs = ((key, one.get(key), other.get(key)) for key in {**one, **other})
+        found = (difference(a, b, f"{path}.{key}".lstrip(".")) for key, a, b in pairs)
+        return next((key for key in found if key is not None), None)
+    return None if one == other else path
+
+
+def status_of(folder: Path) -> str | None:
+    """What the cell's `summary.json` says, None without one."""
+    file = folder / "summary.json"
+    return json.loads(file.read_text(encoding="utf-8"))["status"] if file.exists() else None
+
+
+def last_metric(folder: Path, name: str) -> float | None:
+    """A metric of the last iteration, from `metrics.csv`."""
+    with (folder / "metrics.csv").open(newline="") as lines:
+        value = list(csv.DictReader(lines))[-1].get(name)
+    return float(value) if value else None
+
+
+class StudyReport(Callback):
+    """Tells at the end of a multirun how its study stands; exit status 1 where a cell failed."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        study = Path(config.hydra.sweep.dir)
+        cells = sorted(file.parent for file in study.glob("*/cell.json"))
+        failed = [cell for cell in cells if (cell / "failed.txt").exists()]
+        finished = [cell for cell in cells if status_of(cell) == "finished"]
+        open_ = len(cells) - len(set(finished) | set(failed))
+        print(f"\nStudy {study}: {len(finished)} cells finished, {open_} not finished")
+        for cell in failed:
+            reason = (cell / "failed.txt").read_text(encoding="utf-8").splitlines()[0]
+            print(f"  failed: {cell / 'failed.txt'}: {reason}")
+        if failed:
+            sys.exit(1)

@@ -1,0 +1,116 @@
+"""A multirun is a study: the same command again does what is left."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from etpo import train
+from etpo.study import claimed, difference
+
+
+@pytest.fixture
+def study(command, monkeypatch, tmp_path):
+    """study(*overrides): runs the study `s` with a stand-in for training, which `trained` fills.
+
+    The stand-in fails for the seeds in `failing`. Returns how the command ended.
+    """
+    trained, failing = [], set()
+
+    def stand_in(cfg):
+        trained.append((cfg.seed, cfg.ckpt_path))
+        if cfg.seed in failing:
+            raise RuntimeError("no luck\nat all")
+        folder = Path(cfg.paths.output_dir)
+        (folder / "summary.json").write_text(json.dumps({"status": "finished"}))
+        (folder / "metrics.csv").write_text(f"iteration,val/reward\n0,0.1\n1,0.{cfg.seed}\n")
+        return 0.5
+
+    monkeypatch.setattr(train, "train_and_judge", stand_in)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*overrides):
+        trained.clear()
+        return command(train.main, "-m", "study=s", *overrides)
+
+    run.trained, run.failing = trained, failing
+    run.folder = tmp_path / "logs" / "train" / "multiruns" / "s"
+    return run
+
+
+def test_finished_cells_are_skipped_and_new_ones_run(study):
+    ended = study("seed=1,2")
+    assert ended.status == 0, ended.err
+    assert study.trained == [(1, None), (2, None)]
+    ended = study("seed=1,2,3", "environment.score_cache=scores.sqlite")
+    assert study.trained == [(3, None)]
+    assert ended.out.count("was finished before") == 2
+    assert "3 cells finished, 0 not finished" in ended.out
+
+
+def test_a_failed_cell_stops_no_other_and_is_told(study):
+    study.failing.add(1)
+    ended = study("seed=1,2")
+    assert ended.status == 1
+    assert study.trained == [(1, None), (2, None)]
+    assert ended.err == "error: no luck\n"
+    (failed,) = study.folder.glob("*/failed.txt")
+    assert f"failed: {failed.relative_to(Path.cwd())}: no luck\n" in ended.out
+    assert "1 cells finished, 0 not finished" in ended.out
+    study.failing.clear()
+    ended = study("seed=1,2")
+    assert ended.status == 0, ended.err
+    assert study.trained == [(1, None)]
+    assert not failed.exists()
+
+
+def test_bad_input_in_a_cell_is_one_line(study, monkeypatch):
+    monkeypatch.undo()  # the real training
+    ended = study("seed=0", "environment.dataset=csv", f"hydra.sweep.dir={study.folder}")
+    assert ended.status == 1
+    assert ended.err.startswith("error: environment.path")
+    assert ended.err.count("\n") == 1
+
+
+def test_a_cell_with_a_checkpoint_goes_on_from_it(study):
+    study.failing.add(1)
+    study("seed=1")
+    (cell,) = study.folder.glob("*/")
+    (cell / "checkpoints").mkdir()
+    (cell / "checkpoints" / "last.ckpt").touch()
+    study("seed=1")
+    assert study.trained == [(1, str(cell / "checkpoints" / "last.ckpt"))]
+
+
+def test_a_cell_that_another_process_runs_is_left_to_it(study):
+    study("seed=1")
+    (cell,) = study.folder.glob("*/")
+    (cell / "summary.json").unlink()
+    with claimed(cell) as mine:
+        assert mine
+        ended = study("seed=1,2")
+    assert study.trained == [(2, None)]
+    assert "another process" in ended.out
+    assert "1 cells finished, 1 not finished" in ended.out
+
+
+def test_a_cell_of_another_configuration_is_refused(study):
+    """As when the defaults changed between two sessions."""
+    study("seed=1")
+    (cell,) = study.folder.glob("*/")
+    kept = json.loads((cell / "cell.json").read_text())
+    kept["algorithm"]["beta"] = 7.0
+    (cell / "cell.json").write_text(json.dumps(kept))
+    ended = study("seed=1")
+    assert ended.status == 1
+    assert study.trained == []
+    assert "algorithm.beta" in ended.err
+    assert (cell / "summary.json").exists()
+
+
+def test_the_first_difference_of_two_configurations():
+    one = {"a": {"b": [1, 2], "c": None}, "d": 1}
+    assert difference(one, one | {}) is None
+    assert difference(one, one | {"d": 2}) == "d"
+    assert difference(one, one | {"a": {"b": [1], "c": None}}) == "a.b"
+    assert difference(one, one | {"e": 0}) == "e"
