@@ -180,8 +180,7 @@ class ETPO(OnPolicyAlgorithm):
         inputs = prompt_ids, prompt_mask, action_ids
         log_pi = self.backbone(*inputs).log_probs
         log_ref, features, _ = self.backbone(*inputs, reference=True)
-        value, advantage = self.target_critic(*inputs, features)
-        q = objectives.dueling_q(value, advantage, log_pi)
+        value, q = self.critic_values(self.target_critic, *inputs, features, log_pi)
         q = objectives.pessimistic_q(q, value, log_pi, self.floor)
         return Annotation(
             log_pi=log_pi,
@@ -191,6 +190,19 @@ class ETPO(OnPolicyAlgorithm):
             kl=soft_bellman.kl_divergence(log_pi, log_ref),
             features=features,
         )
+
+    def critic_values(
+        self,
+        critic: nn.Module,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        action_ids: Tensor,
+        features: Tensor,
+        log_pi: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """E_pi[Q] [B, L] and Q [B, L, V] of a critic, before any pessimism."""
+        value, advantage = critic(prompt_ids, prompt_mask, action_ids, features)
+        return value, objectives.dueling_q(value, advantage, log_pi)
 
     def lambda_returns(
         self, actions: Actions, values: Tensor, q_taken: Tensor, rollout: Rollout
@@ -214,16 +226,19 @@ class ETPO(OnPolicyAlgorithm):
 
     def critic_step(self, batch: TokenBatch) -> Tensor:
         """Mean over action tokens of the critic's regression error."""
-        inputs = batch.prompt_ids, batch.prompt_mask, batch.action_ids
-        value, advantage = self.critic(*inputs, batch.features)
-        q = objectives.dueling_q(value, advantage, batch.old_log_probs)
+        inputs = batch.prompt_ids, batch.prompt_mask, batch.action_ids, batch.features
+        _, q = self.critic_values(self.critic, *inputs, batch.old_log_probs)
+        loss = self.regression(q, batch)
+        self.log_mean("train/critic_loss", loss, len(q))
+        return loss
+
+    def regression(self, q: Tensor, batch: TokenBatch) -> Tensor:
+        """Mean over action tokens of the error of Q [B, L, V] at the taken token."""
         q_taken = q.gather(-1, batch.action_ids.unsqueeze(-1)).squeeze(-1)
         losses = objectives.critic_loss(
             q_taken, batch.returns, batch.action_mask, self.critic_loss, self.huber_delta
         )
-        loss = losses.sum() / (len(losses) * self.mean_length)
-        self.log_mean("train/critic_loss", loss, len(losses))
-        return loss
+        return losses.sum() / (len(losses) * self.mean_length)
 
     def policy_step(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Means over actions of the policy objective's token sums, and of KL(pi_old || pi)."""

@@ -1,0 +1,135 @@
+"""Candidate cures for ETPO's collapse that the default does without; docs/studies/stability.md.
+
+Each differs from `ETPO` in one thing, so that a study can tell what that thing buys.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from etpo.algorithms import objectives, soft_bellman
+from etpo.algorithms.etpo import ETPO, TokenBatch
+from etpo.errors import check_integer, check_range
+from etpo.models.backbone import Backbone
+from etpo.models.critics import DuelingHead
+from etpo.rollout.episode import Rollout
+
+
+class TwinHead(nn.Module):
+    """Two dueling heads on the same features: (value, advantage) of the first, of the second."""
+
+    def __init__(self, feature_size: int, vocabulary_size: int, hidden_size: int) -> None:
+        super().__init__()
+        sizes = feature_size, vocabulary_size, hidden_size
+        self.heads = nn.ModuleList(DuelingHead(*sizes) for _ in range(2))
+
+    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+        return (*self.heads[0](features), *self.heads[1](features))
+
+
+class TwinETPO(ETPO):
+    """Q is the smaller one of two heads, token by token (arXiv 1802.09477)."""
+
+    def __init__(
+        self,
+        backbone: Callable[[], Backbone],
+        critic: Callable[..., nn.Module],
+        *args: Any,
+        **shared: Any,
+    ) -> None:
+        def twins(source: Backbone) -> nn.Module:
+            return critic(source, head=TwinHead)
+
+        super().__init__(backbone, twins, *args, **shared)
+
+    def both(self, critic: nn.Module, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Q [B, L, V] of either head."""
+        *inputs, log_pi = inputs
+        first_value, first, second_value, second = critic(*inputs)
+        return (
+            objectives.dueling_q(first_value, first, log_pi),
+            objectives.dueling_q(second_value, second, log_pi),
+        )
+
+    def critic_values(self, critic: nn.Module, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        q = torch.minimum(*self.both(critic, *inputs))
+        return soft_bellman.expectation(inputs[-1], q), q
+
+    def critic_step(self, batch: TokenBatch) -> Tensor:
+        """Both heads are fitted to the same targets."""
+        inputs = batch.prompt_ids, batch.prompt_mask, batch.action_ids, batch.features
+        pair = self.both(self.critic, *inputs, batch.old_log_probs)
+        loss = sum(self.regression(q, batch) for q in pair) / 2
+        self.log_mean("train/critic_loss", loss, len(batch.weights))
+        return loss
+
+
+class WindowETPO(ETPO):
+    """The critic is fitted to the last `window` >= 1 iterations' actions and returns.
+
+    In every step as many earlier actions as fresh ones, of one iteration after the other. Their
+    returns are those of their own time: off-policy by so much.
+    """
+
+    def __init__(self, *args: Any, window: int, **shared: Any) -> None:
+        check_integer("algorithm.window", window, 1)
+        super().__init__(*args, **shared)
+        self.earlier: deque[TokenBatch] = deque(maxlen=window)
+
+    def annotate(self, rollout: Rollout) -> TokenBatch:
+        batch = super().annotate(rollout)
+        self.earlier.append(batch)
+        return batch
+
+    def critic_step(self, batch: TokenBatch) -> Tensor:
+        loss = super().critic_step(batch)
+        if len(self.earlier) < 2:
+            return loss
+        self.earlier.rotate(1)  # the fresh one too comes round
+        return (loss + super().critic_step(self.earlier[0])) / 2
+
+
+class WarmUpETPO(ETPO):
+    """The policy rests for the first `warm_up` >= 0 iterations, in which the critic is fitted."""
+
+    def __init__(self, *args: Any, warm_up: int, **shared: Any) -> None:
+        check_integer("algorithm.warm_up", warm_up, 0)
+        super().__init__(*args, **shared)
+        self.warm_up = warm_up
+
+    def on_train_epoch_start(self) -> None:
+        self.policy_stopped = self.current_epoch < self.warm_up
+
+
+class AdaptiveBetaETPO(ETPO):
+    """beta follows the KL to the reference, in nats per action, to `target_kl` > 0.
+
+    After each iteration beta *= 1 + 0.2 clip(KL / target - 1, -1, 1); arXiv 1909.08593, eq. 3, with
+    a rate for iterations of 64 actions.
+    """
+
+    def __init__(self, *args: Any, target_kl: float, **shared: Any) -> None:
+        check_range("algorithm.target_kl", target_kl, 0, float("inf"), above=True)
+        super().__init__(*args, **shared)
+        self.target_kl = target_kl
+        self.register_buffer("beta_factor", torch.ones(()))
+
+    @property
+    def beta(self) -> float:
+        return super().beta * float(self.beta_factor)
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        kl = self.all_gather(torch.tensor(self.rollout_metrics["rollout/kl_to_reference"])).mean()
+        self.beta_factor *= 1 + 0.2 * (kl / self.target_kl - 1).clamp(-1, 1).to(self.device)
+
+
+class JointClipETPO(ETPO):
+    """One limit on the gradient norm of policy and critic together."""
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, **_: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)

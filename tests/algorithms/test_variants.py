@@ -1,0 +1,147 @@
+"""Every candidate cure does what it says, and runs through the real loop."""
+
+import functools
+
+import pytest
+import torch
+
+from etpo.algorithms.variants import (
+    AdaptiveBetaETPO,
+    JointClipETPO,
+    TwinETPO,
+    WarmUpETPO,
+    WindowETPO,
+)
+from etpo.errors import ConfigError
+from etpo.models.backbone import Backbone
+from etpo.models.critics import TrunkCritic
+from etpo.models.prompting import CompletionTemplate
+
+SETTINGS = {
+    "beta": 0.02,
+    "beta_end_factor": 1.0,
+    "beta_iters": 1,
+    "gamma": 0.9,
+    "lambda_": 0.9,
+    "eta": 0.05,
+    "floor": 0.0,
+    "correction": False,
+    "scale_objective": False,
+    "clip_low": None,
+    "clip_high": None,
+    "leak": 0.0,
+    "max_kl": None,
+    "tau": 1.0,
+    "policy_lr": 3e-3,
+    "critic_lr": 3e-3,
+    "critic_loss": "huber",
+    "huber_delta": 1.0,
+    "max_grad_norm": 1.0,
+    "annotation_batch": 8,
+}
+
+
+@pytest.fixture
+def build(checkpoint):
+    """build(variant, ...): the algorithm on a small random model."""
+
+    def make(variant, **changes):
+        return variant(
+            lambda: Backbone(str(checkpoint("llama")), CompletionTemplate()),
+            functools.partial(TrunkCritic, hidden_size=16),
+            functools.partial(torch.optim.AdamW, eps=1e-5, weight_decay=0.0),
+            **(SETTINGS | changes),
+        )
+
+    return make
+
+
+def test_twins_take_the_smaller_q_and_are_both_fitted(build, letter_env, fit):
+    module = build(TwinETPO)
+    data = fit(module, letter_env(4), 2)
+    batch = module.annotate(data.rollout)
+    inputs = batch.prompt_ids, batch.prompt_mask, batch.action_ids, batch.features
+    first, second = module.both(module.critic, *inputs, batch.old_log_probs)
+    value, q = module.critic_values(module.critic, *inputs, batch.old_log_probs)
+    assert (first != second).any()
+    assert torch.equal(q, torch.where(first < second, first, second))
+    expected = (batch.old_log_probs.exp() * q).sum(-1)
+    torch.testing.assert_close(value, expected, rtol=0, atol=1e-5)
+    module.log_mean = lambda *_: None
+    module.critic_step(batch).backward()
+    for head in module.critic.head.heads:
+        assert head.value.weight.grad.abs().max() > 0
+
+
+def test_the_window_keeps_the_last_iterations(build, letter_env, fit):
+    module = build(WindowETPO, window=2)
+    fit(module, letter_env(4), 3)
+    assert len(module.earlier) == 2
+    module.log_mean = lambda *_: None
+    losses = []
+    module.regression = lambda q, batch: losses.append(batch) or q.sum()
+    fresh = module.earlier[-1]
+    for _ in range(2):
+        module.critic_step(fresh)
+    seen = {id(batch) for batch in losses}
+    assert seen == {id(batch) for batch in module.earlier}
+    assert [batch is fresh for batch in losses[::2]] == [True, True]
+
+
+def test_the_policy_rests_while_the_critic_warms_up(build, letter_env, fit):
+    module = build(WarmUpETPO, warm_up=2)
+    parts = module.backbone.policy, module.critic
+    before = [[p.clone() for p in part.parameters()] for part in parts]
+
+    def moved():
+        return [
+            any((old != new).any() for old, new in zip(kept, part.parameters(), strict=True))
+            for kept, part in zip(before, parts, strict=True)
+        ]
+
+    fit(module, letter_env(4), 2)
+    assert moved() == [False, True]
+    fit(module, letter_env(4), 3)
+    assert moved() == [True, True]
+
+
+@pytest.mark.parametrize(("kl", "factor"), [(3.0, 1.1), (9.0, 1.2), (0.0, 0.8), (2.0, 1.0)])
+def test_beta_follows_the_kl_to_the_reference(build, kl, factor):
+    module = build(AdaptiveBetaETPO, target_kl=2.0)
+    module.all_gather = lambda tensor: tensor[None]
+    module.rollout_metrics = {"rollout/kl_to_reference": kl}
+    module.on_train_epoch_end()
+    assert float(module.beta_factor) == pytest.approx(factor)
+    assert "beta_factor" in module.state_dict()
+
+
+def test_beta_in_use_is_the_scaled_one(build, letter_env, fit):
+    module = build(AdaptiveBetaETPO, target_kl=1e6)
+    fit(module, letter_env(4), 2)
+    assert module.beta == pytest.approx(0.02 * 0.8**2)
+
+
+def test_one_norm_for_policy_and_critic(build):
+    module = build(JointClipETPO, max_grad_norm=1.0)
+    optimizer = module.configure_optimizers()["optimizer"]
+    groups = [group["params"] for group in optimizer.param_groups]
+    for parameters, size in zip(groups, (3.0, 4.0), strict=True):
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        parameters[0].grad.view(-1)[0] = size
+    module.configure_gradient_clipping(optimizer)
+    for parameters, size in zip(groups, (0.6, 0.8), strict=True):
+        assert float(parameters[0].grad.view(-1)[0]) == pytest.approx(size, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("variant", "key", "value"),
+    [
+        (WindowETPO, "window", 0),
+        (WarmUpETPO, "warm_up", -1),
+        (AdaptiveBetaETPO, "target_kl", 0.0),
+    ],
+)
+def test_values_out_of_range(build, variant, key, value):
+    with pytest.raises(ConfigError, match=f"algorithm.{key}={value}"):
+        build(variant, **{key: value})
