@@ -1,6 +1,7 @@
 """`etpo-report study=...`: runs of studies -> tables and figures over seeds and data sets."""
 
 import sys
+from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 
 from etpo.config import CONF, check_overrides, exit_on_bad_input
-from etpo.errors import ConfigError, check_range
+from etpo.errors import ConfigError
 from etpo.reporting.figures import bars, learning_curves, save
 from etpo.reporting.read import FILES, Raw, read_saved, read_studies, write_raw
 from etpo.reporting.references import read_references
@@ -97,7 +98,8 @@ def known_rewards(best_known: DictConfig | None, datasets: set[str]) -> dict[str
         if dataset not in datasets:
             allowed = ", ".join(sorted(datasets))
             raise ConfigError(f"best_known.{dataset}={value}: allowed data sets: {allowed}")
-        check_range(f"best_known.{dataset}", value, -1.0, 1.0)
+        if not isinstance(value, int | float) or not isfinite(value):
+            raise ConfigError(f"best_known.{dataset}={value}: allowed is a number")
     return {dataset: float(value) for dataset, value in best_known.items()}
 
 

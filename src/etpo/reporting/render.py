@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 
 import pandas as pd
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -161,10 +160,11 @@ def to_console(table: pd.DataFrame) -> list[Table]:
 
 def console_table(rows: pd.DataFrame, columns: dict[str, Cell]) -> Table:
     """One table for rich, numbers to the right."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(box=None, padding=(0, 2, 0, 0))
     for name in columns:
         is_name = name in ("data set", "method", "over all data sets")
-        table.add_column(name, justify="left" if is_name else "right", overflow="fold")
+        justify = "left" if is_name else "right"
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=not is_name)
     for cells in texts(rows, columns):
         table.add_row(*map(escape, cells))
     return table
