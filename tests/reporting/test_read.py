@@ -25,7 +25,7 @@ from etpo.reporting.read import RUN_COLUMNS, SUMMARY_COLUMNS, read_studies
             ["etpo algorithm.temperature=1", "etpo model.temperature=1"],
         ),
         (
-            ["etpo environment.score_cache=a study=b ckpt_path=c", "etpo"],
+            ["etpo environment.score_cache=a study=b environment.target=c ckpt_path=d", "etpo"],
             ["etpo", "etpo"],
         ),
     ],

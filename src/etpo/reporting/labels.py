@@ -6,8 +6,8 @@ from typing import Any
 
 from etpo.study import CHANGEABLE
 
-# overrides that never tell methods apart
-APART = {*CHANGEABLE, "seed", "environment.dataset", "algorithm"}
+# overrides that never tell methods apart: they name the seed, the data or the algorithm itself
+APART = {*CHANGEABLE, "seed", "environment.dataset", "environment.target", "algorithm"}
 
 
 def overrides_of(arguments: Sequence[str]) -> dict[str, str]:

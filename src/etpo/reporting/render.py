@@ -160,7 +160,7 @@ def to_console(table: pd.DataFrame) -> list[Table]:
 
 def console_table(rows: pd.DataFrame, columns: dict[str, Cell]) -> Table:
     """One table for rich, numbers to the right."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 1, 0, 0))
     for name in columns:
         is_name = name in ("data set", "method", "over all data sets")
         justify = "left" if is_name else "right"
