@@ -257,7 +257,11 @@ def test_a_gpu_that_is_not_there(refused):
 
 @pytest.mark.parametrize(
     ("script", "argument"),
-    [("etpo-train", "algorithm.beta=-1"), ("etpo-evaluate", "ckpt_path=none.ckpt")],
+    [
+        ("etpo-train", "algorithm.beta=-1"),
+        ("etpo-evaluate", "ckpt_path=none.ckpt"),
+        ("etpo-report", "study=none"),
+    ],
 )
 def test_the_console_scripts_end_at_once(script, argument, tmp_path):
     start = time.perf_counter()

@@ -1,0 +1,140 @@
+"""`etpo-report study=...`: runs of studies -> tables and figures over seeds and data sets."""
+
+import sys
+from math import isfinite
+from pathlib import Path
+from typing import NamedTuple
+
+import hydra
+import pandas as pd
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from rich.console import Console
+
+from etpo.config import CONF, check_overrides, exit_on_bad_input
+from etpo.errors import ConfigError
+from etpo.reporting.figures import bars, learning_curves, save
+from etpo.reporting.read import FILES, Raw, read_saved, read_studies, write_raw
+from etpo.reporting.references import read_references
+from etpo.reporting.render import to_console, to_latex, to_markdown
+from etpo.reporting.scores import scales, score_runs
+from etpo.reporting.table import cautions, make_table, method_order
+
+DECIMALS = 6  # of table.csv
+
+
+class Report(NamedTuple):
+    """What a report comes to."""
+
+    table: pd.DataFrame  # the rows of table.csv
+    notes: list[str]
+    folder: Path
+
+
+def report(cfg: DictConfig) -> Report:
+    """Reads the runs, compares their methods and writes tables and figures."""
+    folders = study_folders(cfg)
+    raw = read_saved(Path(cfg.runs)) if cfg.runs is not None else read_studies(folders)
+    out = out_folder(cfg, folders)
+    best_known = known_rewards(cfg.best_known, set(raw.summary["dataset"]))
+    methods = method_order(raw.summary["method"], cfg.compare_with)
+    references = read_references(cfg.references)
+    references = references[references["dataset"].isin(raw.summary["dataset"])]
+
+    scale = scales(raw, best_known)
+    scores = score_runs(raw, scale)
+    table = make_table(scores, methods, references)
+    notes = [*cautions(raw, methods), *left_out_notes(raw)]
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_raw(raw, out)
+    table.round(DECIMALS).to_csv(out / "table.csv", index=False, lineterminator="\n")
+    (out / "table.md").write_text(to_markdown(table, scale, notes), encoding="utf-8")
+    (out / "table.tex").write_text(to_latex(table), encoding="utf-8")
+    save(learning_curves(raw.runs, methods, references), out / "curves")
+    save(bars(table, scores, methods), out / "bars")
+    return Report(table, notes, out)
+
+
+def study_folders(cfg: DictConfig) -> list[Path]:
+    """The folders that `study` names. Raises ConfigError where one is not there."""
+    if (cfg.study is None) == (cfg.runs is None):
+        raise ConfigError(
+            f"study={cfg.study}, runs={cfg.runs}: allowed is one of them, a study (name or folder) "
+            "or the folder of a report"
+        )
+    if cfg.study is None:
+        return []
+    multiruns = Path(cfg.paths.log_dir) / "train" / "multiruns"
+    folders = []
+    for name in cfg.study if isinstance(cfg.study, ListConfig) else [cfg.study]:
+        found = [path for path in (multiruns / str(name), Path(str(name))) if path.is_dir()]
+        if not found:
+            known = ", ".join(sorted(path.name for path in multiruns.glob("*/"))) or "none yet"
+            raise ConfigError(
+                f"study={name}: no such folder; allowed is a folder or a name under {multiruns}: "
+                f"{known}"
+            )
+        folders.append(found[0])
+    return folders
+
+
+def out_folder(cfg: DictConfig, folders: list[Path]) -> Path:
+    """Where the report goes. Raises ConfigError where that is a file or has to be said."""
+    if cfg.out is None and len(folders) > 1:
+        raise ConfigError("out=null: with several studies give out=FOLDER")
+    out = Path(cfg.out or cfg.runs or folders[0])
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out={out}: allowed is a folder")
+    return out
+
+
+def known_rewards(best_known: DictConfig | None, datasets: set[str]) -> dict[str, float]:
+    """`best_known` as floats. Raises ConfigError for an unknown data set or no number."""
+    if best_known is None:
+        return {}
+    if not OmegaConf.is_dict(best_known):
+        raise ConfigError(f"best_known={best_known}: allowed is {{DATASET: reward, ...}}")
+    for dataset, value in best_known.items():
+        if dataset not in datasets:
+            allowed = ", ".join(sorted(datasets))
+            raise ConfigError(f"best_known.{dataset}={value}: allowed data sets: {allowed}")
+        if not isinstance(value, int | float) or not isfinite(value):
+            raise ConfigError(f"best_known.{dataset}={value}: allowed is a number")
+    return {dataset: float(value) for dataset, value in best_known.items()}
+
+
+def left_out_notes(raw: Raw) -> list[str]:
+    """One line per cell that is not in the report."""
+    return [f"left out: {cell}: {reason}" for cell, reason in raw.left_out.itertuples(index=False)]
+
+
+def print_report(done: Report) -> None:
+    """Prints the tables, what to mind, and where the files are."""
+    console = Console(highlight=False)
+    for part in to_console(done.table):
+        console.print(part)
+    for note in done.notes:
+        console.print(note, markup=False, soft_wrap=True)
+    tables, figures = "table.md, table.csv, table.tex", "curves.png, bars.png (and .svg)"
+    console.print(
+        f"written to {done.folder}: {tables}, {figures}, {', '.join(FILES)}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="report")
+def hydra_main(cfg: DictConfig) -> None:
+    with exit_on_bad_input():
+        print_report(report(cfg))
+
+
+def main() -> None:
+    """Console script: `etpo-report study=... [key=value ...]`."""
+    with exit_on_bad_input():
+        check_overrides("report", sys.argv[1:])
+    hydra_main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Estimates over seeds: interquartile means and bootstrap intervals (Agarwal et al. 2021).
+
+"Deep RL at the edge of the statistical precipice", arXiv 2108.13264. A stratum holds the runs of
+one data set: they are resampled among themselves.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import bootstrap, trim_mean
+
+RESAMPLES, CONFIDENCE, SEED = 5000, 0.95, 0
+
+
+class Estimate(NamedTuple):
+    """A value and its 95% interval; nan where unknown."""
+
+    value: float
+    low: float
+    high: float
+
+
+UNKNOWN = Estimate(np.nan, np.nan, np.nan)
+
+
+def iqm(*strata: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Mean of all strata's values without the lowest and the highest quarter, rounded down.
+
+    With three values or fewer that is their mean.
+    """
+    return trim_mean(np.concatenate(strata, axis=axis), 0.25, axis=axis)
+
+
+def iqm_estimate(strata: Sequence[np.ndarray]) -> Estimate:
+    """IQM over the runs of all strata (float [runs] each)."""
+    strata = [stratum for stratum in strata if len(stratum)]
+    if not strata:
+        return UNKNOWN
+    return Estimate(float(iqm(*strata)), *map(float, interval(strata, iqm)))
+
+
+def iqm_curve(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """IQM over runs and its interval at every iteration; `curves` float [iterations, runs]."""
+    return iqm(curves), *interval([curves], iqm)
+
+
+def probability_of_improvement(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Estimate:
+    """P(a run of X is better than one of Y), mean over data sets; equal runs count a half.
+
+    pairs: X's and Y's scores in every data set, float [runs of X] and float [runs of Y].
+    """
+    if not pairs:
+        return UNKNOWN
+    strata = [x for x, _ in pairs] + [y for _, y in pairs]
+    value = float(improvement(*strata))
+    return Estimate(value, *map(float, interval(strata, improvement)))
+
+
+def improvement(*strata: np.ndarray, axis: int = -1) -> np.ndarray:
+    """The statistic of `probability_of_improvement`: the X of all data sets, then the Y."""
+    count = len(strata) // 2
+    shares = []
+    for x, y in zip(strata[:count], strata[count:], strict=True):
+        x = np.moveaxis(x, axis, -1)[..., :, None]
+        y = np.moveaxis(y, axis, -1)[..., None, :]
+        shares.append(((x > y) + 0.5 * (x == y)).mean(axis=(-2, -1)))
+    return np.mean(shares, axis=0)
+
+
+def interval(
+    strata: Sequence[np.ndarray], statistic: Callable[..., np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Percentile bootstrap of `statistic`, runs on the last axis of every stratum.
+
+    nan where a stratum has a single run, whose spread nobody knows.
+    """
+    if any(stratum.shape[-1] < 2 for stratum in strata):
+        unknown = np.full(strata[0].shape[:-1], np.nan)
+        return unknown, unknown
+    found = bootstrap(
+        tuple(strata),
+        statistic,
+        vectorized=True,
+        axis=-1,
+        method="percentile",
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        rng=np.random.default_rng(SEED),
+    ).confidence_interval
+    return found.low, found.high

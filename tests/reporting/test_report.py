@@ -1,0 +1,202 @@
+"""`etpo-report`: a study on disk -> tables and figures, and what it refuses."""
+
+import csv
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from etpo import report
+
+FILES = {
+    "bars.png",
+    "bars.svg",
+    "curves.png",
+    "curves.svg",
+    "left_out.csv",
+    "runs.csv",
+    "summary.csv",
+    "table.csv",
+    "table.md",
+    "table.tex",
+}
+
+
+@pytest.fixture
+def made(command, study, tmp_path):
+    """made(*arguments): the folder of a report on the small study, and what was printed."""
+
+    def call(*arguments: str, source: str = f"study={study}") -> tuple[Path, str]:
+        out = tmp_path / "report"
+        ended = command(report.main, source, f"out={out}", *arguments)
+        assert ended.status == 0, ended.err
+        return out, ended.out
+
+    return call
+
+
+def rows_of(file: Path) -> dict[tuple[str, str], dict[str, str]]:
+    """(data set, method) -> row of table.csv."""
+    with file.open(newline="") as lines:
+        return {(row["dataset"], row["method"]): row for row in csv.DictReader(lines)}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_the_table_of_a_small_study(made):
+    out, printed = made()
+    assert {file.name for file in out.iterdir()} == FILES
+    rows = rows_of(out / "table.csv")
+    assert list(rows) == [
+        (dataset, method)
+        for dataset in ("balance_scale", "tic_tac_toe", "all")
+        for method in ("etpo", "ppo_kl")
+    ]
+    etpo, ppo = rows["tic_tac_toe", "etpo"], rows["tic_tac_toe", "ppo_kl"]
+    # seed s has (1 - s / 100) times the curve 0, 0.5, 0.9, 1.0 or 0, 0.25, 0.5, 0.5
+    assert (etpo["seeds"], ppo["seeds"]) == ("2", "3")
+    assert float(etpo["final"]) == pytest.approx(0.6 * 0.995)
+    assert float(etpo["final_low"]) == pytest.approx(0.6 * 0.99)
+    assert float(etpo["final_high"]) == pytest.approx(0.6)
+    assert float(ppo["final"]) == pytest.approx(0.3125 * 0.99)
+    assert float(etpo["greedy"]) == pytest.approx(0.995 + 0.01)
+    assert float(etpo["area"]) == pytest.approx(0.6 * 0.995)
+    assert (etpo["steps_95"], etpo["reached_95"]) == ("40.0", "2")
+    assert (etpo["steps_90"], etpo["reached_90"]) == ("35.0", "2")  # 30 and 40
+    assert (ppo["steps_95"], ppo["reached_95"]) == ("40.0", "0")
+    assert (etpo["best"], etpo["held_out_auc"], etpo["seconds"]) == ("1.0", "0.97", "12.25")
+    overall = rows["all", "ppo_kl"]
+    assert (overall["seeds"], overall["datasets"], overall["collapses"]) == ("6", "2", "0")
+    assert overall["improves_area"] == overall["improves_area_high"] == "0.0"
+    assert rows["all", "etpo"]["improves_area"] == ""
+    for cell in ("broken", "open", "stopped"):
+        assert f"left out: small/{cell}" in printed
+        assert f"left out: small/{cell}" in (out / "table.md").read_text()
+    assert str(out) in printed
+    assert "0.597 [0.594, 0.600]" in printed
+
+
+def test_what_the_markdown_and_the_latex_show(made, tmp_path):
+    file = tmp_path / "models.csv"
+    file.write_text("name,rows,forest,forest_std\ntic_tac_toe,9,0.875,0.01\nother,9,0.1,0.01\n")
+    out, _ = made(f"references={file}")
+    text = (out / "table.md").read_text()
+    assert "Scores: 0 is a reward of 0.000, 1 is 1.000." in text
+    assert "| ppo_kl | 3 | 0.309 [0.306, 0.312] | 0.505 " in text
+    assert "| - (0/3) | - (0/3) | 0 |" in text
+    assert "| forest (reference) | - | - | - | - | 0.875 | - | - | - | - | - |" in text
+    assert text.count("(reference)") == 1
+    for line in text.splitlines():
+        if line.startswith("|"):
+            assert line.count("|") in (12, 10)
+    latex = (out / "table.tex").read_text()
+    assert r"ppo\_kl & 3 & 0.309 [0.306, 0.312] & 0.505" in latex
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 3
+    for line in latex.splitlines():
+        if line.endswith(r"\\") and not line.startswith(r"\multicolumn"):
+            assert line.count("&") in (10, 8)
+
+
+def test_what_is_not_comparable_is_told(made, study, write_cell):
+    overrides = ["algorithm=etpo", "environment.dataset=tic_tac_toe", "seed=2"]
+    # moving means 0.9, 0.6: it fell, and it never had 0.95
+    write_cell(study / "third", overrides, [0.9, 0.9, 0.9, 0.0])
+    write_cell(study / "short", ["algorithm=poad", "seed=0"], [0.0, 0.5], best_reward=0.6)
+    out, printed = made()
+    row = rows_of(out / "table.csv")["tic_tac_toe", "etpo"]
+    assert (row["reached_95"], row["collapses"]) == ("2", "1")
+    text = (out / "table.md").read_text()
+    assert "| ≥ 40 [40, 40] (2/3) |" in text
+    assert "| poad | 1 | 0.250 | 0.510 | 0.600 |" in text  # one seed has no interval
+    assert "tic_tac_toe: runs have 20 to 40 actions" in printed
+    assert "poad and etpo were not run on the same data sets" in printed
+    assert "ppo_kl and etpo" not in printed
+
+
+def test_a_report_repeats_to_the_byte_and_from_its_own_numbers(made, command, study, tmp_path):
+    out, _ = made()
+    first = contents(out)
+    assert contents(made()[0]) == first
+    saved = tmp_path / "committed"
+    saved.mkdir()
+    for name in ("runs.csv", "summary.csv", "left_out.csv"):
+        (saved / name).write_bytes(first[name])
+    ended = command(report.main, f"runs={saved}")
+    assert ended.status == 0, ended.err
+    assert contents(saved) == first
+
+
+def test_a_study_is_found_by_its_name_and_holds_its_report(command, study, tmp_path, monkeypatch):
+    logs = tmp_path / "logs"
+    (logs / "train").mkdir(parents=True)
+    study.parent.rename(logs / "train" / "multiruns")
+    monkeypatch.chdir(tmp_path)
+    ended = command(report.main, "study=small")
+    assert ended.status == 0, ended.err
+    assert (logs / "train" / "multiruns" / "small" / "table.md").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"logs"}  # no run folder of its own
+    ended = command(report.main, "study=larger")
+    assert ended.err.startswith("error: study=larger: no such folder")
+    assert ended.err.endswith(": small\n")
+
+
+def test_methods_are_compared_with_the_one_that_is_named(made):
+    out, printed = made("compare_with=ppo_kl", "best_known={tic_tac_toe: 2.0}")
+    rows = rows_of(out / "table.csv")
+    assert next(iter(rows)) == ("balance_scale", "ppo_kl")
+    assert rows["all", "etpo"]["improves_area"] == "1.0"
+    assert "P(final > ppo_kl)" in printed
+    halved = float(rows["tic_tac_toe", "etpo"]["area"])
+    assert halved == pytest.approx(float(rows["balance_scale", "etpo"]["area"]) / 2, abs=1e-6)
+
+
+def test_the_figures_show_every_method(made):
+    out, _ = made()
+    for name in ("curves", "bars"):
+        pixels = imread(out / f"{name}.png")[..., :3]
+        assert min(pixels.shape[:2]) > 300
+        assert pixels[0, 0].tolist() == [1, 1, 1]
+        assert (pixels[..., 2] > pixels[..., 0] + 0.3).mean() > 0.001  # blue: etpo
+        assert (pixels[..., 0] > pixels[..., 2] + 0.3).mean() > 0.001  # orange: ppo_kl
+        text = (out / f"{name}.svg").read_text()
+        for word in ("etpo", "ppo_kl", "balance_scale", "tic_tac_toe"):
+            assert f"<!-- {word}" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "study=None, runs=None: allowed is one of them"),
+        (("study={study}", "runs={study}"), "allowed is one of them"),
+        (("study=/nowhere",), "study=/nowhere: no such folder"),
+        (("study=[{study},{empty}]",), "out=null: with several studies"),
+        (("study={empty}",), "study=empty: allowed is a study with a finished cell"),
+        (("runs={empty}",), "runs={empty}: no runs.csv"),
+        (("runs={wrong}",), "runs={wrong}: runs.csv lacks the column method"),
+        (("study={study}", "out={file}"), "out={file}: allowed is a folder"),
+        (("study={study}", "compare_with=ppo"), "compare_with=ppo: allowed: etpo, ppo_kl"),
+        (("study={study}", "references=none.csv"), "references=none.csv: no such file"),
+        (("study={study}", "references={file}"), "references={file}: allowed is a table"),
+        (("study={study}", "best_known={{cmc: 1}}"), "best_known.cmc=1: allowed data sets"),
+        (("study={study}", "best_known={{tic_tac_toe: x}}"), "best_known.tic_tac_toe=x"),
+        (("study={study}", "best_known=1"), "best_known=1"),
+        (("study={study}", "nope=1"), "nope"),
+        (("{study}",), "small"),
+    ],
+)
+def test_bad_input_is_one_line(command, study, tmp_path, arguments, words):
+    places = {"study": study, "empty": tmp_path / "empty", "wrong": tmp_path / "wrong"}
+    places["file"] = tmp_path / "file.csv"
+    places["empty"].mkdir()
+    places["wrong"].mkdir()
+    (places["wrong"] / "runs.csv").write_text("dataset,seed\nx,0\n")
+    places["file"].write_text("name,forest\ntic_tac_toe,0.5\n")
+    before = set(tmp_path.rglob("*"))
+    ended = command(report.main, *(a.format(**places) for a in arguments))
+    assert (ended.status, ended.out) == (2, "")
+    assert ended.err.startswith("error: ")
+    assert ended.err.count("\n") == 1
+    assert words.format(**places) in ended.err
+    assert set(tmp_path.rglob("*")) == before
