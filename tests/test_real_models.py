@@ -105,16 +105,22 @@ def test_a_trunk_critic_learns_beside_full_weights_and_beside_lora(
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("override", "variant"),
     [
-        ("model.dtype=bfloat16",),
-        ("model.attn_implementation=eager",),
-        ("trainer.accumulate_grad_batches=2",),
+        ("model.dtype=bfloat16", (torch.bfloat16, "sdpa", 4)),
+        ("model.attn_implementation=eager", (torch.float32, "eager", 4)),
+        ("trainer.accumulate_grad_batches=2", (torch.float32, "sdpa", 2)),
     ],
 )
 @pytest.mark.parametrize("option", ["causal_lm", "starcoder2-3b"])
-def test_variants_of_a_run(option, overrides, tmp_path, checkpoint, command, graded_by_length):
-    trained(tmp_path, option, checkpoint, *overrides)
+def test_variants_of_a_run(
+    option, override, variant, tmp_path, checkpoint, command, graded_by_length
+):
+    """Weights' type, attention and optimizer steps are what the override says; it learns."""
+    run = trained(tmp_path, option, checkpoint, override)
+    policy = run.module.backbone.policy
+    dtype = next(policy.parameters()).dtype
+    assert (dtype, policy.config._attn_implementation, run.trainer.global_step) == variant
 
 
 @pytest.mark.parametrize("option", ["codellama-7b", "qwen2.5-coder-0.5b-instruct"])

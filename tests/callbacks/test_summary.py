@@ -50,6 +50,16 @@ def test_a_resumed_run_counts_the_iterations_before_it(tmp_path, fit, interrupte
     assert resumed.summary()["wall_seconds"] > collected.summary()["wall_seconds"]
 
 
+def test_the_best_reward_so_far_never_falls_and_survives_a_resume(fit):
+    first = RunSummary()
+    trainer = fit([first], 2)
+    assert float(trainer.callback_metrics["rollout/best_reward_so_far"]) == 0.75
+    resumed = RunSummary()
+    resumed.load_state_dict(first.state_dict())
+    trainer = fit([resumed], 1)  # iteration 0 pays 0.5 at most
+    assert float(trainer.callback_metrics["rollout/best_reward_so_far"]) == 0.75
+
+
 def test_the_summary_is_written_whole(tmp_path, fit):
     collected = RunSummary()
     fit([collected], 3)

@@ -52,7 +52,7 @@ class RunSummary(Callback):
     """Counts what a run spends and keeps its first and last numbers, over all ranks.
 
     A resumed run goes on counting, so that its summary covers the iterations before it too.
-    Logs `time/iteration_seconds`.
+    Logs `rollout/best_reward_so_far` and `time/iteration_seconds`.
     """
 
     def __init__(self) -> None:
@@ -86,6 +86,7 @@ class RunSummary(Callback):
             self.numbers["best_reward"] = best
         self.numbers |= {key: metrics.get(name) for key, name in LAST.items()}
         self.numbers["best_reward"] = max(best, self.numbers["best_reward"])
+        pl_module.log("rollout/best_reward_so_far", self.numbers["best_reward"], sync_dist=True)
         self.generate_seconds += metrics["time/generate_seconds"]
         self.iterations = trainer.current_epoch + 1
         self.peak_memory_mib = max(self.peak_memory_mib, peak_memory_mib(pl_module.device))

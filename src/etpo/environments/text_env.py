@@ -31,6 +31,8 @@ class TextVectorEnv(VectorEnv[Sequence[TextObservation], Sequence[str], np.ndarr
     text of a failed action or None, `infos["attempt"]` the 1-based number of the action in its
     episode; `infos["cached"]` is true where the reward was known before. All four are always there.
 
+    `reset(options={"evaluation": True})`: what is done until the next reset is looked at only, and
+    may leave no trace in later prompts.
 
     `task_name` names the task in a summary. Optional members that a run uses where they exist:
     `write_best_action(folder, action)`, `held_out_score(action)`, `content_hash`, `sandbox_level`,

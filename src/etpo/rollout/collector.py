@@ -40,7 +40,7 @@ def collect(
     Episodes that are open after the last round are truncated: their true next prompts are kept
     for bootstrapping. `on_progress(stage, done, total)` is called with stage "rollout".
     """
-    observations, _ = environment.reset(seed=seed)
+    observations, _ = environment.reset(seed=seed, options={"evaluation": generator is None})
     attempt = torch.zeros(environment.num_envs, dtype=torch.long)
     done: list[Round] = []
     records: list[Record] = []

@@ -1,4 +1,5 @@
 import inspect
+import re
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,56 @@ def test_held_out(sandbox):
     assert make(sandbox, protocol="paper").held_out([program]) is None
 
 
+def test_remember_carries_the_best_and_the_last_errors_into_later_prompts(sandbox):
+    env = make(sandbox, mode="remember", max_attempts=2)
+    (first, _), _ = env.reset()
+    facts, _, header = first["prefix"].partition("def")
+    observations, rewards, terminations, _, infos = env.step([GOOD, BAD])
+    assert terminations.tolist() == [True, False]
+    name_error, score = infos["error"][1], f"{rewards[0]:.3f}"
+    best = f"# scores {score}:\n{HEADER}{GOOD}"
+    end = f"def{header}"
+    # what the episode itself did comes once, without the memory of this step
+    assert observations[1]["prefix"] == (
+        f"{facts}# failed:\n{HEADER}{BAD}# {name_error}\n# repaired:\n{end}"
+    )
+    assert observations[0]["prefix"] == (
+        f"{facts}# earlier error: {name_error}\n{best}# improved:\n{end}"
+    )
+    assert f"An earlier attempt failed with {name_error}" in observations[0]["instruction"]
+    assert f"This program scores {score}" in observations[0]["instruction"]
+    assert "Improve it." in observations[0]["instruction"]
+    # a worse program and the same error again change nothing; the memory precedes the failure
+    observations, _, _, _, infos = env.step(["    return 1 / 0\n", BAD])
+    zero_error = infos["error"][0]
+    assert observations[0]["prefix"] == (
+        f"{facts}# earlier error: {name_error}\n{best}# failed:\n{HEADER}    return 1 / 0\n"
+        f"# {zero_error}\n# repaired:\n{end}"
+    )
+    assert observations[1]["prefix"] == (
+        f"{facts}# earlier error: {zero_error}\n# earlier error: {name_error}\n{best}"
+        f"# improved:\n{end}"
+    )
+
+
+def test_remember_keeps_three_errors_and_nothing_of_an_evaluation(sandbox):
+    env = make(sandbox, mode="remember", max_attempts=1)
+    (start, _), _ = env.reset()
+    for _ in range(2):
+        env.reset(options={"evaluation": True})
+        observations, *_ = env.step([GOOD, BAD])
+        assert observations == (start, start)
+    env.reset(options={"evaluation": False})
+    for names in (("a", "b"), ("c", "a"), ("d", "d")):
+        observations, *_ = env.step([f"    return {name}_\n" for name in names])
+    shown = re.findall(r"# earlier error: NameError: name '(.)_'", observations[0]["prefix"])
+    assert shown == ["c", "a", "d"]
+    other = make(sandbox, mode="remember")
+    other.load_state_dict(env.state_dict())
+    assert other.reset()[0] == observations
+    assert "memory" not in make(sandbox).state_dict()
+
+
 def test_wrong_number_of_actions(sandbox):
     env = make(sandbox)
     env.reset()
@@ -160,7 +211,7 @@ def test_wrong_number_of_actions(sandbox):
         ({"num_envs": 0}, r"environment\.num_envs=0"),
         ({"split_seed": -1}, r"environment\.split_seed=-1.*from 0 to 4294967295"),
         ({"split_seed": 2**32}, r"environment\.split_seed=4294967296"),
-        ({"mode": "retry"}, r"environment\.mode=retry.*repair, improve"),
+        ({"mode": "retry"}, r"environment\.mode=retry.*repair, improve, remember"),
         ({"protocol": "cv"}, r"environment\.protocol=cv.*held_out, paper"),
         ({"missing": "zero"}, r"environment\.missing=zero.*impute, drop"),
         ({"dataset": "irs"}, r"environment\.dataset=irs.*did you mean iris"),

@@ -1,7 +1,8 @@
 """The data-science task: write `build_model`, be paid by ROC AUC, read the error, try again.
 
 Sources: the task and its repair prompt are those of ETPO (arXiv 2402.06700, section 5);
-`mode="improve"` is an addition that gives several useful actions to one episode.
+`mode="improve"` is an addition that gives several useful actions to one episode; `mode="remember"`
+carries what earlier episodes taught into later ones, after Reflexion (arXiv 2303.11366).
 """
 
 import string
@@ -28,7 +29,9 @@ class DataScienceEnv(TextVectorEnv):
     `mode="repair"` (the paper's): a failure (reward -1) leads to the repair prompt; the first
     success or the `max_attempts`-th attempt ends the episode. `mode="improve"`: an episode always
     lasts `max_attempts`; a success leads to the improve prompt, and every attempt is paid its
-    own score. The attempt limit belongs to the task: every end is a termination.
+    own score. `mode="remember"`: as "repair", and prompts also carry the best program and the last
+    different errors of all environments' earlier attempts, those of an evaluation left out.
+    The attempt limit belongs to the task: every end is a termination.
 
     The constructor loads and checks everything but starts no process: the sandbox starts at the
     first `reset` or `step`. The task holds no randomness beyond `split_seed`, so the seed of
@@ -57,7 +60,7 @@ class DataScienceEnv(TextVectorEnv):
         num_envs: int = 1,
         score_cache: str | None = None,
     ) -> None:
-        _check_choice("mode", mode, ("repair", "improve"))
+        _check_choice("mode", mode, ("repair", "improve", "remember"))
         _check_choice("protocol", protocol, ("held_out", "paper"))
         for key, value in (("max_attempts", max_attempts), ("n_splits", n_splits)):
             check_integer(f"environment.{key}", value, 1)
@@ -94,15 +97,24 @@ class DataScienceEnv(TextVectorEnv):
         self.action_space = _copies(self.single_action_space, num_envs)
         self.observation_space = _copies(self.single_observation_space, num_envs)
         self._attempts = np.zeros(num_envs, dtype=np.int64)
+        self._memory = prompts.NO_MEMORY
+        self._remembers = False
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[tuple[TextObservation, ...], dict[str, Any]]:
-        """Open a new episode in every environment; episodes under way are abandoned."""
+        """Open a new episode in every environment; episodes under way are abandoned.
+
+        `options={"evaluation": True}`: nothing is remembered until the next reset.
+        """
         super().reset(seed=seed)
         self.scorer.start()
         self._attempts[:] = 0
-        return tuple(prompts.observation(self.task) for _ in range(self.num_envs)), {}
+        self._remembers = self.mode == "remember" and not (options or {}).get("evaluation")
+        return tuple(self._first_observation() for _ in range(self.num_envs)), {}
+
+    def _first_observation(self) -> TextObservation:
+        return prompts.observation(self.task, memory=self._memory)
 
     def step(
         self, actions: Sequence[str]
@@ -115,12 +127,12 @@ class DataScienceEnv(TextVectorEnv):
         self._attempts += 1
         failed = np.array([score.error is not None for score in scores])
         terminations = self._attempts >= self.max_attempts
-        if self.mode == "repair":
+        if self.mode != "improve":
             terminations |= ~failed
-        observations = [
-            prompts.observation(self.task, _attempt(program, score))
-            for program, score in zip(programs, scores, strict=True)
-        ]
+        attempts = [_attempt(*scored) for scored in zip(programs, scores, strict=True)]
+        observations = [prompts.observation(self.task, a, self._memory) for a in attempts]
+        if self._remembers:
+            self._memory = prompts.remember(self._memory, attempts)
         final_observations = np.full(self.num_envs, None, dtype=object)
         infos = {
             "final_obs": final_observations,
@@ -130,7 +142,7 @@ class DataScienceEnv(TextVectorEnv):
         }
         for index in np.flatnonzero(terminations):
             final_observations[index] = observations[index]
-            observations[index] = prompts.observation(self.task)
+            observations[index] = self._first_observation()
         self._attempts[terminations] = 0
         rewards = np.array([score.reward for score in scores], dtype=np.float64)
         truncations = np.zeros(self.num_envs, dtype=bool)
@@ -163,11 +175,18 @@ class DataScienceEnv(TextVectorEnv):
         write_program_data(self.scorer, folder)
 
     def state_dict(self) -> dict[str, Any]:
-        """The scores so far: a resumed run scores no program again."""
-        return {"scores": self.scorer.known_scores()}
+        """The scores so far, so that a resumed run scores no program again, and the memory."""
+        state: dict[str, Any] = {"scores": self.scorer.known_scores()}
+        if self.mode == "remember":
+            best, errors = self._memory
+            state["memory"] = {"best": best and tuple(best), "errors": errors}
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.scorer.load_scores(state_dict["scores"])
+        if "memory" in state_dict:
+            best, errors = state_dict["memory"]["best"], state_dict["memory"]["errors"]
+            self._memory = prompts.Memory(best and prompts.Attempt(*best), tuple(errors))
 
     def close_extras(self, **kwargs: Any) -> None:
         """Stop the sandbox (called once, by `close`)."""

@@ -1,10 +1,12 @@
 """What the agent reads and how its answer becomes a program.
 
 Three prompts: the first attempt, the repair prompt (error and failed code) and the improve prompt
-(working program and its score). All continue the line `def build_model(x_train, y_train):`.
+(working program and its score). Each may also carry a memory of earlier attempts. All continue the
+line `def build_model(x_train, y_train):`.
 """
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from etpo.environments.text_env import TextObservation
@@ -13,6 +15,7 @@ HEADER = "def build_model(x_train, y_train):\n"
 SUFFIX = "\n\nmodel = build_model(x_train, y_train)\nprobabilities = model.predict_proba(x_test)\n"
 MAX_PROGRAM_CHARACTERS = 2000
 MAX_ERROR_CHARACTERS = 200
+MAX_REMEMBERED_ERRORS = 3  # Reflexion keeps one to three experiences
 _FENCE = re.compile(r"```[a-zA-Z]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
@@ -33,6 +36,33 @@ class Attempt(NamedTuple):
     score: float | None
 
 
+class Memory(NamedTuple):
+    """What earlier attempts taught: the best program, and different errors, the latest last."""
+
+    best: Attempt | None = None
+    errors: tuple[str, ...] = ()
+
+
+NO_MEMORY = Memory()
+
+
+def remember(memory: Memory, attempts: Iterable[Attempt]) -> Memory:
+    """`memory` with further attempts: the best (ties: the first) and the last different errors."""
+    best, errors = memory
+    for attempt in attempts:
+        if attempt.error is None:
+            if best is None or attempt.score > best.score:
+                best = attempt
+        else:
+            error = _one_line(attempt.error)
+            errors = (*(known for known in errors if known != error), error)
+    return Memory(best, errors[-MAX_REMEMBERED_ERRORS:])
+
+
+def _one_line(error: str) -> str:
+    return " ".join(error.split())[:MAX_ERROR_CHARACTERS]
+
+
 def program_from_action(action: str) -> str:
     """The program that an action stands for.
 
@@ -44,11 +74,14 @@ def program_from_action(action: str) -> str:
     return text if re.search(r"^def build_model\(", text, re.MULTILINE) else HEADER + text
 
 
-def observation(task: Task, last: Attempt | None = None) -> TextObservation:
-    """The first-attempt prompt, or the repair or improve prompt that `last` calls for.
+def observation(
+    task: Task, last: Attempt | None = None, memory: Memory = NO_MEMORY
+) -> TextObservation:
+    """The first-attempt prompt, or the repair or improve prompt that the attempts call for.
 
-    The failed program is cut to its first `MAX_PROGRAM_CHARACTERS` characters, the error to its
-    first `MAX_ERROR_CHARACTERS`; line breaks in the error become spaces.
+    `memory` comes before `last`: its errors, a line each, then its best program. A program is cut
+    to its first `MAX_PROGRAM_CHARACTERS` characters, an error to its first `MAX_ERROR_CHARACTERS`;
+    line breaks in an error become spaces.
     """
     facts = (
         f"{task.name}: {task.rows} training rows, {task.features} features, {task.classes} classes"
@@ -59,18 +92,23 @@ def observation(task: Task, last: Attempt | None = None) -> TextObservation:
         f"the better. Data set: {facts}, float features in NumPy arrays."
     )
     prefix = f"# {facts}\n"
-    if last is not None:
-        program = last.program[:MAX_PROGRAM_CHARACTERS].rstrip() + "\n"
-        if last.error is not None:
-            error = " ".join(last.error.split())[:MAX_ERROR_CHARACTERS]
-            instruction += (
-                f"\nThis attempt failed with {error}\n```python\n{program}```\nRepair it."
-            )
-            prefix += f"# failed:\n{program}# {error}\n# repaired:\n"
+    for error in memory.errors:
+        instruction += f"\nAn earlier attempt failed with {error}"
+        prefix += f"# earlier error: {error}\n"
+    attempts = [attempt for attempt in dict.fromkeys((memory.best, last)) if attempt is not None]
+    for attempt in attempts:
+        program = attempt.program[:MAX_PROGRAM_CHARACTERS].rstrip() + "\n"
+        if attempt.error is not None:
+            error = _one_line(attempt.error)
+            instruction += f"\nThis attempt failed with {error}\n```python\n{program}```"
+            prefix += f"# failed:\n{program}# {error}\n"
         else:
-            instruction += (
-                f"\nThis program scores {last.score:.3f}:\n```python\n{program}```\nImprove it."
-            )
-            prefix += f"# scores {last.score:.3f}:\n{program}# improved:\n"
+            score = f"scores {attempt.score:.3f}:\n"
+            instruction += f"\nThis program {score}```python\n{program}```"
+            prefix += f"# {score}{program}"
+    if attempts:
+        failed = attempts[-1].error is not None
+        instruction += "\nRepair it." if failed else "\nImprove it."
+        prefix += "# repaired:\n" if failed else "# improved:\n"
     instruction += f"\nAnswer with one Python code block that starts with\n{HEADER}"
     return {"instruction": instruction, "prefix": prefix + HEADER, "suffix": SUFFIX}

@@ -1,0 +1,92 @@
+"""Methods without weight updates: zero-shot, best-of-n and Reflexion, as LightningModules.
+
+They sample, score and log as the trained algorithms do. What tells them apart is what the prompts
+show, which is the environment's matter: `conf/algorithm/` sets it for each.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning import LightningModule
+
+from etpo.errors import check_integer
+from etpo.models.backbone import Backbone
+from etpo.rollout.episode import Actions, Rollout
+from etpo.rollout.metrics import rollout_metrics
+
+
+class Frozen(LightningModule):
+    """A pretrained model that acts and never changes; the Trainer runs it without an optimizer.
+
+    backbone: builds the model; called once all other values are checked.
+    annotation_batch: actions computed at once. Raises ConfigError for values out of range.
+    """
+
+    def __init__(self, backbone: Callable[[], Backbone], *, annotation_batch: int) -> None:
+        check_integer("algorithm.annotation_batch", annotation_batch, 1)
+        super().__init__()
+        self.backbone = backbone()
+        self.annotation_batch = annotation_batch
+        self.strict_loading = False
+        self.rollout_metrics: dict[str, float] = {}
+
+    def setup(self, stage: str) -> None:
+        for method in ("LightningModule.configure_optimizers", "training_step"):
+            warnings.filterwarnings("ignore", f"`{method}` returned `None`")
+
+    def configure_optimizers(self) -> None:
+        return None
+
+    def annotate(self, rollout: Rollout) -> Actions:
+        """The actions as they are."""
+        self.rollout_metrics = rollout_metrics(rollout) | {
+            "rollout/kl_to_reference": self.kl_to_reference(rollout.actions)
+        }
+        return rollout.actions
+
+    @torch.no_grad()
+    def kl_to_reference(self, actions: Actions) -> float:
+        """Mean KL(pi || pi_ref) of an action in nats: 0 but for the tokens that `min_p` cuts off.
+
+        pi is pi_ref on the kept tokens, divided by their mass, hence KL = -log(mass).
+        """
+        if self.backbone.min_p == 0:
+            return 0.0
+        total = 0.0
+        for rows in torch.arange(len(actions.rewards)).split(self.annotation_batch):
+            part = Actions(*(field[rows].to(self.device) for field in actions))
+            kept = self.backbone(part.prompt_ids, part.prompt_mask, part.action_ids).log_kept
+            total -= float((kept * part.action_mask).sum())
+        return total / len(actions.rewards)
+
+    def training_step(self, batch: Actions, batch_idx: int) -> None:
+        """Logs; None has Lightning skip backward."""
+        if batch_idx == 0:
+            self.log_dict(
+                self.rollout_metrics, on_step=False, on_epoch=True, sync_dist=True, batch_size=1
+            )
+
+    def validation_step(self, batch: Rollout, batch_idx: int) -> None:
+        reward = batch.actions.rewards.mean()
+        self.log("val/reward", reward, sync_dist=True, batch_size=len(batch.actions.rewards))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves all weights out: they come from `model.name_or_path` again."""
+        checkpoint["state_dict"] = {}
+
+
+class ZeroShot(Frozen):
+    """Every action answers the first prompt, which knows of no earlier attempt."""
+
+
+class BestOfN(Frozen):
+    """As `ZeroShot`; what counts is the best of the n actions so far."""
+
+
+class Reflexion(Frozen):
+    """Prompts carry the last error and a memory of earlier attempts (arXiv 2303.11366).
+
+    docs/baselines.md tells what differs from the paper.
+    """

@@ -1,0 +1,186 @@
+"""The methods without weight updates: what their prompts show, and that nothing moves.
+
+Programs are scored by their length, without a sandbox; all else is `etpo-train` as it is.
+"""
+
+import csv
+import json
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from etpo import evaluate, train
+from etpo.algorithms.frozen import BestOfN, Reflexion, ZeroShot
+from etpo.config import CONF
+from etpo.environments.data_science.prompts import HEADER
+from etpo.environments.data_science.scoring import ProgramScorer, Score
+from etpo.models.backbone import Backbone
+from etpo.models.prompting import CompletionTemplate
+
+FIRST_PROMPT = f"# iris: 45 training rows, 4 features, 3 classes\n{HEADER}"
+BUDGET = (
+    "rollout.num_envs=4",
+    "rollout.actions_per_iteration=16",
+    "rollout.minibatch_size=8",
+    "rollout.max_new_tokens=24",
+    "environment.dataset=iris",
+)
+
+
+def worth(program: str) -> Score:
+    """A third of the lengths fails."""
+    if len(program) % 3 == 0:
+        return Score(-1.0, f"ValueError: {len(program)} characters", False)
+    return Score(len(program) % 64 / 64, None, False)
+
+
+@pytest.fixture
+def trained(command, monkeypatch, tmp_path):
+    """trained(name, *overrides): the folder of an `etpo-train` run with programs worth `worth`."""
+
+    def score(self, programs, on_result=None):
+        return [worth(program) for program in programs]
+
+    monkeypatch.setattr(ProgramScorer, "start", lambda self: None)
+    monkeypatch.setattr(ProgramScorer, "score", score)
+    monkeypatch.setattr(ProgramScorer, "held_out", score)
+
+    def run(name, *overrides):
+        resumed = any(o.startswith("ckpt_path=") for o in overrides)
+        new = () if resumed else (*BUDGET, f"hydra.run.dir={tmp_path / name}")
+        ended = command(train.main, *new, *overrides)
+        assert ended.status == 0, ended.err
+        assert "None" not in ended.err  # of Lightning, about what is meant to be
+        return tmp_path / name
+
+    return run
+
+
+def episodes(folder):
+    return [json.loads(line) for line in (folder / "episodes.jsonl").read_text().splitlines()]
+
+
+def column(folder, name):
+    with (folder / "metrics.csv").open(newline="") as lines:
+        return [float(row[name]) for row in csv.DictReader(lines)]
+
+
+@pytest.mark.parametrize("algorithm", ["zero_shot", "best_of_n"])
+def test_every_action_answers_the_first_prompt(algorithm, trained):
+    folder = trained("run", f"algorithm={algorithm}", "trainer.max_epochs=2")
+    actions = episodes(folder)
+    assert len(actions) == 32
+    assert {a["prompt"] for a in actions} == {FIRST_PROMPT}
+    assert {a["attempt"] for a in actions} == {1}
+    assert any(a["error"] for a in actions)
+    greedy = column(folder, "val/reward")
+    assert greedy[0] == greedy[1]
+
+
+def test_reflexion_shows_the_error_and_remembers(trained):
+    folder = trained("run", "algorithm=reflexion", "trainer.max_epochs=2")
+    actions = episodes(folder)
+    assert {a["prompt"] for a in actions[:4]} == {FIRST_PROMPT}
+    failed = [i for i in range(12) if actions[i]["error"]]
+    assert failed
+    for i in failed:  # the environment's next action is 4 lines below
+        end = f"# failed:\n{HEADER}{actions[i]['action'].rstrip()}\n# {actions[i]['error']}\n"
+        assert actions[i + 4]["prompt"].endswith(f"{end}# repaired:\n{HEADER}")
+        assert actions[i + 4]["attempt"] == actions[i]["attempt"] + 1
+    # derived from the 16 lines of the first iteration, the greedy validation left out
+    best = max(actions[:16], key=lambda a: a["reward"])
+    errors = [a["error"] for a in reversed(actions[:16]) if a["error"]]
+    head, _, header = FIRST_PROMPT.partition("def")
+    prompt = head
+    for error in reversed(list(dict.fromkeys(errors))[:3]):
+        prompt += f"# earlier error: {error}\n"
+    prompt += f"# scores {best['reward']:.3f}:\n{HEADER}{best['action'].rstrip()}\n# improved:\n"
+    assert {a["prompt"] for a in actions[16:20]} == {f"{prompt}def{header}"}
+
+
+@pytest.mark.parametrize("algorithm", ["zero_shot", "reflexion"])
+def test_a_resumed_run_is_the_uninterrupted_one(algorithm, trained, repeatable):
+    """What was best and what was remembered are part of it."""
+    whole = trained("whole", f"algorithm={algorithm}", "trainer.max_epochs=3")
+    part = trained("part", f"algorithm={algorithm}", "trainer.max_epochs=1")
+    last = part / "checkpoints" / "last.ckpt"
+    assert torch.load(last)["state_dict"] == {}
+    trained("part", f"ckpt_path={last}", "trainer.max_epochs=3")
+    assert repeatable(part) == repeatable(whole)
+    best = column(part, "rollout/best_reward")
+    assert column(part, "rollout/best_reward_so_far") == [max(best[: i + 1]) for i in range(3)]
+    assert column(part, "step") == [1, 3, 5]  # two minibatches, one pass
+
+
+def test_the_rows_are_those_of_a_trained_algorithm(trained):
+    """The same columns, and the same first actions and KL: the policies have not moved yet."""
+    reinforce = trained("reinforce", "algorithm=reinforce", "trainer.max_epochs=1")
+    with (reinforce / "metrics.csv").open() as lines:
+        columns = {name for name in next(csv.reader(lines)) if not name.startswith("train/")}
+    for algorithm in ("zero_shot", "best_of_n", "reflexion"):
+        folder = trained(algorithm, f"algorithm={algorithm}", "trainer.max_epochs=1")
+        with (folder / "metrics.csv").open() as lines:
+            assert set(next(csv.reader(lines))) == columns
+        summary = json.loads((folder / "summary.json").read_text())
+        assert summary["algorithm"] == algorithm.replace("_", "")
+        assert summary["env_steps"] == 16
+        best = max(episodes(folder), key=lambda a: a["reward"])
+        assert summary["held_out_auc"] == worth(HEADER + best["action"]).reward
+        assert episodes(folder)[:4] == episodes(reinforce)[:4]
+
+
+def test_a_checkpoint_is_evaluated_as_the_pretrained_model(trained, command, tmp_path):
+    folder = trained("run", "algorithm=best_of_n", "trainer.max_epochs=1")
+    arguments = ("samples=2", f"hydra.run.dir={tmp_path / 'evaluation'}")
+    ended = command(evaluate.main, f"ckpt_path={folder}/checkpoints/best.ckpt", *arguments)
+    assert ended.status == 0, ended.err
+    result = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert result["greedy"]["mean_reward"] == pytest.approx(column(folder, "val/reward")[0])
+
+
+@pytest.mark.parametrize("min_p", [0.0, 0.05])
+@pytest.mark.parametrize("algorithm", [ZeroShot, BestOfN, Reflexion])
+def test_no_weight_moves_and_the_kl_is_that_of_min_p(
+    algorithm, min_p, checkpoint, letter_env, fit, paid
+):
+    def backbone():
+        return Backbone(str(checkpoint("llama")), CompletionTemplate(), min_p=min_p)
+
+    module = algorithm(backbone, annotation_batch=8)
+    before = {name: p.clone() for name, p in module.state_dict().items()}
+    data = fit(module, paid(letter_env(4), len), 2)
+    assert module.state_dict().keys() == before.keys()
+    assert all(torch.equal(p, before[name]) for name, p in module.state_dict().items())
+    actions = data.rollout.actions
+    inputs = actions.prompt_ids, actions.prompt_mask, actions.action_ids
+    with torch.no_grad():
+        log_ref = module.backbone(*inputs, reference=True).log_probs
+    log_ref = log_ref.gather(-1, actions.action_ids.unsqueeze(-1)).squeeze(-1)
+    kl = ((actions.log_probs - log_ref) * actions.action_mask).sum(1).mean()
+    logged = module.rollout_metrics["rollout/kl_to_reference"]
+    assert logged == pytest.approx(float(kl), abs=1e-4)
+    assert (logged > 1e-2) == (min_p > 0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "attempts", "mode", "epochs"),
+    [
+        (("algorithm=zero_shot",), 1, "repair", 1),
+        (("algorithm=best_of_n", "environment=data_science"), 1, "repair", 1),
+        (("algorithm=zero_shot", "environment.max_attempts=3"), 3, "repair", 1),
+        (("environment.max_attempts=3", "algorithm=zero_shot"), 3, "repair", 1),
+        (("algorithm=reflexion", "rollout.update_epochs=2"), 5, "remember", 2),
+        (("algorithm=reflexion", "environment.mode=improve"), 5, "improve", 1),
+        (("algorithm=reinforce",), 5, "repair", 10),
+    ],
+)
+def test_what_is_said_explicitly_wins(overrides, attempts, mode, epochs):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", list(overrides))
+    assert cfg.environment.max_attempts == attempts
+    assert cfg.environment.mode == mode
+    assert cfg.rollout.update_epochs == epochs
+    best_counts = "algorithm=best_of_n" in overrides
+    expected = "rollout/best_reward_so_far" if best_counts else "val/reward"
+    assert cfg.optimized_metric == expected
