@@ -13,7 +13,7 @@ from rich.console import Console
 from etpo.config import CONF, check_overrides, exit_on_bad_input
 from etpo.errors import ConfigError
 from etpo.reporting.figures import bars, learning_curves, save
-from etpo.reporting.read import FILES, Raw, read_saved, read_studies, write_raw
+from etpo.reporting.read import FILES, Raw, merged, read_saved, read_studies, write_raw
 from etpo.reporting.references import read_references
 from etpo.reporting.render import to_console, to_latex, to_markdown
 from etpo.reporting.scores import scales, score_runs
@@ -33,7 +33,8 @@ class Report(NamedTuple):
 def report(cfg: DictConfig) -> Report:
     """Reads the runs, compares their methods and writes tables and figures."""
     folders = study_folders(cfg)
-    raw = read_saved(Path(cfg.runs)) if cfg.runs is not None else read_studies(folders)
+    saved = None if cfg.runs is None else read_saved(Path(cfg.runs))
+    raw = merged(saved, read_studies(folders) if folders else None)
     out = out_folder(cfg, folders)
     best_known = known_rewards(cfg.best_known, set(raw.summary["dataset"]))
     methods = method_order(raw.summary["method"], cfg.compare_with)
@@ -57,10 +58,10 @@ def report(cfg: DictConfig) -> Report:
 
 def study_folders(cfg: DictConfig) -> list[Path]:
     """The folders that `study` names. Raises ConfigError where one is not there."""
-    if (cfg.study is None) == (cfg.runs is None):
+    if cfg.study is None and cfg.runs is None:
         raise ConfigError(
-            f"study={cfg.study}, runs={cfg.runs}: allowed is one of them, a study (name or folder) "
-            "or the folder of a report"
+            "study=null, runs=null: allowed is a study (name or folder), the folder of a report, "
+            "or both"
         )
     if cfg.study is None:
         return []
@@ -80,7 +81,7 @@ def study_folders(cfg: DictConfig) -> list[Path]:
 
 def out_folder(cfg: DictConfig, folders: list[Path]) -> Path:
     """Where the report goes. Raises ConfigError where that is a file or has to be said."""
-    if cfg.out is None and len(folders) > 1:
+    if cfg.out is None and cfg.runs is None and len(folders) > 1:
         raise ConfigError("out=null: with several studies give out=FOLDER")
     out = Path(cfg.out or cfg.runs or folders[0])
     if out.exists() and not out.is_dir():

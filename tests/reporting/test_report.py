@@ -128,6 +128,26 @@ def test_a_report_repeats_to_the_byte_and_from_its_own_numbers(made, command, st
     assert contents(saved) == first
 
 
+def test_a_study_adds_to_an_earlier_report(made, command, study, tmp_path):
+    """As when the logs of the first cells stayed on another machine."""
+    first = contents(made()[0])
+    saved, elsewhere = tmp_path / "committed", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    first_half, second_half = (sorted(study.glob("etpo*"))[i::2] for i in (0, 1))
+
+    def move(cells, folder):
+        return [cell.rename(folder / cell.name) for cell in cells]
+
+    moved = move(second_half, elsewhere)
+    ended = command(report.main, f"study={study}", f"out={saved}")
+    assert ended.status == 0, ended.err
+    move(moved, study)
+    move(first_half[:1], elsewhere)  # the others come twice
+    ended = command(report.main, f"study={study}", f"runs={saved}")
+    assert ended.status == 0, ended.err
+    assert contents(saved) == first
+
+
 def test_a_study_is_found_by_its_name_and_holds_its_report(command, study, tmp_path, monkeypatch):
     logs = tmp_path / "logs"
     (logs / "train").mkdir(parents=True)
@@ -168,8 +188,8 @@ def test_the_figures_show_every_method(made):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), "study=None, runs=None: allowed is one of them"),
-        (("study={study}", "runs={study}"), "allowed is one of them"),
+        ((), "study=null, runs=null: allowed is a study"),
+        (("study={study}", "runs={study}"), "runs={study}: no runs.csv"),
         (("study=/nowhere",), "study=/nowhere: no such folder"),
         (("study=[{study},{empty}]",), "out=null: with several studies"),
         (("study={empty}",), "study=empty: allowed is a study with a finished cell"),

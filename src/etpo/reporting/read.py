@@ -166,3 +166,20 @@ def read_saved(folder: Path) -> Raw:
             raise ConfigError(f"runs={folder}: {name} lacks the column {missing[0]}")
         tables.append(table[columns])
     return Raw(*tables)
+
+
+def merged(saved: Raw | None, fresh: Raw | None) -> Raw:
+    """The runs of an earlier report and those of a study that it has not; what is left out now.
+
+    At most one of them may be None.
+    """
+    if saved is None or fresh is None:
+        return saved or fresh
+    known = set(saved.summary[RUN].itertuples(index=False, name=None))
+
+    def join(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
+        unknown = [run not in known for run in new[RUN].itertuples(index=False, name=None)]
+        return pd.concat([old, new[unknown]]).sort_values(RUN, kind="stable", ignore_index=True)
+
+    runs = join(saved.runs, fresh.runs)
+    return Raw(runs, join(saved.summary, fresh.summary), fresh.left_out)
