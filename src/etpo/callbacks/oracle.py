@@ -6,8 +6,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from etpo.algorithms.objectives import dueling_q
-from etpo.algorithms.soft_bellman import kl_divergence, soft_value
+from etpo.algorithms.soft_bellman import kl_divergence
 from etpo.environments.token_mdp import TokenMDP
 from etpo.environments.token_mdp_env import TokenMDPEnv
 
@@ -16,7 +15,8 @@ class OracleDistance(Callback):
     """Logs KL(pi || pi*) of whole actions and |V - V*| after each iteration's update.
 
     pi* and V* solve the environment's MDP exactly, with the run's gamma and beta and the
-    probabilities of its own frozen reference. V is the critic's soft value of the policy.
+    probabilities of its own frozen reference. V is the soft value of the policy by the target critic,
+    which is what ETPO's returns are made of.
 
     `oracle/kl`: nats, mean over states weighted by the discounted visits of pi, the weights with
     which beta KL sums to what pi falls short of in return. `oracle/kl_max`: the worst state's.
@@ -57,16 +57,14 @@ def tables(environment: TokenMDPEnv, module: LightningModule) -> tuple[Tensor, T
         prompts.mask.repeat_interleave(prefixes, 0).to(module.device),
         actions.repeat(states, 1).to(module.device),
     ]
-    log_pi = backbone(*inputs).log_probs
-    log_ref, features, _ = backbone(*inputs, reference=True)
-    base, advantage = module.critic(*inputs, features)
-    value = soft_value(log_pi, log_ref, dueling_q(base, advantage, log_pi), module.beta)
+    current = module.evaluate_prefixes(*inputs)
+    reference = backbone(*inputs, reference=True).log_probs
     rows = torch.arange(len(last))
     log_pi, log_ref = (
         log_probs[rows, last].double().log_softmax(-1).view(states, prefixes, -1).cpu()
-        for log_probs in (log_pi, log_ref)
+        for log_probs in (current.log_pi, reference)
     )
-    return log_pi, log_ref, value.view(states, prefixes, -1)[:, 0, 0].double().cpu()
+    return log_pi, log_ref, current.value.view(states, prefixes, -1)[:, 0, 0].double().cpu()
 
 
 def prefix_tokens(mdp: TokenMDP) -> list[list[int]]:

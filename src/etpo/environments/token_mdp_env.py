@@ -5,7 +5,7 @@ Token i < V - 1 is the letter i, the last token is the end of the action, which 
 at the length limit. What the letters spell in an observation is the number of the state.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from itertools import product
@@ -48,7 +48,7 @@ def random_mdp(
     num_states: int,
     vocabulary_size: int,
     length: int,
-    rewards: Sequence[dict[str, float]] | None = None,
+    rewards: Sequence[Mapping[str, float]] | None = None,
 ) -> TokenMDP:
     """Random transitions, terminations and start; rewards too, unless they are given.
 
@@ -69,16 +69,16 @@ def random_mdp(
     return mdp if rewards is None else replace(mdp, rewards=reward_table(mdp, rewards))
 
 
-def reward_table(mdp: TokenMDP, rewards: Sequence[dict[str, float]]) -> torch.Tensor:
+def reward_table(mdp: TokenMDP, rewards: Sequence[Mapping[str, float]]) -> torch.Tensor:
     """float64 [S, A] of one mapping per state; ConfigError where they do not fit `mdp`."""
     key, texts = "environment.mdp.rewards", action_texts(mdp)
-    if isinstance(rewards, str) or len(rewards) != len(mdp.start):
+    if not isinstance(rewards, Sequence) or len(rewards) != len(mdp.start):
         raise ConfigError(
             f"{key}={rewards}: allowed is a list of {len(mdp.start)} mappings, one per state"
         )
     table = torch.zeros_like(mdp.rewards)
     for state, row in enumerate(rewards):
-        if not hasattr(row, "items"):
+        if not isinstance(row, Mapping):
             raise ConfigError(f"{key}[{state}]={row}: allowed is a mapping from text to reward")
         for text, reward in row.items():
             if text not in texts:
