@@ -49,8 +49,9 @@ def figure(runs: dict[int, Points]) -> Figure:
         axes.set_yscale("log")
         axes.set_ylabel(label)
         axes.axhline(BOUND, color="black", linewidth=0.8)
-        axes.annotate(f"{BOUND}", (0.995, BOUND), xycoords=("axes fraction", "data"),
-                      ha="right", va="bottom")
+        axes.annotate(
+            f"{BOUND}", (0.995, BOUND), xycoords=("axes fraction", "data"), ha="right", va="bottom"
+        )
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", linewidth=0.5, alpha=0.4)
     panels[0].legend(frameon=False)

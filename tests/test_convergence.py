@@ -3,15 +3,41 @@
 import csv
 import json
 
+import pytest
+
 from etpo import train
 
-SHORT = ("experiment=token_mdp", "trainer.max_epochs=30")
+SMALL = (
+    "environment=token_mdp",
+    "model=token_mdp",
+    "trainer.max_epochs=2",
+    "environment.time_limit=3",
+    "rollout.update_epochs=1",
+)
 
 
-def test_oracle_real_training_comes_near_the_exact_optimum(command, tmp_path):
-    ended = command(train.main, *SHORT, f"hydra.run.dir={tmp_path}")
-    assert ended.status == 0, ended.err
-    with (tmp_path / "metrics.csv").open(newline="") as lines:
-        measured = [row for row in csv.DictReader(lines) if row["oracle/kl"]]
-    first, last = measured[0], measured[-1]
-    print(first, last)
+@pytest.fixture
+def run(command, tmp_path):
+    """run(name, *overrides): the folder of a run of `etpo-train`."""
+
+    def call(name, *overrides):
+        ended = command(train.main, *overrides, f"hydra.run.dir={tmp_path / name}")
+        assert ended.status == 0, ended.err
+        return tmp_path / name
+
+    return call
+
+
+def test_a_token_mdp_is_an_ordinary_environment(run, assert_same_run):
+    folder = run("first", *SMALL)
+    summary = json.loads((folder / "summary.json").read_text())
+    episodes = [json.loads(line) for line in (folder / "episodes.jsonl").open()]
+    assert summary["environment"] == "token_mdp"
+    assert summary["env_steps"] == len(episodes) == 128
+    assert all(line["error"] is None for line in episodes)
+    assert {line["attempt"] for line in episodes} == {1, 2, 3}
+    assert {line["prompt"] for line in episodes} <= {"</s>aa", "</s>ab", "</s>ac", "</s>ba"}
+    best = max(episodes, key=lambda line: line["reward"])
+    assert (folder / "best_action.txt").read_text() == best["action"]
+    assert not (folder / "best_action.py").exists()
+    assert_same_run(folder, run("again", *SMALL))

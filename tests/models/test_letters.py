@@ -19,7 +19,8 @@ def test_the_vocabulary_is_that_of_the_mdp(tmp_path):
     assert tokenizer.get_vocab() == {"a": 0, "b": 1, "c": 2, "</s>": 3}
     assert tokenizer.eos_token_id == model.config.eos_token_id == 3
     assert model.config.vocab_size == 4
-    assert tokenizer("cab")["input_ids"] == [2, 0, 1]
+    assert tokenizer("cab")["input_ids"] == [3, 2, 0, 1]
+    assert tokenizer.decode([2, 0, 1]) == "cab"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

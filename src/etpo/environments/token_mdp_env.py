@@ -20,6 +20,7 @@ from etpo.environments.text_env import TextObservation, TextVectorEnv
 from etpo.environments.token_mdp import TokenMDP
 from etpo.errors import MAX_SEED, ConfigError, check_integer, check_range
 
+VOCABULARY_SIZES = (3, len(ascii_lowercase) + 1)  # two letters at least, and the end token
 MAX_ACTIONS = 10_000
 MAX_STATES = 100
 
@@ -58,7 +59,7 @@ def random_mdp(
     """
     check_integer("environment.mdp.seed", seed, 0, MAX_SEED)
     check_integer("environment.mdp.num_states", num_states, 1, MAX_STATES)
-    check_integer("environment.mdp.vocabulary_size", vocabulary_size, 3, len(ascii_lowercase) + 1)
+    check_integer("environment.mdp.vocabulary_size", vocabulary_size, *VOCABULARY_SIZES)
     check_integer("environment.mdp.length", length, 1)
     if (vocabulary_size - 1) ** length > MAX_ACTIONS:
         raise ConfigError(

@@ -132,7 +132,9 @@ class Backbone(nn.Module):
     def encode(self, observations: Sequence[TextObservation]) -> PromptBatch:
         """Prompts as left-padded tensors on the CPU; equal observations are tokenized once."""
         encoded = {
-            texts: self.prompt.encode(self.tokenizer, TextObservation(texts), self.max_prompt_tokens)
+            texts: self.prompt.encode(
+                self.tokenizer, TextObservation(texts), self.max_prompt_tokens
+            )
             for texts in {tuple(o.items()) for o in observations}
         }
         prompts = [encoded[tuple(o.items())] for o in observations]

@@ -6,10 +6,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from etpo.environments.token_mdp_env import letters
+from etpo.environments.token_mdp_env import VOCABULARY_SIZES, letters
 from etpo.errors import MAX_SEED, check_integer
 from etpo.models.backbone import Backbone
 from etpo.models.prompting import PromptTemplate
@@ -18,11 +18,19 @@ EOS = "</s>"
 
 
 def letter_tokenizer(vocabulary_size: int) -> PreTrainedTokenizerFast:
-    """One token per letter, in the MDP's order, then the end token; nothing else."""
+    """One token per letter, in the MDP's order, then the end token; nothing else.
+
+    A prompt begins with the end token, as in GPT-2. Without it the prompt "aa" and "aa" with the
+    action's first token "a" would be one and the same to a transformer with relative positions:
+    attention over equal tokens cannot count them.
+    """
     vocabulary = {token: i for i, token in enumerate([*letters(vocabulary_size), EOS])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{EOS} $A", special_tokens=[(EOS, vocabulary[EOS])]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=EOS, eos_token=EOS)
 
 
 def letter_model(vocabulary_size: int, seed: int) -> LlamaForCausalLM:
@@ -36,7 +44,7 @@ def letter_model(vocabulary_size: int, seed: int) -> LlamaForCausalLM:
         num_key_value_heads=4,
         max_position_embeddings=1024,
         initializer_range=0.1,  # large enough that the distributions are not all uniform
-        bos_token_id=None,
+        bos_token_id=vocabulary_size - 1,
         eos_token_id=vocabulary_size - 1,
         dtype="float32",
     )
@@ -64,9 +72,10 @@ def letter_backbone(
 ) -> Backbone:
     """The backbone of the checkpoint in the folder `name_or_path`, which is made if it is missing.
 
-    vocabulary_size: of the MDP. init_seed: draws the weights, apart from the run's seed. settings:
+    vocabulary_size: the MDP's. init_seed: draws the weights, apart from the run's seed. settings:
     arguments of `Backbone`. Raises ConfigError for values out of range.
     """
+    check_integer("model.vocabulary_size", vocabulary_size, *VOCABULARY_SIZES)
     check_integer("model.init_seed", init_seed, 0, MAX_SEED)
     folder = Path(name_or_path)
     if not folder.exists():
