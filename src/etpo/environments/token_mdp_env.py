@@ -21,8 +21,9 @@ from etpo.environments.token_mdp import TokenMDP
 from etpo.errors import MAX_SEED, ConfigError, check_integer, check_range
 
 VOCABULARY_SIZES = (3, len(ascii_lowercase) + 1)  # two letters at least, and the end token
-MAX_ACTIONS = 10_000
 MAX_STATES = 100
+MAX_TEXTS = 1000  # of the largest length; the tables have S x A x S entries
+MAX_LENGTH = 9  # of two letters
 
 
 def letters(vocabulary_size: int) -> str:
@@ -60,11 +61,11 @@ def random_mdp(
     check_integer("environment.mdp.seed", seed, 0, MAX_SEED)
     check_integer("environment.mdp.num_states", num_states, 1, MAX_STATES)
     check_integer("environment.mdp.vocabulary_size", vocabulary_size, *VOCABULARY_SIZES)
-    check_integer("environment.mdp.length", length, 1)
-    if (vocabulary_size - 1) ** length > MAX_ACTIONS:
+    check_integer("environment.mdp.length", length, 1, MAX_LENGTH)
+    if (vocabulary_size - 1) ** length > MAX_TEXTS:
         raise ConfigError(
             f"environment.mdp.length={length}: allowed with {vocabulary_size - 1} letters is a "
-            f"length of at most {MAX_ACTIONS} texts"
+            f"length that has at most {MAX_TEXTS} texts"
         )
     mdp = TokenMDP.random(seed, vocabulary_size, length, num_states)
     return mdp if rewards is None else replace(mdp, rewards=reward_table(mdp, rewards))
