@@ -56,6 +56,19 @@ OUT_OF_RANGE = [
     ("critic.hidden_size=0", "1 or more"),
     ("ckpt_path=none.ckpt", "no such file"),
 ]
+TOKEN_MDP = [
+    ("environment.mdp.seed=-1", "from 0 to 4294967295"),
+    ("environment.mdp.num_states=0", "from 1 to 100"),
+    ("environment.mdp.vocabulary_size=2", "from 3 to 27"),
+    ("environment.mdp.length=7", "at most 1000 texts"),
+    ("environment.mdp.length=20", "from 1 to 9"),
+    ("environment.mdp.length=some", "an integer"),
+    ("environment.mdp.rewards=[{a:1}]", "a list of 4 mappings"),
+    ("environment.mdp.rewards=[{z:1},{},{},{}]", "letters of abc"),
+    ("environment.time_limit=0", "1 or more"),
+    ("model.init_seed=-1", "from 0 to 4294967295"),
+    ("model.vocabulary_size=2", "from 3 to 27"),
+]
 UNKNOWN = [
     ("algorithm.bta=1", "algorithm.bta"),
     ("temperature=1", "temperature"),
@@ -104,6 +117,17 @@ def test_a_value_out_of_range(refused, override, allowed):
     line = refused(override)
     assert key_of(override).replace("/", ".") in line
     assert allowed in line
+
+
+@pytest.mark.parametrize(("override", "allowed"), TOKEN_MDP)
+def test_a_token_mdp_out_of_range(refused, override, allowed):
+    line = refused("environment=token_mdp", "model=token_mdp", override)
+    assert key_of(override) in line
+    assert allowed in line
+
+
+def test_the_model_of_a_token_mdp_without_one(refused):
+    assert "model.vocabulary_size" in refused("model=token_mdp")
 
 
 @pytest.mark.parametrize(("override", "words"), UNKNOWN)

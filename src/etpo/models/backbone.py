@@ -130,10 +130,14 @@ class Backbone(nn.Module):
         return [p for p in self.policy.parameters() if p.requires_grad]
 
     def encode(self, observations: Sequence[TextObservation]) -> PromptBatch:
-        """Prompts as left-padded tensors on the CPU."""
-        prompts = [
-            self.prompt.encode(self.tokenizer, o, self.max_prompt_tokens) for o in observations
-        ]
+        """Prompts as left-padded tensors on the CPU; equal observations are tokenized once."""
+        encoded = {
+            texts: self.prompt.encode(
+                self.tokenizer, TextObservation(texts), self.max_prompt_tokens
+            )
+            for texts in {tuple(o.items()) for o in observations}
+        }
+        prompts = [encoded[tuple(o.items())] for o in observations]
         width = max(len(p.ids) for p in prompts)
         ids = torch.full((len(prompts), width), self.pad_id)
         mask = torch.zeros(len(prompts), width, dtype=torch.bool)

@@ -1,0 +1,88 @@
+"""Figure, table and raw numbers of how far runs on token MDPs are from their exact optimum.
+
+    etpo-train -m experiment=token_mdp seed=0,1,2 study=convergence
+    python benchmarks/convergence.py logs/train/multiruns/convergence docs/studies
+
+writes docs/studies/convergence.csv (one row per seed and measured iteration) and convergence.png,
+and prints the table of docs/studies/convergence.md.
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+from learning_table import read_runs
+from matplotlib.figure import Figure
+
+METRICS = ("oracle/kl", "oracle/kl_max", "oracle/value_error", "oracle/value")
+BOUND = 0.02
+# of Okabe and Ito's palette, told apart by their dashes too
+STYLES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":"))
+
+Points = list[tuple[int, dict[str, float]]]  # environment steps, METRICS
+
+
+def measured(rows: list[dict[str, str]], env_steps: int) -> Points:
+    """The iterations of a metrics.csv that were measured; `env_steps`: of the whole run."""
+    per_iteration = env_steps // len(rows)
+    return [
+        ((int(row["iteration"]) + 1) * per_iteration, {name: float(row[name]) for name in METRICS})
+        for row in rows
+        if row.get("oracle/kl")
+    ]
+
+
+def figure(runs: dict[int, Points]) -> Figure:
+    """KL to the optimum above, value error below, against environment steps."""
+    drawing = Figure(figsize=(7, 6), layout="constrained")
+    panels = drawing.subplots(2, sharex=True)
+    for (seed, points), (colour, dashes) in zip(runs.items(), STYLES, strict=False):
+        steps = [count for count, _ in points]
+        for axes, name in zip(panels, ("oracle/kl", "oracle/value_error"), strict=True):
+            line = [numbers[name] for _, numbers in points]
+            axes.plot(steps, line, color=colour, linestyle=dashes, label=f"seed {seed}")
+    for axes, label in zip(
+        panels,
+        ("KL(pi || pi*) of whole actions, nats", "largest |V - V*|, reward"),
+        strict=True,
+    ):
+        axes.set_yscale("log")
+        axes.set_ylabel(label)
+        axes.axhline(BOUND, color="black", linewidth=0.8)
+        axes.annotate(
+            f"{BOUND}", (0.995, BOUND), xycoords=("axes fraction", "data"), ha="right", va="bottom"
+        )
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", linewidth=0.5, alpha=0.4)
+    panels[0].legend(frameon=False)
+    panels[1].set_xlabel("environment steps (actions)")
+    panels[1].set_xlim(left=0)
+    drawing.align_ylabels()
+    return drawing
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("multirun", type=Path, help="folder of the multirun")
+    parser.add_argument("out", type=Path, help="folder for the figure and the raw numbers")
+    arguments = parser.parse_args()
+    finished = read_runs(arguments.multirun)
+    runs = {seed: measured(rows, told["env_steps"]) for seed, (rows, told) in finished.items()}
+    with (arguments.out / "convergence.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["seed", "env_steps", *METRICS])
+        for seed, points in runs.items():
+            for steps, numbers in points:
+                writer.writerow([seed, steps, *(f"{numbers[name]:.5f}" for name in METRICS)])
+    figure(runs).savefig(arguments.out / "convergence.png", dpi=150)
+    print("| seed | V* of the start | KL first | KL | worst state's KL | value error | seconds |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for seed, points in runs.items():
+        last = points[-1][1]
+        cells = [f"{last['oracle/value']:.3f}", f"{points[0][1]['oracle/kl']:.3f}"]
+        cells += [f"{last[name]:.4f}" for name in METRICS[:3]]
+        print(f"| {seed} | {' | '.join(cells)} | {finished[seed][1]['wall_seconds']:.0f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The distance to the optimum against a plain forward and the action-level solver."""
+
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from etpo.algorithms.etpo import ETPO
+from etpo.algorithms.soft_bellman import kl_divergence
+from etpo.callbacks.oracle import OracleDistance, prefix_tokens, tables
+from etpo.environments.token_mdp_env import TokenMDPEnv, random_mdp
+from etpo.models.critics import HeadCritic
+from etpo.models.letters import letter_backbone
+from etpo.models.prompting import CompletionTemplate
+
+BETA, GAMMA = 0.5, 0.8
+
+
+@pytest.fixture
+def environment():
+    return TokenMDPEnv(mdp=random_mdp(seed=0, num_states=4, vocabulary_size=4, length=3))
+
+
+@pytest.fixture
+def module(tmp_path):
+    """What the callback reads of an ETPO module; its critic says 0.3 everywhere."""
+    backbone = letter_backbone(
+        str(tmp_path / "model"), CompletionTemplate(), vocabulary_size=4, init_seed=0
+    )
+    critic = HeadCritic(backbone, hidden_size=8)
+    torch.nn.init.constant_(critic.head.value.bias, 0.3)
+    module = SimpleNamespace(
+        backbone=backbone,
+        target_critic=critic,
+        beta=BETA,
+        gamma=GAMMA,
+        floor=0.0,
+        device=torch.device("cpu"),
+        logged={},
+    )
+    module.evaluate_prefixes = partial(ETPO.evaluate_prefixes, module)
+    module.log = module.logged.__setitem__
+    return module
+
+
+def move(policy):
+    """Another policy, so that policy and reference can be told apart."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+@torch.no_grad()
+def test_tables_are_what_the_models_say_at_every_prefix(environment, module):
+    move(module.backbone.policy)
+    log_pi, log_ref, value = tables(environment, module)
+    mdp = environment.mdp
+    assert log_pi.shape == log_ref.shape == (4, *mdp.tree.child.shape)
+    for state, observation in enumerate(environment.observations):
+        prompt = module.backbone.tokenizer(observation["prefix"])["input_ids"]
+        for prefix, written in enumerate(prefix_tokens(mdp)):
+            ids = torch.tensor([[*prompt, *written]])
+            for model, table in (
+                (module.backbone.policy, log_pi),
+                (module.backbone.reference, log_ref),
+            ):
+                plain = model(ids).logits[0, -1].log_softmax(-1)
+                torch.testing.assert_close(table[state, prefix].float(), plain)
+    kl = kl_divergence(log_pi, log_ref)[:, 0]
+    torch.testing.assert_close(value, 0.3 - BETA * kl)
+
+
+def test_prefixes_spell_the_paths_of_the_actions(environment):
+    written = prefix_tokens(environment.mdp)
+    for path in environment.mdp.tree.paths:
+        for number, (prefix, _) in enumerate(path):
+            assert written[prefix] == [token for _, token in path[:number]]
+
+
+def test_numbers_agree_with_the_optimum_over_whole_actions(environment, module):
+    move(module.backbone.policy)
+    trainer = SimpleNamespace(datamodule=SimpleNamespace(environment=environment))
+    OracleDistance().on_validation_epoch_end(trainer, module)
+    mdp = replace(environment.mdp, gamma=GAMMA)
+    with torch.no_grad():
+        log_pi, log_ref, value = tables(environment, module)
+    log_optimum, optimum = mdp.solve_actions(log_ref, BETA)
+    kl = kl_divergence(mdp.action_log_probs(log_pi), log_optimum)
+    logged = {name: number.item() for name, number in module.logged.items()}
+    assert logged["oracle/kl_max"] == pytest.approx(kl.max().item(), rel=1e-5)
+    assert logged["oracle/value_error"] == pytest.approx((value - optimum).abs().max().item())
+    assert logged["oracle/value"] == pytest.approx((mdp.start @ optimum).item())
+    # the regret of a soft policy is beta times its KL, summed over the states that it visits
+    regret = logged["oracle/value"] - mdp.regularized_return(log_pi, log_ref, BETA).item()
+    visits = mdp.visitation(log_pi)[:, 0].sum().item()
+    assert BETA * visits * logged["oracle/kl"] == pytest.approx(regret, rel=1e-5)
