@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -80,15 +81,16 @@ def check_overrides(config_name: str, arguments: Sequence[str]) -> DictConfig | 
         return None
     multirun = flags.multirun or "hydra.mode=MULTIRUN" in flags.overrides
     try:
-        parsed = OverridesParser.create().parse_overrides(flags.overrides)
-        single = [
-            f"{o.get_key_element()}={next(o.sweep_string_iterator())}"
-            if multirun and o.is_sweep_override()
-            else o.input_line
-            for o in parsed
-        ]
-        own = [o for o in single if not o.lstrip("+~").startswith("hydra")]
         with initialize_config_dir(str(CONF), version_base="1.3"):
+            loader = GlobalHydra.instance().config_loader()  # finds what a glob(...) means
+            parsed = OverridesParser.create(loader).parse_overrides(flags.overrides)
+            single = [
+                f"{o.get_key_element()}={next(o.sweep_string_iterator())}"
+                if multirun and o.is_sweep_override()
+                else o.input_line
+                for o in parsed
+            ]
+            own = [o for o in single if not o.lstrip("+~").startswith("hydra")]
             return compose(config_name, own)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error)) from error

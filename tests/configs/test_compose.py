@@ -32,8 +32,6 @@ def targets(node):
 @pytest.mark.parametrize("option", GROUPS)
 def test_every_option_composes_and_names_what_exists(option):
     group, _, name = option.rpartition("/")
-    if group.startswith("experiment/"):  # a folder of experiments is no group
-        group, _, name = option.partition("/")
     cfg = composed(f"{group}={name}")
     found = list(targets(cfg))
     assert found
@@ -61,6 +59,8 @@ def test_sweeps_and_hydra_overrides_pass_the_check():
     check_overrides(
         "train", ["-m", "seed=0,1", "algorithm.beta=choice(0.1,0.2)", "hydra.run.dir=x"]
     )
+    first = check_overrides("train", ["-m", "experiment=glob(stability_*)"])
+    assert first.algorithm._target_ == "etpo.algorithms.variants.AdaptiveBetaETPO"
     with pytest.raises(ConfigError, match="nope"):
         check_overrides("train", ["-m", "nope=0,1"])
 
