@@ -88,5 +88,5 @@ class BestOfN(Frozen):
 class Reflexion(Frozen):
     """Prompts carry the last error and a memory of earlier attempts (arXiv 2303.11366).
 
-    docs/baselines.md tells what differs from the paper.
+    docs/algorithms/reflexion.md tells what differs from the paper.
     """
