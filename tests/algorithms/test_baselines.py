@@ -151,9 +151,9 @@ def test_reinforce(credit):
 
 
 def test_rloo(credit):
-    # rows 0, 1 and 3 share a prompt; the others' means are -0.325, -1.005, -0.03
+    # rows 0, 1 and 3 share a prompt; the others' means are -0.325, -1.005, -0.03; row 2 is alone
     advantages, _ = credit(RLOO)
-    assert advantages == near([[-0.385] * 2, [1.655], [0.55], [-1.27] * 2])
+    assert advantages == near([[-0.385] * 2, [1.655], [0.0], [-1.27] * 2])
 
 
 def test_grpo(credit):
@@ -284,9 +284,9 @@ def test_groups_are_those_of_equal_prompts_whatever_the_padding():
     assert group[2] == group[3] == group[4] != group[0]
 
 
-def test_group_statistics_leave_one_alone_at_zero():
+def test_one_alone_in_its_group_has_no_advantage():
     returns, group = torch.tensor([1.0, 2.0, 6.0, 5.0]), torch.tensor([0, 0, 0, 1])
-    assert group_mean_of_others(returns, group).tolist() == [4.0, 3.5, 1.5, 0.0]
+    assert group_mean_of_others(returns, group).tolist() == [4.0, 3.5, 1.5, 5.0]
     standardised = group_standardised(returns, group, epsilon=0.0)
     assert standardised[:3].tolist() == pytest.approx([-2 / 7**0.5, -1 / 7**0.5, 3 / 7**0.5])
     assert group_standardised(returns, group)[3] == 0

@@ -44,13 +44,15 @@ def generalized_advantages(
 
 
 def group_mean_of_others(returns: Tensor, group: Tensor) -> Tensor:
-    """Mean return of the other actions of the same group, 0 for one alone; [B], int64 [B] -> [B].
+    """Mean return of the other actions of the same group; [B], int64 [B] -> [B].
 
-    The leave-one-out baseline of RLOO (Ahmadian et al., arXiv 2402.14740).
+    For one alone it is its own return: there is nothing to compare it with. The leave-one-out
+    baseline of RLOO (Ahmadian et al., arXiv 2402.14740).
     """
     same = (group[:, None] == group[None, :]).to(returns.dtype)
     others = same.sum(1) - 1
-    return (same @ returns - returns) / others.clamp(min=1)
+    mean = (same @ returns - returns) / others.clamp(min=1)
+    return torch.where(others > 0, mean, returns)
 
 
 def group_standardised(returns: Tensor, group: Tensor, epsilon: float = 1e-4) -> Tensor:

@@ -87,13 +87,6 @@ class PolicyGradient(OnPolicyAlgorithm):
         self.rollout_metrics = rollout_metrics(rollout) | {
             "rollout/kl_to_reference": float(log_ratio.sum(1).mean())
         }
-        if self.critic is not None:
-            self.rollout_metrics |= {
-                "rollout/value": float(taken.values[:, 0].mean()),
-                "rollout/explained_variance": objectives.explained_variance(
-                    taken.values[mask], returns[mask]
-                ),
-            }
         batch = TakenBatch(
             prompt_ids=actions.prompt_ids,
             prompt_mask=actions.prompt_mask,
@@ -107,8 +100,15 @@ class PolicyGradient(OnPolicyAlgorithm):
             returns=returns,
             weights=torch.ones_like(actions.rewards),
         )
-        valued = self.valued(batch).sum(1).float().mean()
-        self.mean_length = float(self.all_gather(valued).mean())
+        valued = self.valued(batch)
+        self.mean_length = float(self.all_gather(valued.sum(1).float().mean()).mean())
+        if self.critic is not None:
+            self.rollout_metrics |= {
+                "rollout/value": float(taken.values[:, 0].mean()),
+                "rollout/explained_variance": objectives.explained_variance(
+                    taken.values[valued], returns[valued]
+                ),
+            }
         return batch
 
     def evaluate_taken(self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor) -> Taken:
@@ -177,11 +177,15 @@ class PolicyGradient(OnPolicyAlgorithm):
         log_pi = torch.where(mask, log_pi.gather(-1, taken).squeeze(-1), 0.0)
         log_old = torch.where(mask, batch.old_log_probs, 0.0)
         kl = (advantages.k3(log_old, log_pi.detach()) * mask).sum(1).mean()
-        losses = self.surrogate(log_pi, log_old, batch)
-        loss = (losses - self.leak * (log_kept * mask).sum(1)).mean()
+        losses = self.surrogate(log_pi, log_old, batch) - self.leak * (log_kept * mask).sum(1)
+        loss = (losses / self.divisor(batch)).mean()
         self.log_mean("train/policy_loss", loss, len(mask))
         self.log_mean("train/kl_to_old", kl, len(mask))
         return loss, kl
+
+    def divisor(self, batch: TakenBatch) -> Tensor:
+        """What the loss of every action, a sum over its tokens, is divided by: [B]."""
+        return torch.ones_like(batch.weights)
 
     def surrogate(self, log_pi: Tensor, log_old: Tensor, batch: TakenBatch) -> Tensor:
         """The loss of every action: log pi, log pi_old of taken tokens [B, L], 0 beyond -> [B]."""

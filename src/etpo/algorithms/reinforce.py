@@ -76,8 +76,10 @@ class GRPO(Reinforce):
     def surrogate(self, log_pi: Tensor, log_old: Tensor, batch: TakenBatch) -> Tensor:
         mask = batch.action_mask
         penalty = (advantages.k3(log_pi, torch.where(mask, batch.ref_log_probs, 0.0)) * mask).sum(1)
-        losses = super().surrogate(log_pi, log_old, batch) + self.beta * penalty
-        return losses / mask.sum(1)
+        return super().surrogate(log_pi, log_old, batch) + self.beta * penalty
+
+    def divisor(self, batch: TakenBatch) -> Tensor:
+        return batch.action_mask.sum(1)
 
 
 def groups(actions: Actions) -> Tensor:

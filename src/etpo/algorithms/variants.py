@@ -70,8 +70,8 @@ class TwinETPO(ETPO):
 class WindowETPO(ETPO):
     """The critic is fitted to the last `window` >= 1 iterations' actions and returns.
 
-    In every step as many earlier actions as fresh ones, of one iteration after the other. Their
-    returns are those of their own time: off-policy by so much.
+    Half of its loss is that of one of these iterations, in turn. Their returns are those of their
+    own time: off-policy by so much. A resumed run begins with an empty window.
     """
 
     def __init__(self, *args: Any, window: int, **shared: Any) -> None:
