@@ -103,11 +103,10 @@ def test_reflexion_shows_the_error_and_remembers(trained):
     assert {a["prompt"] for a in actions[16:20]} == {f"{prompt}def{header}"}
 
 
-@pytest.mark.parametrize("algorithm", ["zero_shot", "reflexion"])
-def test_a_resumed_run_is_the_uninterrupted_one(algorithm, trained, repeatable):
+def test_a_resumed_run_is_the_uninterrupted_one(trained, repeatable):
     """What was best and what was remembered are part of it."""
-    whole = trained("whole", f"algorithm={algorithm}", "trainer.max_epochs=3")
-    part = trained("part", f"algorithm={algorithm}", "trainer.max_epochs=1")
+    whole = trained("whole", "algorithm=reflexion", "trainer.max_epochs=3")
+    part = trained("part", "algorithm=reflexion", "trainer.max_epochs=1")
     last = part / "checkpoints" / "last.ckpt"
     assert torch.load(last)["state_dict"] == {}
     trained("part", f"ckpt_path={last}", "trainer.max_epochs=3")
