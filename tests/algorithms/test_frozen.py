@@ -9,14 +9,18 @@ import json
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from lightning import Trainer
 
 from etpo import evaluate, train
 from etpo.algorithms.frozen import BestOfN, Reflexion, ZeroShot
+from etpo.callbacks.metrics_csv import MetricsCSV
+from etpo.callbacks.summary import RunSummary
 from etpo.config import CONF
 from etpo.environments.data_science.prompts import HEADER
 from etpo.environments.data_science.scoring import ProgramScorer, Score
 from etpo.models.backbone import Backbone
 from etpo.models.prompting import CompletionTemplate
+from etpo.rollout.datamodule import RolloutDataModule
 
 FIRST_PROMPT = f"# iris: 45 training rows, 4 features, 3 classes\n{HEADER}"
 BUDGET = (
@@ -99,11 +103,10 @@ def test_reflexion_shows_the_error_and_remembers(trained):
     assert {a["prompt"] for a in actions[16:20]} == {f"{prompt}def{header}"}
 
 
-@pytest.mark.parametrize("algorithm", ["zero_shot", "reflexion"])
-def test_a_resumed_run_is_the_uninterrupted_one(algorithm, trained, repeatable):
+def test_a_resumed_run_is_the_uninterrupted_one(trained, repeatable):
     """What was best and what was remembered are part of it."""
-    whole = trained("whole", f"algorithm={algorithm}", "trainer.max_epochs=3")
-    part = trained("part", f"algorithm={algorithm}", "trainer.max_epochs=1")
+    whole = trained("whole", "algorithm=reflexion", "trainer.max_epochs=3")
+    part = trained("part", "algorithm=reflexion", "trainer.max_epochs=1")
     last = part / "checkpoints" / "last.ckpt"
     assert torch.load(last)["state_dict"] == {}
     trained("part", f"ckpt_path={last}", "trainer.max_epochs=3")
@@ -161,6 +164,40 @@ def test_no_weight_moves_and_the_kl_is_that_of_min_p(
     logged = module.rollout_metrics["rollout/kl_to_reference"]
     assert logged == pytest.approx(float(kl), abs=1e-4)
     assert (logged > 1e-2) == (min_p > 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp_fork_find_unused_parameters_true", "ddp_fork"])
+def test_two_processes(strategy, checkpoint, letter_env, tmp_path):
+    module = ZeroShot(
+        lambda: Backbone(str(checkpoint("llama")), CompletionTemplate()), annotation_batch=8
+    )
+    data = RolloutDataModule(
+        letter_env(4),
+        actions_per_iteration=32,
+        minibatch_size=8,
+        update_epochs=1,
+        max_new_tokens=4,
+        num_envs=4,
+        seed=0,
+    )
+    trainer = Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=[RunSummary(), MetricsCSV(tmp_path)],
+    )
+    trainer.fit(module, data)
+    assert column(tmp_path, "step") == [1, 3]
+    best = column(tmp_path, "rollout/best_reward_so_far")
+    mean_over_processes = column(tmp_path, "rollout/best_reward")
+    assert best[1] >= best[0] >= mean_over_processes[0]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from torch import Tensor
 
 from etpo.errors import check_integer
 from etpo.models.backbone import Backbone
@@ -33,8 +34,7 @@ class Frozen(LightningModule):
         self.rollout_metrics: dict[str, float] = {}
 
     def setup(self, stage: str) -> None:
-        for method in ("LightningModule.configure_optimizers", "training_step"):
-            warnings.filterwarnings("ignore", f"`{method}` returned `None`")
+        warnings.filterwarnings("ignore", r".*configure_optimizers` returned `None`")
 
     def configure_optimizers(self) -> None:
         return None
@@ -61,12 +61,13 @@ class Frozen(LightningModule):
             total -= float((kept * part.action_mask).sum())
         return total / len(actions.rewards)
 
-    def training_step(self, batch: Actions, batch_idx: int) -> None:
-        """Logs; None has Lightning skip backward."""
+    def training_step(self, batch: Actions, batch_idx: int) -> Tensor:
+        """Logs. The loss is 0 and knows no weight; with None several processes would not run."""
         if batch_idx == 0:
             self.log_dict(
                 self.rollout_metrics, on_step=False, on_epoch=True, sync_dist=True, batch_size=1
             )
+        return torch.zeros((), device=self.device, requires_grad=True)
 
     def validation_step(self, batch: Rollout, batch_idx: int) -> None:
         reward = batch.actions.rewards.mean()
