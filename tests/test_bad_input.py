@@ -127,7 +127,7 @@ def test_a_token_mdp_out_of_range(refused, override, allowed):
 
 
 def test_the_model_of_a_token_mdp_without_one(refused):
-    assert "model.vocabulary_size" in refused("model=token_mdp")
+    assert "environment.mdp.vocabulary_size" in refused("model=token_mdp")
 
 
 @pytest.mark.parametrize(("override", "words"), UNKNOWN)
