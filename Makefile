@@ -24,10 +24,10 @@ evaluate: install ## Score a checkpoint on held-out rows: ARGS="ckpt_path=..."
 	$(BIN)/etpo-evaluate $(ARGS)
 
 test: install ## Run the tests (under 10 minutes on 2 cores); ARGS goes to pytest
-	$(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/pytest -n 2 --dist worksteal $(ARGS)
 
 test-all: install ## Run the tests and the slow ones
-	$(BIN)/pytest -n 2 --dist loadfile -m "slow or not slow" $(ARGS)
+	$(BIN)/pytest -n 2 --dist worksteal -m "slow or not slow" $(ARGS)
 
 lint: install ## Check style with ruff
 	$(BIN)/ruff check .

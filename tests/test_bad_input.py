@@ -283,8 +283,8 @@ def test_a_gpu_that_is_not_there(refused):
     ("script", "argument"),
     [
         ("etpo-train", "algorithm.beta=-1"),
-        ("etpo-evaluate", "ckpt_path=none.ckpt"),
-        ("etpo-report", "study=none"),
+        pytest.param("etpo-evaluate", "ckpt_path=none.ckpt", marks=pytest.mark.slow),
+        pytest.param("etpo-report", "study=none", marks=pytest.mark.slow),
     ],
 )
 def test_the_console_scripts_end_at_once(script, argument, tmp_path):

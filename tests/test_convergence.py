@@ -43,6 +43,7 @@ def run(command, tmp_path):
     return call
 
 
+@pytest.mark.slow
 def test_a_token_mdp_is_an_ordinary_environment(run, assert_same_run):
     folder = run("first", *SMALL)
     summary = json.loads((folder / "summary.json").read_text())

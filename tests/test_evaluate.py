@@ -44,6 +44,7 @@ def test_greedy_and_sampled_programs_on_held_out_rows(evaluated, finished_run):
     assert result["greedy_program"] in printed
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_and_overrides_change_the_run(evaluated):
     result, _ = evaluated()
     again, _ = evaluated("overrides=['environment.sandbox.workers=1']")

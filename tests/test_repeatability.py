@@ -5,7 +5,7 @@ import pytest
 from etpo import train
 
 
-@pytest.mark.parametrize("workers", [2, 1])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_seed_repeats_whatever_the_number_of_workers(
     workers, command, finished_run, small_run, assert_same_run, tmp_path
 ):

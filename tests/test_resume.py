@@ -76,6 +76,7 @@ def resumed_as_if_uninterrupted(command, finished_run, assert_same_run):
     return resume
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(
     command, small_run, finished_run, resumed_as_if_uninterrupted, tmp_path
 ):

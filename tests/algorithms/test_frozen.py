@@ -103,6 +103,7 @@ def test_reflexion_shows_the_error_and_remembers(trained):
     assert {a["prompt"] for a in actions[16:20]} == {f"{prompt}def{header}"}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(trained, repeatable):
     """What was best and what was remembered are part of it."""
     whole = trained("whole", "algorithm=reflexion", "trainer.max_epochs=3")
@@ -116,6 +117,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(trained, repeatable):
     assert column(part, "step") == [1, 3, 5]  # two minibatches, one pass
 
 
+@pytest.mark.slow
 def test_the_rows_are_those_of_a_trained_algorithm(trained):
     """The same columns, and the same first actions and KL: the policies have not moved yet."""
     reinforce = trained("reinforce", "algorithm=reinforce", "trainer.max_epochs=1")

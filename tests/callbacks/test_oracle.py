@@ -40,7 +40,8 @@ def module(tmp_path):
         device=torch.device("cpu"),
         logged={},
     )
-    module.evaluate_prefixes = partial(ETPO.evaluate_prefixes, module)
+    for name in ("evaluate_prefixes", "critic_values"):
+        setattr(module, name, partial(getattr(ETPO, name), module))
     module.log = module.logged.__setitem__
     return module
 

@@ -128,6 +128,7 @@ def test_a_report_repeats_to_the_byte_and_from_its_own_numbers(made, command, st
     assert contents(saved) == first
 
 
+@pytest.mark.slow
 def test_a_study_adds_to_an_earlier_report(made, command, study, tmp_path):
     """As when the logs of the first cells stayed on another machine."""
     first = contents(made()[0])

@@ -22,6 +22,8 @@ from etpo.models.tiny.build import CHECKPOINT, build, encode, group, sample_acti
 from etpo.models.tiny.corpus import sample_example
 from etpo.models.tiny.grammar import parse, sample
 
+pytestmark = pytest.mark.slow  # matters where the embedded model is built anew
+
 FILES = (
     "config.json",
     "generation_config.json",
