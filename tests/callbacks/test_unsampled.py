@@ -1,5 +1,9 @@
+import csv
+
+import pytest
 import torch
 
+from etpo import train
 from etpo.callbacks.unsampled import unsampled_tokens
 
 
@@ -15,3 +19,24 @@ def test_tokens_that_no_row_takes_at_an_equal_prefix():
         [[0, 1], [2]],
         [[0, 2], [0, 2]],
     ]
+
+
+@pytest.mark.parametrize("experiment", ["stability_base", "stability_default"])
+def test_a_run_logs_what_the_critic_says_of_them(command, small_run, tmp_path, experiment):
+    sizes = [o for o in small_run if not o.startswith(("trainer", "algorithm"))]
+    overrides = (*sizes, f"experiment={experiment}", "trainer.max_epochs=2")
+    ended = command(train.main, *overrides, f"hydra.run.dir={tmp_path}")
+    assert ended.status == 0, ended.err
+    with (tmp_path / "metrics.csv").open(newline="") as lines:
+        first, second = csv.DictReader(lines)
+    # a fresh critic says nothing
+    assert float(first["critic/unsampled_advantage"]) == pytest.approx(0, abs=1e-6)
+    promise, used = (float(second[f"critic/unsampled_advantage{end}"]) for end in ("", "_used"))
+    assert abs(promise) > 1e-4
+    # the default's pessimism keeps what is promised out of the objective
+    assert used == pytest.approx(promise) if experiment == "stability_base" else used <= 0
+    for row in (first, second):
+        before, after = (float(row[f"policy/unsampled_{end}"]) for end in ("before", "after"))
+        assert 0 < before < 1
+        assert 0 < after < 1
+        assert before != after

@@ -31,9 +31,11 @@ class UnsampledTokens(Callback):
         inputs = batch.prompt_ids, batch.prompt_mask, batch.action_ids, batch.features
         value, q = pl_module.critic_values(pl_module.target_critic, *inputs, batch.old_log_probs)
         used = objectives.pessimistic_q(q, value, batch.old_log_probs, pl_module.floor)
-        self.log(pl_module, "critic/unsampled_advantage", self.largest(q) - value)
-        self.log(pl_module, "critic/unsampled_advantage_used", self.largest(used) - value)
-        self.log(pl_module, "policy/unsampled_before", self.mass(batch.old_log_probs))
+        self.before = {
+            "critic/unsampled_advantage": self.largest(q) - value,
+            "critic/unsampled_advantage_used": self.largest(used) - value,
+            "policy/unsampled_before": self.mass(batch.old_log_probs),
+        }
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -44,7 +46,11 @@ class UnsampledTokens(Callback):
         inputs = self.batch.prompt_ids, self.batch.prompt_mask, self.batch.action_ids
         support = self.batch.old_log_probs.isfinite()
         log_pi = pl_module.backbone(*inputs, support=support).log_probs
-        self.log(pl_module, "policy/unsampled_after", self.mass(log_pi))
+        after = {"policy/unsampled_after": self.mass(log_pi)}
+        # the prefixes that have an unsampled token
+        counted = self.batch.action_mask & self.unsampled.any(-1)
+        for name, values in (self.before | after).items():
+            pl_module.log_mean(name, values[counted].mean(), int(counted.sum()))
 
     def largest(self, q: Tensor) -> Tensor:
         """Largest Q of the unsampled tokens: [B, L, V] -> [B, L], -inf where there is none."""
@@ -53,11 +59,6 @@ class UnsampledTokens(Callback):
     def mass(self, log_pi: Tensor) -> Tensor:
         """Probability of the unsampled tokens: [B, L, V] -> [B, L]."""
         return log_pi.exp().masked_fill(~self.unsampled, 0.0).sum(-1)
-
-    def log(self, pl_module: ETPO, name: str, values: Tensor) -> None:
-        """The mean of [B, L] over the prefixes that have an unsampled token."""
-        counted = self.batch.action_mask & self.unsampled.any(-1)
-        pl_module.log_mean(name, values[counted].mean(), int(counted.sum()))
 
 
 def unsampled_tokens(prompt_ids: Tensor, action_ids: Tensor, log_pi: Tensor) -> Tensor:
