@@ -4,7 +4,13 @@ import pytest
 
 from etpo.errors import ConfigError
 from etpo.reporting.labels import dataset_label, method_labels, overrides_of
-from etpo.reporting.read import RUN_COLUMNS, SUMMARY_COLUMNS, read_studies
+from etpo.reporting.read import (
+    RUN_COLUMNS,
+    SUMMARY_COLUMNS,
+    read_saved,
+    read_studies,
+    write_raw,
+)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +113,18 @@ def test_columns_that_a_run_lacks_stay_empty(tmp_path, write_cell):
     runs, summary, _ = read_studies([tmp_path / "s"])
     assert runs["val/reward"].isna().all()
     assert summary["held_out_auc"].isna().all()
+
+
+def test_what_the_critic_says_of_unsampled_tokens_is_kept(tmp_path, write_cell):
+    write_cell(tmp_path / "s" / "a", ["seed=0"], [0.1, 0.2])
+    cell = write_cell(tmp_path / "s" / "b", ["seed=1"], [0.1, 0.2])
+    text = "iteration,rollout/reward,policy/unsampled_after\n0,0.1,0.25\n1,0.2,0.5\n"
+    (cell / "metrics.csv").write_text(text)
+    raw = read_studies([tmp_path / "s"])
+    write_raw(raw, tmp_path)
+    for runs in (raw.runs, read_saved(tmp_path).runs):
+        assert runs["policy/unsampled_after"].fillna(-1).tolist() == [-1, -1, 0.25, 0.5]
+        assert "policy/unsampled_before" not in runs
 
 
 def test_a_study_without_a_finished_cell(tmp_path, write_cell):

@@ -18,6 +18,13 @@ METRICS = (
     "rollout/kl_to_reference",
     "rollout/best_reward",
 )
+# columns of runs.csv where a run has them
+OPTIONAL = (
+    "critic/unsampled_advantage",
+    "critic/unsampled_advantage_used",
+    "policy/unsampled_before",
+    "policy/unsampled_after",
+)
 RUN = ["dataset", "method", "seed"]  # what names a run
 RUN_COLUMNS = [*RUN, "iteration", "env_steps", *METRICS]
 SUMMARY_COLUMNS = [*RUN, "iterations", "env_steps", "best_reward", "held_out_auc", "wall_seconds"]
@@ -86,12 +93,14 @@ def read_studies(folders: Sequence[Path]) -> Raw:
 def to_raw(kept: dict[tuple, Cell], left_out: list[tuple[str, str]]) -> Raw:
     """The tables of the runs `kept` under dataset, method and seed, sorted by these."""
     runs, summaries = [], []
+    optional = [name for name in OPTIONAL if any(name in c.metrics for c in kept.values())]
     for run, cell in sorted(kept.items()):
         names = dict(zip(RUN, run, strict=True))
-        metrics = cell.metrics.reindex(columns=["iteration", *METRICS]).assign(**names)
+        columns = ["iteration", *METRICS, *optional]
+        metrics = cell.metrics.reindex(columns=columns).assign(**names)
         per_iteration = cell.summary["env_steps"] // cell.summary["iterations"]
         metrics["env_steps"] = (metrics["iteration"] + 1) * per_iteration
-        runs.append(metrics[RUN_COLUMNS])
+        runs.append(metrics[[*RUN_COLUMNS, *optional]])
         summaries.append({**cell.summary, **names})
     summary = pd.DataFrame(summaries)[SUMMARY_COLUMNS]
     # None, of a run without a held-out score, becomes nan
@@ -164,7 +173,7 @@ def read_saved(folder: Path) -> Raw:
         missing = [column for column in columns if column not in table]
         if missing:
             raise ConfigError(f"runs={folder}: {name} lacks the column {missing[0]}")
-        tables.append(table[columns])
+        tables.append(table[[*columns, *(name for name in OPTIONAL if name in table)]])
     return Raw(*tables)
 
 
