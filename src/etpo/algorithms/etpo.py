@@ -135,14 +135,7 @@ class ETPO(OnPolicyAlgorithm):
     def annotate(self, rollout: Rollout) -> TokenBatch:
         """Distributions, soft values and targets of fresh actions, under pi_old."""
         actions = Actions(*(field.to(self.device) for field in rollout.actions))
-        parts = [
-            self.evaluate_prefixes(part.prompt_ids, part.prompt_mask, part.action_ids)
-            for part in (
-                Actions(*(field[rows] for field in actions))
-                for rows in torch.arange(len(actions.rewards)).split(self.annotation_batch)
-            )
-        ]
-        old = Annotation(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+        old = self.in_slices(self.evaluate_prefixes, actions)
         returns = self.lambda_returns(actions, old.value, old.q_taken, rollout)
         layout = episode_layout(actions.action_mask, rollout.num_envs)
         errors = pack(returns - old.q_taken, layout)

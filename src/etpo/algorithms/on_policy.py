@@ -1,7 +1,7 @@
 """What on-policy algorithms share: policy, optimizer, trust region, minibatches, checkpoints."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning import LightningModule
@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from etpo.errors import check_integer, check_range
 from etpo.models.backbone import Backbone
-from etpo.rollout.episode import Rollout
+from etpo.rollout.episode import Actions, Rollout
 from etpo.rollout.replay import by_length
 
 # A training step's actions are computed in so many groups of similar length: less padding.
@@ -82,6 +82,16 @@ class OnPolicyAlgorithm(LightningModule):
         """The KL coefficient of this iteration."""
         progress = min(self.current_epoch / self.beta_iters, 1.0)
         return self.first_beta + (self.last_beta - self.first_beta) * progress
+
+    def in_slices(self, evaluate: Callable[..., NamedTuple], actions: Actions) -> Any:
+        """`evaluate(prompt_ids, prompt_mask, action_ids)` of `annotation_batch` actions at a time.
+
+        It returns a NamedTuple of tensors whose first dimension is the action; so does this.
+        """
+        inputs = actions.prompt_ids, actions.prompt_mask, actions.action_ids
+        slices = zip(*(field.split(self.annotation_batch) for field in inputs), strict=True)
+        parts = [evaluate(*part) for part in slices]
+        return type(parts[0])(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
     def annotate(self, rollout: Rollout) -> Any:
         """A NamedTuple of tensors whose first dimension is the action, without gradient."""

@@ -73,14 +73,7 @@ class PolicyGradient(OnPolicyAlgorithm):
     @torch.no_grad()
     def annotate(self, rollout: Rollout) -> TakenBatch:
         actions = Actions(*(field.to(self.device) for field in rollout.actions))
-        rows = torch.arange(len(actions.rewards)).split(self.annotation_batch)
-        parts = [
-            self.evaluate_taken(
-                actions.prompt_ids[r], actions.prompt_mask[r], actions.action_ids[r]
-            )
-            for r in rows
-        ]
-        taken = Taken(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+        taken = self.in_slices(self.evaluate_taken, actions)
         mask = actions.action_mask
         credited, returns = self.credit(actions, taken, rollout)
         log_ratio = (taken.log_pi - taken.log_ref) * mask
