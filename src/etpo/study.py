@@ -5,7 +5,6 @@ common folder, share a study when each is given the same command: a cell belongs
 that holds its lock.
 """
 
-import csv
 import fcntl
 import json
 import sys
@@ -20,6 +19,7 @@ from hydra.experimental.callback import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from etpo.callbacks.metrics_csv import rows_before
 from etpo.config import error_line
 from etpo.errors import ConfigError
 
@@ -50,7 +50,7 @@ def run_cell(cfg: DictConfig, run: Callable[[DictConfig], float | None]) -> floa
         (folder / "failed.txt").unlink(missing_ok=True)
         try:
             check_unchanged(folder, cfg)
-            if status_of(folder) == "finished":
+            if shortcoming(folder) is None:
                 print(f"\ncell {name}\n  was finished before: {folder}", flush=True)
                 return last_metric(folder, cfg.optimized_metric)
             last = folder / "checkpoints" / "last.ckpt"
@@ -109,17 +109,24 @@ def difference(one: Any, other: Any, path: str = "") -> str | None:
     return None if one == other else path
 
 
-def status_of(folder: Path) -> str | None:
-    """What the cell's `summary.json` says, None without one."""
-    file = folder / "summary.json"
-    return json.loads(file.read_text(encoding="utf-8"))["status"] if file.exists() else None
+def shortcoming(cell: Path) -> str | None:
+    """Why a cell is not finished: `failed: ...`, unfinished or interrupted; None if it is."""
+    failed, summary = cell / "failed.txt", cell / "summary.json"
+    if failed.exists():
+        return f"failed: {failed.read_text(encoding='utf-8').partition(chr(10))[0]}"
+    if not summary.exists():
+        return "unfinished"
+    try:
+        status = json.loads(summary.read_text(encoding="utf-8"))["status"]
+    except (ValueError, KeyError, TypeError):
+        return "unreadable: summary.json"
+    return None if status == "finished" else status
 
 
 def last_metric(folder: Path, name: str) -> float | None:
     """A metric of the last iteration, from `metrics.csv`."""
-    with (folder / "metrics.csv").open(newline="") as lines:
-        value = list(csv.DictReader(lines))[-1].get(name)
-    return float(value) if value else None
+    value = rows_before(folder / "metrics.csv", sys.maxsize)[-1].get(name)
+    return None if value is None else float(value)
 
 
 class StudyReport(Callback):
@@ -128,12 +135,12 @@ class StudyReport(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         study = Path(config.hydra.sweep.dir)
         cells = sorted(file.parent for file in study.glob("*/cell.json"))
-        failed = [cell for cell in cells if (cell / "failed.txt").exists()]
-        finished = [cell for cell in cells if status_of(cell) == "finished"]
-        open_ = len(cells) - len(set(finished) | set(failed))
-        print(f"\nStudy {study}: {len(finished)} cells finished, {open_} not finished")
-        for cell in failed:
-            reason = (cell / "failed.txt").read_text(encoding="utf-8").splitlines()[0]
-            print(f"  failed: {cell / 'failed.txt'}: {reason}")
+        told = {cell: shortcoming(cell) for cell in cells}
+        failed = {cell: why for cell, why in told.items() if (why or "").startswith("failed")}
+        finished = sum(why is None for why in told.values())
+        open_ = len(cells) - finished - len(failed)
+        print(f"\nStudy {study}: {finished} cells finished, {open_} not finished")
+        for cell, why in failed.items():
+            print(f"  failed: {cell / 'failed.txt'}: {why.removeprefix('failed: ')}")
         if failed:
             sys.exit(1)

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from etpo.errors import ConfigError
 from etpo.reporting.labels import dataset_label, method_labels, overrides_of
+from etpo.study import shortcoming
 
 METRICS = (
     "rollout/reward",
@@ -63,7 +64,7 @@ def read_studies(folders: Sequence[Path]) -> Raw:
     cells, left_out = [], []
     for folder in folders:
         for path in sorted(file.parent for file in folder.glob("*/.hydra")):
-            reason, cell = reason_to_leave_out(path), None
+            reason, cell = shortcoming(path), None
             if reason is None:
                 try:
                     cell = read_cell(path)
@@ -110,20 +111,6 @@ def to_raw(kept: dict[tuple, Cell], left_out: list[tuple[str, str]]) -> Raw:
         summary.round(DECIMALS),
         pd.DataFrame(left_out, columns=LEFT_OUT_COLUMNS),
     )
-
-
-def reason_to_leave_out(cell: Path) -> str | None:
-    """Why a cell has no place in a report: failed, unfinished or interrupted; None if it has."""
-    failed, summary = cell / "failed.txt", cell / "summary.json"
-    if failed.exists():
-        return f"failed: {failed.read_text(encoding='utf-8').partition(chr(10))[0]}"
-    if not summary.exists():
-        return "unfinished"
-    try:
-        status = json.loads(summary.read_text(encoding="utf-8"))["status"]
-    except (ValueError, KeyError, TypeError):
-        return "unreadable: summary.json"
-    return None if status == "finished" else status
 
 
 def cell_name(cell: Path) -> str:
