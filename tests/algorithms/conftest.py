@@ -1,17 +1,71 @@
-"""Runs algorithms in small environments."""
+"""Builds algorithms on small models and runs them in small environments."""
+
+import functools
 
 import numpy as np
 import pytest
+import torch
 from lightning import Trainer
 
+from etpo.algorithms.etpo import ETPO
+from etpo.models.backbone import Backbone
+from etpo.models.critics import HeadCritic
+from etpo.models.prompting import CompletionTemplate
 from etpo.rollout.datamodule import RolloutDataModule
+
+ETPO_SETTINGS = {
+    "beta": 0.01,
+    "beta_end_factor": 1.0,
+    "beta_iters": 1,
+    "gamma": 0.9,
+    "lambda_": 0.9,
+    "eta": 0.05,
+    "floor": 0.0,
+    "correction": True,
+    "scale_objective": False,
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "leak": 1.0,
+    "max_kl": 0.5,
+    "tau": 1.0,
+    "policy_lr": 3e-3,
+    "critic_lr": 3e-3,
+    "critic_loss": "huber",
+    "huber_delta": 1.0,
+    "max_grad_norm": 1.0,
+    "annotation_batch": 8,
+}
+
+
+@pytest.fixture
+def etpo_settings():
+    """The keyword arguments of `build_etpo`'s module."""
+    return dict(ETPO_SETTINGS)
+
+
+@pytest.fixture
+def build_etpo(checkpoint, etpo_settings):
+    """build_etpo(critic, ...): ETPO, or a `variant` of it, on a small random model."""
+
+    def build(critic=HeadCritic, min_p=0.0, variant=ETPO, **changes):
+        return variant(
+            lambda: Backbone(str(checkpoint("llama")), CompletionTemplate(), min_p=min_p),
+            functools.partial(critic, hidden_size=32),
+            functools.partial(torch.optim.AdamW, eps=1e-5, weight_decay=0.0),
+            **(etpo_settings | changes),
+        )
+
+    return build
 
 
 @pytest.fixture
 def fit(tmp_path):
-    """fit(module, env, iterations): trains and returns the data module."""
+    """fit(module, env, iterations): trains and returns the data module.
 
-    def run(module, env, iterations, callbacks=(), **sizes):
+    `trainer`: further arguments of the Trainer. Others are sizes of the data module.
+    """
+
+    def run(module, env, iterations, callbacks=(), trainer=None, **sizes):
         data = RolloutDataModule(
             env,
             **{
@@ -24,7 +78,7 @@ def fit(tmp_path):
             }
             | sizes,
         )
-        trainer = Trainer(
+        Trainer(
             max_epochs=iterations,
             accelerator="cpu",
             logger=False,
@@ -34,8 +88,8 @@ def fit(tmp_path):
             num_sanity_val_steps=0,
             callbacks=list(callbacks),
             default_root_dir=tmp_path,
-        )
-        trainer.fit(module, data)
+            **(trainer or {}),
+        ).fit(module, data)
         return data
 
     return run

@@ -1,37 +1,10 @@
-import functools
-
 import pytest
 import torch
 from lightning import Callback
 
 from etpo.algorithms.etpo import ETPO
 from etpo.errors import ConfigError
-from etpo.models.backbone import Backbone
 from etpo.models.critics import HeadCritic, TrunkCritic
-from etpo.models.prompting import CompletionTemplate
-
-SETTINGS = {
-    "beta": 0.01,
-    "beta_end_factor": 1.0,
-    "beta_iters": 1,
-    "gamma": 0.9,
-    "lambda_": 0.9,
-    "eta": 0.05,
-    "floor": 0.0,
-    "correction": True,
-    "scale_objective": False,
-    "clip_low": 0.2,
-    "clip_high": 0.2,
-    "leak": 1.0,
-    "max_kl": 0.5,
-    "tau": 1.0,
-    "policy_lr": 3e-3,
-    "critic_lr": 3e-3,
-    "critic_loss": "huber",
-    "huber_delta": 1.0,
-    "max_grad_norm": 1.0,
-    "annotation_batch": 8,
-}
 
 
 class Rewards(Callback):
@@ -42,19 +15,10 @@ class Rewards(Callback):
         self.values.append(module.rollout_metrics["rollout/reward"])
 
 
-def build(folder, critic=HeadCritic, min_p=0.0, **changes):
-    return ETPO(
-        lambda: Backbone(str(folder), CompletionTemplate(), min_p=min_p),
-        functools.partial(critic, hidden_size=32),
-        functools.partial(torch.optim.AdamW, eps=1e-5, weight_decay=0.0),
-        **(SETTINGS | changes),
-    )
-
-
 @pytest.mark.parametrize("critic", [HeadCritic, TrunkCritic])
 @pytest.mark.parametrize("correction", [True, False])
-def test_nothing_moves_without_reward(checkpoint, letter_env, fit, paid, critic, correction):
-    module = build(checkpoint("llama"), critic, correction=correction)
+def test_nothing_moves_without_reward(build_etpo, letter_env, fit, paid, critic, correction):
+    module = build_etpo(critic, correction=correction)
     before = [p.clone() for p in module.backbone.policy_parameters()]
     one_step = {"minibatch_size": 32, "update_epochs": 1}
     fit(module, paid(letter_env(4), lambda action: 0), 1, **one_step)
@@ -63,23 +27,23 @@ def test_nothing_moves_without_reward(checkpoint, letter_env, fit, paid, critic,
         torch.testing.assert_close(old, new, rtol=0, atol=1e-3 * module.policy_lr)
 
 
-def test_the_policy_moves_with_reward(checkpoint, letter_env, fit, paid):
-    module = build(checkpoint("llama"))
+def test_the_policy_moves_with_reward(build_etpo, letter_env, fit, paid):
+    module = build_etpo()
     before = [p.clone() for p in module.backbone.policy_parameters()]
     fit(module, paid(letter_env(4), lambda action: sum(map(ord, action)) % 2), 1)
     pairs = zip(before, module.backbone.policy_parameters(), strict=True)
     assert max((old - new).abs().max() for old, new in pairs) > 3e-3
 
 
-def test_it_learns(checkpoint, letter_env, fit):
+def test_it_learns(build_etpo, letter_env, fit):
     rewards = Rewards()
-    fit(build(checkpoint("llama")), letter_env(16), 25, [rewards], minibatch_size=32)
+    fit(build_etpo(), letter_env(16), 25, [rewards], minibatch_size=32)
     assert rewards.values[0] < 0.1
     assert min(rewards.values[-3:]) > 0.5
 
 
-def test_tokens_below_min_p_take_no_part(checkpoint, letter_env, fit):
-    module = build(checkpoint("llama"), TrunkCritic, min_p=0.3)
+def test_tokens_below_min_p_take_no_part(build_etpo, letter_env, fit):
+    module = build_etpo(TrunkCritic, min_p=0.3)
     data = fit(module, letter_env(8), 3)
     batch = module.annotate(data.rollout)
     valid = batch.action_mask
@@ -98,8 +62,8 @@ def test_tokens_below_min_p_take_no_part(checkpoint, letter_env, fit):
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-def test_the_leak_term_keeps_what_min_p_cut_off_unlikely(checkpoint, letter_env, fit):
-    module = build(checkpoint("llama"), min_p=0.3, leak=0.0)
+def test_the_leak_term_keeps_what_min_p_cut_off_unlikely(build_etpo, letter_env, fit):
+    module = build_etpo(min_p=0.3, leak=0.0)
     data = fit(module, letter_env(8), 1)
     module.log_mean = lambda *_: None
     batch = module.annotate(data.rollout)
@@ -120,8 +84,8 @@ def test_the_leak_term_keeps_what_min_p_cut_off_unlikely(checkpoint, letter_env,
     torch.testing.assert_close(leaked, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_lambda_returns_equal_a_loop_over_episodes(checkpoint, letter_env, fit):
-    module = build(checkpoint("llama"))
+def test_lambda_returns_equal_a_loop_over_episodes(build_etpo, letter_env, fit):
+    module = build_etpo()
     data = fit(module, letter_env(3), 1, minibatch_size=6)
     rollout = data.rollout
     actions = rollout.actions
@@ -153,8 +117,8 @@ def test_lambda_returns_equal_a_loop_over_episodes(checkpoint, letter_env, fit):
         assert actions.truncated[env::3].sum() == 1
 
 
-def test_scaling_keeps_the_direction_of_the_whole_objective(checkpoint, letter_env, fit, paid):
-    module = build(checkpoint("llama"), scale_objective=True)
+def test_scaling_keeps_the_direction_of_the_whole_objective(build_etpo, letter_env, fit, paid):
+    module = build_etpo(scale_objective=True)
     env = paid(letter_env(4), lambda action: sum(map(ord, action)) % 7 / 7)
     rollout = fit(module, env, 1).rollout
     module.log_mean = lambda *_: None
@@ -173,8 +137,8 @@ def test_scaling_keeps_the_direction_of_the_whole_objective(checkpoint, letter_e
     torch.testing.assert_close(scaled, plain / rms, rtol=1e-3, atol=1e-5)
 
 
-def test_grouping_actions_by_length_changes_nothing(checkpoint, letter_env, fit):
-    module = build(checkpoint("llama"), critic=TrunkCritic)
+def test_grouping_actions_by_length_changes_nothing(build_etpo, letter_env, fit):
+    module = build_etpo(critic=TrunkCritic)
     data = fit(module, letter_env(6), 1, actions_per_iteration=42, minibatch_size=14)
     batch = module.annotate(data.rollout)
     lengths = torch.arange(42) % 5 + 1
@@ -203,7 +167,7 @@ def test_grouping_actions_by_length_changes_nothing(checkpoint, letter_env, fit)
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
 
 
-def test_trust_region_leaves_a_stopped_policy_without_gradient(checkpoint, letter_env, fit):
+def test_trust_region_leaves_a_stopped_policy_without_gradient(build_etpo, letter_env, fit):
     class Stopped(Callback):
         def __init__(self):
             self.moved, self.critic_moved = [], []
@@ -222,13 +186,13 @@ def test_trust_region_leaves_a_stopped_policy_without_gradient(checkpoint, lette
             self.critic_moved.append(not torch.equal(critic, self.before[1]))
 
     watch = Stopped()
-    fit(build(checkpoint("llama"), max_kl=0.02), letter_env(8), 3, [watch])
+    fit(build_etpo(max_kl=0.02), letter_env(8), 3, [watch])
     assert {stopped for stopped, _ in watch.moved} == {True, False}
     assert all(moved != stopped for stopped, moved in watch.moved)
     assert all(watch.critic_moved)
 
 
-def test_beta_moves_linearly_over_the_iterations(checkpoint, letter_env, fit):
+def test_beta_moves_linearly_over_the_iterations(build_etpo, letter_env, fit):
     class Betas(Callback):
         def __init__(self):
             self.values, self.logged = [], []
@@ -237,23 +201,23 @@ def test_beta_moves_linearly_over_the_iterations(checkpoint, letter_env, fit):
             self.values.append(module.beta)
             self.logged.append(float(trainer.callback_metrics["train/beta"]))
 
-    module = build(checkpoint("llama"), beta=0.4, beta_end_factor=0.25, beta_iters=3)
+    module = build_etpo(beta=0.4, beta_end_factor=0.25, beta_iters=3)
     betas = Betas()
     fit(module, letter_env(4), 5, callbacks=[betas])
     assert betas.values == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.1])
     assert betas.logged == pytest.approx(betas.values)
 
 
-def test_target_critic_follows_once_per_iteration(checkpoint, letter_env, fit):
-    module = build(checkpoint("llama"), tau=1.0)
+def test_target_critic_follows_once_per_iteration(build_etpo, letter_env, fit):
+    module = build_etpo(tau=1.0)
     fit(module, letter_env(4), 1)
     pairs = zip(module.critic.parameters(), module.target_critic.parameters(), strict=True)
     assert all(torch.equal(new, target) for new, target in pairs)
     assert any(p.any() for p in module.target_critic.head.value.parameters())
 
 
-def test_checkpoints_leave_out_the_frozen_reference(checkpoint, letter_env, fit):
-    module = build(checkpoint("llama"))
+def test_checkpoints_leave_out_the_frozen_reference(build_etpo, letter_env, fit):
+    module = build_etpo()
     saved = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(saved)
     keys = saved["state_dict"]
@@ -276,9 +240,9 @@ def test_checkpoints_leave_out_the_frozen_reference(checkpoint, letter_env, fit)
         ("critic_loss", "l1", "algorithm.critic_loss=l1: allowed are huber, mse"),
     ],
 )
-def test_bad_values_stop_before_the_model_is_loaded(key, value, message):
+def test_bad_values_stop_before_the_model_is_loaded(key, value, message, etpo_settings):
     def backbone():
         raise AssertionError("the model was loaded")
 
     with pytest.raises(ConfigError, match=message):
-        ETPO(backbone, None, None, **(SETTINGS | {key: value}))
+        ETPO(backbone, None, None, **(etpo_settings | {key: value}))

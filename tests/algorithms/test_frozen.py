@@ -9,7 +9,6 @@ import json
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from lightning import Trainer
 
 from etpo import evaluate, train
 from etpo.algorithms.frozen import BestOfN, Reflexion, ZeroShot
@@ -20,7 +19,6 @@ from etpo.environments.data_science.prompts import HEADER
 from etpo.environments.data_science.scoring import ProgramScorer, Score
 from etpo.models.backbone import Backbone
 from etpo.models.prompting import CompletionTemplate
-from etpo.rollout.datamodule import RolloutDataModule
 
 FIRST_PROMPT = f"# iris: 45 training rows, 4 features, 3 classes\n{HEADER}"
 BUDGET = (
@@ -170,32 +168,20 @@ def test_no_weight_moves_and_the_kl_is_that_of_min_p(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp_fork_find_unused_parameters_true", "ddp_fork"])
-def test_two_processes(strategy, checkpoint, letter_env, tmp_path):
+def test_two_processes(strategy, checkpoint, letter_env, fit, tmp_path):
     module = ZeroShot(
         lambda: Backbone(str(checkpoint("llama")), CompletionTemplate()), annotation_batch=8
     )
-    data = RolloutDataModule(
+    fit(
+        module,
         letter_env(4),
-        actions_per_iteration=32,
+        2,
+        [RunSummary(), MetricsCSV(tmp_path)],
+        trainer={"devices": 2, "strategy": strategy},
         minibatch_size=8,
         update_epochs=1,
         max_new_tokens=4,
-        num_envs=4,
-        seed=0,
     )
-    trainer = Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        devices=2,
-        strategy=strategy,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=[RunSummary(), MetricsCSV(tmp_path)],
-    )
-    trainer.fit(module, data)
     assert column(tmp_path, "step") == [1, 3]
     best = column(tmp_path, "rollout/best_reward_so_far")
     mean_over_processes = column(tmp_path, "rollout/best_reward")

@@ -1,7 +1,5 @@
 """Every candidate cure does what it says, and runs through the real loop."""
 
-import functools
-
 import pytest
 import torch
 
@@ -13,45 +11,24 @@ from etpo.algorithms.variants import (
     WindowETPO,
 )
 from etpo.errors import ConfigError
-from etpo.models.backbone import Backbone
 from etpo.models.critics import TrunkCritic
-from etpo.models.prompting import CompletionTemplate
 
-SETTINGS = {
+PLAIN = {
     "beta": 0.02,
-    "beta_end_factor": 1.0,
-    "beta_iters": 1,
-    "gamma": 0.9,
-    "lambda_": 0.9,
-    "eta": 0.05,
-    "floor": 0.0,
     "correction": False,
-    "scale_objective": False,
     "clip_low": None,
     "clip_high": None,
     "leak": 0.0,
     "max_kl": None,
-    "tau": 1.0,
-    "policy_lr": 3e-3,
-    "critic_lr": 3e-3,
-    "critic_loss": "huber",
-    "huber_delta": 1.0,
-    "max_grad_norm": 1.0,
-    "annotation_batch": 8,
 }
 
 
 @pytest.fixture
-def build(checkpoint):
+def build(build_etpo):
     """build(variant, ...): the algorithm on a small random model."""
 
     def make(variant, **changes):
-        return variant(
-            lambda: Backbone(str(checkpoint("llama")), CompletionTemplate()),
-            functools.partial(TrunkCritic, hidden_size=16),
-            functools.partial(torch.optim.AdamW, eps=1e-5, weight_decay=0.0),
-            **(SETTINGS | changes),
-        )
+        return build_etpo(TrunkCritic, variant=variant, **(PLAIN | changes))
 
     return make
 

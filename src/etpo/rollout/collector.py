@@ -1,8 +1,8 @@
 """Plays a language model in a text environment; knows nothing of the algorithm or the task."""
 
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,34 +59,17 @@ def collect(
         cut = torch.as_tensor(truncated) & ~ended
         if number == rounds - 1:
             cut = ~ended
-        for env in range(environment.num_envs):
-            records.append(
-                Record(
-                    env,
-                    int(attempt[env]) + 1,
-                    backbone.tokenizer.decode(prompts.ids[env][prompts.mask[env]]),
-                    texts[env],
-                    float(rewards[env]),
-                    infos["error"][env],
-                    bool(infos["cached"][env]),
-                )
-            )
-            if cut[env]:
-                final = infos["final_obs"][env]
-                bootstrap.append(following[env] if final is None else final)
+        records += written(backbone, prompts, attempt, texts, rewards, infos)
+        for env in cut.nonzero().flatten().tolist():
+            final = infos["final_obs"][env]
+            bootstrap.append(following[env] if final is None else final)
         reward = torch.as_tensor(rewards, dtype=torch.float32)
         done.append(Round(prompts, taken, reward, ended, cut, attempt.clone()))
         attempt = torch.where(ended | cut, 0, attempt + 1)
         observations = following
         if on_progress is not None:
             on_progress("rollout", number + 1, rounds)
-    next_prompts = (
-        backbone.encode(bootstrap)
-        if bootstrap
-        else PromptBatch(
-            torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1, dtype=torch.bool), 0
-        )
-    )
+    next_prompts = encode_any(backbone, bootstrap)
     return Rollout(
         actions=stack(done, backbone.pad_id),
         bootstrap_ids=next_prompts.ids,
@@ -97,6 +80,36 @@ def collect(
         generate_seconds=generate_seconds,
         score_seconds=score_seconds,
     )
+
+
+def written(
+    backbone: Backbone,
+    prompts: PromptBatch,
+    attempt: Tensor,
+    texts: Sequence[str],
+    rewards: Sequence[float],
+    infos: dict[str, Any],
+) -> list[Record]:
+    """A round's actions as a person reads them, one per environment."""
+    return [
+        Record(
+            env,
+            int(attempt[env]) + 1,
+            backbone.tokenizer.decode(prompts.ids[env][prompts.mask[env]]),
+            text,
+            float(rewards[env]),
+            infos["error"][env],
+            bool(infos["cached"][env]),
+        )
+        for env, text in enumerate(texts)
+    ]
+
+
+def encode_any(backbone: Backbone, observations: Sequence[TextObservation]) -> PromptBatch:
+    """`backbone.encode`, for no observation too: [0, 1]."""
+    if observations:
+        return backbone.encode(observations)
+    return PromptBatch(torch.zeros(0, 1).long(), torch.zeros(0, 1).bool(), 0)
 
 
 def stack(rounds: list[Round], pad_id: int) -> Actions:
