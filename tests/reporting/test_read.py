@@ -37,8 +37,19 @@ from etpo.reporting.read import (
     ],
 )
 def test_the_label_of_a_method(runs, labels):
-    algorithms = [run.split()[0] for run in runs]
-    assert method_labels(algorithms, [overrides_of(run.split()[1:]) for run in runs]) == labels
+    choices = [(run.split()[0], overrides_of(run.split()[1:])) for run in runs]
+    assert method_labels(choices) == labels
+
+
+def test_a_label_stays_as_further_cells_finish(tmp_path, write_cell):
+    study = tmp_path / "s"
+    write_cell(study / "a", ["experiment=plain", "seed=0"], [0.1])
+    other = write_cell(study / "b", ["experiment=other", "seed=0"], [0.1])
+    both = read_studies([study]).summary["method"].tolist()
+    (other / "summary.json").unlink()
+    (first,) = read_studies([study]).summary["method"]
+    assert [*both] == ["etpo experiment=other", "etpo experiment=plain"]
+    assert first == "etpo experiment=plain"
 
 
 @pytest.mark.parametrize(

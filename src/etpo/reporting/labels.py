@@ -10,29 +10,31 @@ from etpo.study import CHANGEABLE
 APART = {*CHANGEABLE, "seed", "environment.dataset", "environment.target", "algorithm"}
 
 
+Choices = tuple[str, dict[str, str]]  # a run's algorithm and overrides
+
+
 def overrides_of(arguments: Sequence[str]) -> dict[str, str]:
     """Key -> value of a command line's overrides; `~key` has an empty value."""
     pairs = (argument.partition("=") for argument in arguments)
     return {key.lstrip("+"): value for key, _, value in pairs}
 
 
-def method_labels(algorithms: Sequence[str], overrides: Sequence[dict[str, str]]) -> list[str]:
+def method_labels(runs: Sequence[Choices], others: Sequence[Choices] = ()) -> list[str]:
     """For every run its algorithm and the overrides in which runs of that algorithm differ.
 
     An override is named by the last part of its key, or by the whole key where two that differ
-    end alike: `etpo eta=0.3`.
+    end alike: `etpo eta=0.3`. `others`, as cells that are not finished, count for what differs, so
+    that a label does not change as a study goes on.
     """
     differing = {
-        algorithm: differing_keys(
-            [o for a, o in zip(algorithms, overrides, strict=True) if a == algorithm]
-        )
-        for algorithm in set(algorithms)
+        algorithm: differing_keys([o for a, o in (*runs, *others) if a == algorithm])
+        for algorithm, _ in runs
     }
     keys = set().union(*differing.values())
     ends = [key.rpartition(".")[2] for key in keys]
     short = {key: end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)}
     labels = []
-    for algorithm, own in zip(algorithms, overrides, strict=True):
+    for algorithm, own in runs:
         told = [key for key in sorted(differing[algorithm]) if key in own]
         labels.append(" ".join([algorithm, *(f"{short[key]}={own[key]}" for key in told)]))
     return labels

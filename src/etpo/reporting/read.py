@@ -62,25 +62,26 @@ def read_studies(folders: Sequence[Path]) -> Raw:
     Raises ConfigError where no cell is finished.
     """
     cells, left_out = [], []
-    for folder in folders:
-        for path in sorted(file.parent for file in folder.glob("*/.hydra")):
-            reason, cell = shortcoming(path), None
-            if reason is None:
-                try:
-                    cell = read_cell(path)
-                except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-                    reason = f"unreadable: {type(error).__name__}: {error}".splitlines()[0]
-            if cell is None:
-                left_out.append((cell_name(path), reason))
-            else:
-                cells.append(cell)
+    paths = [p for f in folders for p in sorted(file.parent for file in f.glob("*/.hydra"))]
+    for path in paths:
+        reason, cell = shortcoming(path), None
+        if reason is None:
+            try:
+                cell = read_cell(path)
+            except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+                reason = f"unreadable: {type(error).__name__}: {error}".splitlines()[0]
+        if cell is None:
+            left_out.append((cell_name(path), reason))
+        else:
+            cells.append(cell)
     if not cells:
         told = f"; {left_out[0][0]}: {left_out[0][1]}" if left_out else ""
         raise ConfigError(
             f"study={','.join(f.name for f in folders)}: allowed is a study with a finished cell, "
             f"{len(left_out)} are not finished{told}"
         )
-    labels = method_labels([c.algorithm for c in cells], [c.overrides for c in cells])
+    others = [choices for path in paths if (choices := choices_of(path)) is not None]
+    labels = method_labels([(c.algorithm, c.overrides) for c in cells], others)
     kept: dict[tuple, Cell] = {}
     for cell, method in zip(cells, labels, strict=True):
         run = (dataset_label(cell.summary, cell.overrides), method, cell.summary["seed"])
@@ -123,7 +124,7 @@ def cell_name(cell: Path) -> str:
 
 def read_cell(cell: Path) -> Cell:
     """A finished cell. Raises OSError, ValueError, KeyError or OmegaConf's AttributeError."""
-    hydra = OmegaConf.load(cell / ".hydra" / "hydra.yaml").hydra
+    algorithm, overrides = read_choices(cell)
     summary = json.loads((cell / "summary.json").read_text(encoding="utf-8"))
     metrics = pd.read_csv(cell / "metrics.csv", float_precision="round_trip")
     if "rollout/reward" not in metrics or metrics["rollout/reward"].isna().any():
@@ -133,9 +134,21 @@ def read_cell(cell: Path) -> Cell:
             f"metrics.csv has {len(metrics)} iterations, summary.json {summary['iterations']}"
         )
     summary = {key: summary[key] for key in ("dataset", "environment", *SUMMARY_COLUMNS[2:])}
-    overrides = overrides_of(hydra.overrides.task)
-    algorithm = hydra.runtime.choices.algorithm
     return Cell(cell_name(cell), algorithm, overrides, summary, metrics)
+
+
+def read_choices(cell: Path) -> tuple[str, dict[str, str]]:
+    """Algorithm and overrides of a cell. Raises OSError or OmegaConf's AttributeError."""
+    hydra = OmegaConf.load(cell / ".hydra" / "hydra.yaml").hydra
+    return hydra.runtime.choices.algorithm, overrides_of(hydra.overrides.task)
+
+
+def choices_of(cell: Path) -> tuple[str, dict[str, str]] | None:
+    """`read_choices`, None where they cannot be read."""
+    try:
+        return read_choices(cell)
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def write_raw(raw: Raw, folder: Path) -> None:
