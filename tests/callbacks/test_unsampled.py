@@ -21,7 +21,7 @@ def test_tokens_that_no_row_takes_at_an_equal_prefix():
     ]
 
 
-@pytest.mark.parametrize("experiment", ["stability_base", "stability_default"])
+@pytest.mark.parametrize("experiment", ["stability_base", "stability_all"])
 def test_a_run_logs_what_the_critic_says_of_them(command, small_run, tmp_path, experiment):
     sizes = [o for o in small_run if not o.startswith(("trainer", "algorithm"))]
     overrides = (*sizes, f"experiment={experiment}", "trainer.max_epochs=2")
