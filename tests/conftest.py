@@ -122,21 +122,22 @@ class LetterEnv(TextVectorEnv):
     def first(self):
         return {"instruction": "go", "prefix": "go", "suffix": ""}
 
-    def step(self, actions):
+    def step_part(self, actions, envs):
         rewards = np.array([a.count("c") / max(len(a), 4) for a in actions])
-        self.attempts += 1
-        done = self.attempts >= self.length
+        self.attempts[envs] += 1
+        attempts = self.attempts[envs]
+        done = attempts >= self.length
         following = [{"instruction": "go", "prefix": f"go{a[:2]}", "suffix": ""} for a in actions]
         infos = {
-            "final_obs": np.full(self.num_envs, None, dtype=object),
-            "error": [None] * self.num_envs,
-            "attempt": self.attempts.copy(),
-            "cached": [False] * self.num_envs,
+            "final_obs": np.full(len(envs), None, dtype=object),
+            "error": [None] * len(envs),
+            "attempt": attempts,
+            "cached": [False] * len(envs),
         }
-        for env in np.flatnonzero(done):
-            infos["final_obs"][env], following[env] = following[env], self.first()
-        self.attempts[done] = 0
-        return following, rewards, done, np.zeros(self.num_envs, dtype=bool), infos
+        for row in np.flatnonzero(done):
+            infos["final_obs"][row], following[row] = following[row], self.first()
+        self.attempts[envs[done]] = 0
+        return following, rewards, done, np.zeros(len(envs), dtype=bool), infos
 
     def close_extras(self, **kwargs):
         self.closed_count += 1

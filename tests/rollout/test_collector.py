@@ -1,15 +1,21 @@
+import itertools
+from threading import Event
+
+import pytest
 import torch
 
 from etpo.models.backbone import Backbone
 from etpo.models.prompting import CompletionTemplate
+from etpo.rollout import collector
 from etpo.rollout.collector import collect
 from etpo.rollout.episode import episode_layout, pack, pad_stack, unpack
 from etpo.rollout.metrics import rollout_metrics
 
 
-def rollout(folder, env, rounds=4):
+def rollout(folder, env, rounds=4, **settings):
     backbone = Backbone(str(folder), CompletionTemplate())
-    return collect(backbone, env, rounds, 6, torch.Generator().manual_seed(0), seed=0), backbone
+    generator = torch.Generator().manual_seed(0)
+    return collect(backbone, env, rounds, 6, generator, seed=0, **settings), backbone
 
 
 def test_episodes_end_restart_and_are_cut_at_the_last_round(checkpoint, letter_env):
@@ -46,6 +52,46 @@ def test_rows_hold_what_was_sampled(checkpoint, letter_env):
     metrics = rollout_metrics(played)
     assert metrics["rollout/reward"] == sum(r.reward for r in played.records) / 12
     assert metrics["rollout/action_tokens"] == actions.action_mask.sum() / 12
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+def test_groups_change_the_order_of_drawing_and_nothing_else(checkpoint, letter_env, groups):
+    played, backbone = rollout(checkpoint("llama"), letter_env(3), groups=groups)
+    actions = played.actions
+    assert actions.step.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [0] * 3
+    assert [r.env for r in played.records] == [0, 1, 2] * 4
+    assert actions.truncated.tolist() == [False] * 9 + [True] * 3
+    for row, record in enumerate(played.records):
+        ids = actions.action_ids[row][actions.action_mask[row]]
+        assert backbone.decode(ids.tolist()) == record.action
+        assert record.reward == record.action.count("c") / max(len(record.action), 4)
+        if row >= 3:  # the prompt carries the same environment's last action
+            before = "" if record.attempt == 1 else played.records[row - 3].action[:2]
+            assert record.prompt == f"go{before}"
+    greedy = [
+        collect(backbone, letter_env(3), 4, 6, None, seed=0, groups=g).records for g in (1, groups)
+    ]
+    assert greedy[0] == greedy[1]
+
+
+def test_a_group_is_answered_while_the_next_one_is_generated(checkpoint, letter_env, monkeypatch):
+    generated = [Event() for _ in range(4)]  # two groups, two rounds
+    started, answered = itertools.count(), itertools.count()
+    sample = collector.sample
+
+    def watch(*arguments):
+        generated[next(started)].set()
+        return sample(*arguments)
+
+    class Patient(letter_env):
+        def step_part(self, actions, envs):
+            following = min(next(answered) + 1, 3)
+            assert generated[following].wait(timeout=30)
+            return super().step_part(actions, envs)
+
+    monkeypatch.setattr(collector, "sample", watch)
+    played, _ = rollout(checkpoint("llama"), Patient(4), rounds=2, groups=2)
+    assert len(played.records) == 8
 
 
 def test_layout_lays_tokens_of_an_environment_in_time_order():

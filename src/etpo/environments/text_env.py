@@ -1,9 +1,11 @@
 """The contract of a text environment: a `gymnasium.vector.VectorEnv` of strings."""
 
+import string
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import numpy as np
+from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 
@@ -18,6 +20,20 @@ class TextObservation(TypedDict):
     instruction: str
     prefix: str
     suffix: str
+
+
+# observations, rewards, terminations, truncations, infos
+Step = tuple[Sequence[TextObservation], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]
+
+
+class AnyText(spaces.Text):
+    """Text of any characters and length; what is drawn from it is printable ASCII."""
+
+    def __init__(self) -> None:
+        super().__init__(64, min_length=0, charset=string.printable)
+
+    def contains(self, x: Any) -> bool:
+        return isinstance(x, str)
 
 
 class TextVectorEnv(VectorEnv[Sequence[TextObservation], Sequence[str], np.ndarray]):
@@ -41,6 +57,20 @@ class TextVectorEnv(VectorEnv[Sequence[TextObservation], Sequence[str], np.ndarr
 
     task_name: str
     metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.SAME_STEP}
+
+    def step(self, actions: Sequence[str]) -> Step:
+        """One action per environment. Raises ValueError for another number of actions."""
+        if len(actions) != self.num_envs:
+            raise ValueError(f"{len(actions)} actions for {self.num_envs} environments")
+        return self.step_part(actions, np.arange(self.num_envs))
+
+    def step_part(self, actions: Sequence[str], envs: np.ndarray) -> Step:
+        """As `step`, for the environments int64 [n] alone: everything returned is theirs, [n].
+
+        Calls do not overlap, but may come from another thread than `reset`. An environment that
+        overrides `step` instead can only step all together (`rollout.groups=1`).
+        """
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps beyond the episodes, which a resumed run starts afresh."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from etpo.environments.text_env import TextObservation, TextVectorEnv
+from etpo.environments.text_env import Step, TextObservation, TextVectorEnv
 from etpo.environments.token_mdp import TokenMDP
 from etpo.errors import MAX_SEED, ConfigError, check_integer, check_range
 
@@ -145,36 +145,33 @@ class TokenMDPEnv(TextVectorEnv):
         self._attempts = np.zeros(self.num_envs, dtype=np.int64)
         return tuple(self.observations[state] for state in self._states), {}
 
-    def step(
-        self, actions: Sequence[str]
-    ) -> tuple[tuple[TextObservation, ...], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """One transition per environment; what is returned is told in `TextVectorEnv`."""
-        if len(actions) != self.num_envs:
-            raise ValueError(f"{len(actions)} actions for {self.num_envs} environments")
+    def step_part(self, actions: Sequence[str], envs: np.ndarray) -> Step:
+        """One transition of each of `envs`; what is returned is told in `TextVectorEnv`."""
+        count = len(envs)
         errors = [self.error(action) for action in actions]
         failed = np.array([error is not None for error in errors])
         # a failure takes the place of action 0 until its reward and its end are set
         texts = ["" if error else a for a, error in zip(actions, errors, strict=True)]
-        taken = self._states, np.array([self.actions[t[: self.mdp.length]] for t in texts])
+        taken = self._states[envs], np.array([self.actions[t[: self.mdp.length]] for t in texts])
         rewards = np.where(failed, self.rewards.min(), self.rewards[taken])
-        terminations = failed | (self.np_random.random(self.num_envs) < self.termination[taken])
-        self._states = self._draw(self.following[taken])
-        self._attempts += 1
-        truncations = np.zeros(self.num_envs, dtype=bool)
+        terminations = failed | (self.np_random.random(count) < self.termination[taken])
+        states = self._draw(self.following[taken])
+        self._attempts[envs] += 1
+        truncations = np.zeros(count, dtype=bool)
         if self.time_limit is not None:
-            truncations = ~terminations & (self._attempts >= self.time_limit)
+            truncations = ~terminations & (self._attempts[envs] >= self.time_limit)
         infos = {
-            "final_obs": np.full(self.num_envs, None, dtype=object),
+            "final_obs": np.full(count, None, dtype=object),
             "error": np.array(errors, dtype=object),
-            "attempt": self._attempts.copy(),
-            "cached": np.zeros(self.num_envs, dtype=bool),
+            "attempt": self._attempts[envs],
+            "cached": np.zeros(count, dtype=bool),
         }
         ended = np.flatnonzero(terminations | truncations)
-        for env in ended:
-            infos["final_obs"][env] = self.observations[self._states[env]]
-        self._states[ended] = self._draw(np.tile(self.start, (len(ended), 1)))
-        self._attempts[ended] = 0
-        observations = tuple(self.observations[state] for state in self._states)
+        for row in ended:
+            infos["final_obs"][row] = self.observations[states[row]]
+        states[ended] = self._draw(np.tile(self.start, (len(ended), 1)))
+        self._states[envs], self._attempts[envs[ended]] = states, 0
+        observations = tuple(self.observations[state] for state in states)
         return observations, rewards, terminations, truncations, infos
 
     def error(self, action: str) -> str | None:

@@ -2,8 +2,11 @@
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +19,7 @@ OnProgress = Callable[[str, int, int], None]
 
 
 class Round(NamedTuple):
-    """What one step of all environments left."""
+    """What one step of a group of environments left."""
 
     prompts: PromptBatch
     sample: Sample
@@ -24,6 +27,64 @@ class Round(NamedTuple):
     terminated: Tensor
     truncated: Tensor
     step: Tensor
+    following: list[TextObservation]  # true next observations of the truncated actions
+    records: list[Record]
+
+
+class Group:
+    """Environments that act together: what they see, and what their actions came to."""
+
+    def __init__(self, envs: np.ndarray, observations: Sequence[TextObservation]) -> None:
+        self.envs = envs
+        self.observations = [observations[env] for env in envs]
+        self.attempt = torch.zeros(len(envs), dtype=torch.long)
+        self.rounds: list[Round] = []
+        self.prompts: PromptBatch
+        self.taken: Sample
+        self.texts: list[str]
+
+    def act(
+        self, backbone: Backbone, max_new_tokens: int, generator: torch.Generator | None
+    ) -> list[str]:
+        """The texts of one action per environment."""
+        self.prompts = backbone.encode(self.observations)
+        self.taken = sample(backbone, self.prompts, max_new_tokens, generator)
+        self.texts = action_texts(backbone, self.taken)
+        return self.texts
+
+    def receive(self, backbone: Backbone, answer: tuple[Any, ...], last: bool) -> None:
+        """Takes what `step` or `step_part` returned; `last`: open episodes are cut here."""
+        observations, rewards, terminated, truncated, infos = answer
+        ended = torch.as_tensor(terminated)
+        cut = ~ended if last else torch.as_tensor(truncated) & ~ended
+        following = []
+        for row in cut.nonzero().flatten().tolist():
+            final = infos["final_obs"][row]
+            following.append(observations[row] if final is None else final)
+        reward = torch.as_tensor(rewards, dtype=torch.float32)
+        records = self.written(backbone, rewards, infos)
+        self.rounds.append(
+            Round(self.prompts, self.taken, reward, ended, cut, self.attempt, following, records)
+        )
+        self.attempt = torch.where(ended | cut, 0, self.attempt + 1)
+        self.observations = list(observations)
+
+    def written(
+        self, backbone: Backbone, rewards: Sequence[float], infos: dict[str, Any]
+    ) -> list[Record]:
+        """The actions as a person reads them."""
+        return [
+            Record(
+                int(env),
+                int(self.attempt[row]) + 1,
+                backbone.tokenizer.decode(self.prompts.ids[row][self.prompts.mask[row]]),
+                self.texts[row],
+                float(rewards[row]),
+                infos["error"][row],
+                bool(infos["cached"][row]),
+            )
+            for row, env in enumerate(self.envs)
+        ]
 
 
 def collect(
@@ -33,76 +94,54 @@ def collect(
     max_new_tokens: int,
     generator: torch.Generator | None,
     seed: int,
+    groups: int = 1,
     on_progress: OnProgress | None = None,
 ) -> Rollout:
     """Plays `rounds` actions in every environment, from fresh episodes; greedy without generator.
 
-    Episodes that are open after the last round are truncated: their true next prompts are kept
-    for bootstrapping. `on_progress(stage, done, total)` is called with stage "rollout".
+    With several `groups` of environments, the actions of one are answered (`step_part`, in a
+    thread) while those of the next are generated. Episodes that are open after the last round are
+    truncated: their true next prompts are kept for bootstrapping. `on_progress(stage, done,
+    total)` is called with stage "rollout".
     """
     observations, _ = environment.reset(seed=seed, options={"evaluation": generator is None})
-    attempt = torch.zeros(environment.num_envs, dtype=torch.long)
-    done: list[Round] = []
-    records: list[Record] = []
-    bootstrap: list[TextObservation] = []
+    parts = [
+        Group(envs, observations)
+        for envs in np.array_split(np.arange(environment.num_envs), groups)
+    ]
+    answers: dict[int, Callable[[], tuple[Any, ...]]] = {}
     generate_seconds = score_seconds = 0.0
-    for number in range(rounds):
-        start = time.perf_counter()
-        prompts = backbone.encode(observations)
-        taken = sample(backbone, prompts, max_new_tokens, generator)
-        texts = action_texts(backbone, taken)
-        sampled = time.perf_counter()
-        following, rewards, terminated, truncated, infos = environment.step(texts)
-        generate_seconds += sampled - start
-        score_seconds += time.perf_counter() - sampled
-        ended = torch.as_tensor(terminated)
-        cut = torch.as_tensor(truncated) & ~ended
-        if number == rounds - 1:
-            cut = ~ended
-        records += written(backbone, prompts, attempt, texts, rewards, infos)
-        for env in cut.nonzero().flatten().tolist():
-            final = infos["final_obs"][env]
-            bootstrap.append(following[env] if final is None else final)
-        reward = torch.as_tensor(rewards, dtype=torch.float32)
-        done.append(Round(prompts, taken, reward, ended, cut, attempt.clone()))
-        attempt = torch.where(ended | cut, 0, attempt + 1)
-        observations = following
-        if on_progress is not None:
-            on_progress("rollout", number + 1, rounds)
-    next_prompts = encode_any(backbone, bootstrap)
+    with ThreadPoolExecutor(1, "environment") as thread:
+        for number in range(rounds + 1):
+            for index, part in enumerate(parts):
+                start = time.perf_counter()
+                if number > 0:
+                    part.receive(backbone, answers[index](), last=number == rounds)
+                answered = time.perf_counter()
+                if number < rounds:
+                    texts = part.act(backbone, max_new_tokens, generator)
+                    if groups == 1:
+                        answers[index] = partial(environment.step, texts)
+                    else:
+                        answers[index] = thread.submit(
+                            environment.step_part, texts, part.envs
+                        ).result
+                score_seconds += answered - start
+                generate_seconds += time.perf_counter() - answered
+            if on_progress is not None and number > 0:
+                on_progress("rollout", number, rounds)
+    done = [part.rounds[number] for number in range(rounds) for part in parts]
+    next_prompts = encode_any(backbone, [o for r in done for o in r.following])
     return Rollout(
         actions=stack(done, backbone.pad_id),
         bootstrap_ids=next_prompts.ids,
         bootstrap_mask=next_prompts.mask,
-        records=records,
+        records=[record for r in done for record in r.records],
         num_envs=environment.num_envs,
         dropped_prompt_tokens=sum(r.prompts.dropped for r in done),
         generate_seconds=generate_seconds,
         score_seconds=score_seconds,
     )
-
-
-def written(
-    backbone: Backbone,
-    prompts: PromptBatch,
-    attempt: Tensor,
-    texts: Sequence[str],
-    rewards: Sequence[float],
-    infos: dict[str, Any],
-) -> list[Record]:
-    """A round's actions as a person reads them, one per environment."""
-    return [
-        Record(
-            env,
-            int(attempt[env]) + 1,
-            backbone.tokenizer.decode(prompts.ids[env][prompts.mask[env]]),
-            text,
-            float(rewards[env]),
-            infos["error"][env],
-            bool(infos["cached"][env]),
-        )
-        for env, text in enumerate(texts)
-    ]
 
 
 def encode_any(backbone: Backbone, observations: Sequence[TextObservation]) -> PromptBatch:
@@ -113,7 +152,7 @@ def encode_any(backbone: Backbone, observations: Sequence[TextObservation]) -> P
 
 
 def stack(rounds: list[Round], pad_id: int) -> Actions:
-    """All rounds as one batch, ordered by round, then by environment."""
+    """All rounds as one batch, in their order."""
     return Actions(
         prompt_ids=pad_stack([r.prompts.ids for r in rounds], pad_id, left=True),
         prompt_mask=pad_stack([r.prompts.mask for r in rounds], False, left=True),

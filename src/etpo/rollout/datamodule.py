@@ -26,6 +26,8 @@ class RolloutDataModule(LightningDataModule):
     the same ones.
 
     environment: `num_envs` copies of the task, per rank.
+    groups: so many groups of environments take turns: while one's actions are answered, those of
+    the next are generated. At most `num_envs`; more than 1 needs `environment.step_part`.
     actions_per_iteration: over all ranks; a multiple of ranks * num_envs and of
     ranks * minibatch_size.
     minibatch_size: actions per training step and rank.
@@ -44,6 +46,7 @@ class RolloutDataModule(LightningDataModule):
         max_new_tokens: int,
         num_envs: int,
         seed: int,
+        groups: int = 1,
     ) -> None:
         super().__init__()
         self.environment = environment
@@ -53,6 +56,7 @@ class RolloutDataModule(LightningDataModule):
         self.max_new_tokens = max_new_tokens
         self.num_envs = num_envs
         self.seed = seed
+        self.groups = groups
         self.on_progress: OnProgress | None = None
         self.rollout: Rollout | None = None
         self.check(world_size=1)
@@ -66,6 +70,12 @@ class RolloutDataModule(LightningDataModule):
             raise ConfigError(
                 f"rollout.num_envs={self.num_envs}: allowed is the environment's number, "
                 f"{self.environment.num_envs}"
+            )
+        check_integer("rollout.groups", self.groups, 1, self.num_envs)
+        if self.groups > 1 and type(self.environment).step_part is TextVectorEnv.step_part:
+            raise ConfigError(
+                f"rollout.groups={self.groups}: allowed is 1, for {self.environment.task_name} can "
+                "only step all environments together"
             )
         for key in ("num_envs", "minibatch_size"):
             unit = world_size * getattr(self, key)
@@ -120,6 +130,7 @@ class RolloutDataModule(LightningDataModule):
                 self.max_new_tokens,
                 decoding,
                 seed=derived_seed(self.seed, iteration, rank, 1),
+                groups=self.groups,
                 on_progress=self.on_progress,
             )
             batch = module.annotate(self.rollout)

@@ -19,7 +19,7 @@ from etpo.environments.data_science.datasets import load_dataset
 from etpo.environments.data_science.scoring import ProgramScorer, Score
 from etpo.environments.data_science.script import best_program_script, write_program_data
 from etpo.environments.sandbox import Sandbox
-from etpo.environments.text_env import TextObservation, TextVectorEnv
+from etpo.environments.text_env import Step, TextObservation, TextVectorEnv
 from etpo.errors import MAX_SEED, ConfigError, check_integer
 
 
@@ -116,36 +116,32 @@ class DataScienceEnv(TextVectorEnv):
     def _first_observation(self) -> TextObservation:
         return prompts.observation(self.task, memory=self._memory)
 
-    def step(
-        self, actions: Sequence[str]
-    ) -> tuple[tuple[TextObservation, ...], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Score one action per environment; what is returned is told in `TextVectorEnv`."""
-        if len(actions) != self.num_envs:
-            raise ValueError(f"{len(actions)} actions for {self.num_envs} environments")
+    def step_part(self, actions: Sequence[str], envs: np.ndarray) -> Step:
+        """Scores one action of each of `envs`; what is returned is told in `TextVectorEnv`."""
         programs = [prompts.program_from_action(action) for action in actions]
         scores = self.scorer.score(programs, self.on_score)
-        self._attempts += 1
+        self._attempts[envs] += 1
         failed = np.array([score.error is not None for score in scores])
-        terminations = self._attempts >= self.max_attempts
+        terminations = self._attempts[envs] >= self.max_attempts
         if self.mode != "improve":
             terminations |= ~failed
         attempts = [_attempt(*scored) for scored in zip(programs, scores, strict=True)]
         observations = [prompts.observation(self.task, a, self._memory) for a in attempts]
         if self._remembers:
             self._memory = prompts.remember(self._memory, attempts)
-        final_observations = np.full(self.num_envs, None, dtype=object)
+        final_observations = np.full(len(envs), None, dtype=object)
         infos = {
             "final_obs": final_observations,
             "error": np.array([score.error for score in scores], dtype=object),
-            "attempt": self._attempts.copy(),
+            "attempt": self._attempts[envs],
             "cached": np.array([score.cached for score in scores]),
         }
         for index in np.flatnonzero(terminations):
             final_observations[index] = observations[index]
             observations[index] = self._first_observation()
-        self._attempts[terminations] = 0
+        self._attempts[envs[terminations]] = 0
         rewards = np.array([score.reward for score in scores], dtype=np.float64)
-        truncations = np.zeros(self.num_envs, dtype=bool)
+        truncations = np.zeros(len(envs), dtype=bool)
         return tuple(observations), rewards, terminations, truncations, infos
 
     def held_out(self, programs: Sequence[str]) -> list[Score] | None:

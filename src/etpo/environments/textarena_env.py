@@ -1,0 +1,113 @@
+"""The single-player games of TextArena (arXiv 2504.11442) as gymnasium environments.
+
+They need the package `textarena`: `pip install "etpo[textarena]"`.
+"""
+
+import contextlib
+import random
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import gymnasium
+
+from etpo.environments.text_env import AnyText
+from etpo.errors import ConfigError
+
+_INVALID = "You attempted an invalid move. Reason: "
+_ONE_AT_A_TIME = threading.RLock()  # the games draw from the module `random`
+
+
+class TextArenaEnv(gymnasium.Env):
+    """One game of TextArena, paid as the game says when it ends; 0 before.
+
+    game: its name in TextArena; with `-train` at the end observations hold the rules, the game's
+    messages and the present board, without it the whole conversation. options: arguments of the
+    game. An invalid move is a failure (`info["error"]`); most games allow one and end at a second.
+    A turn limit belongs to the game: every end is a termination.
+
+    A seed decides the whole game, side by side with others, and leaves the global generator as it
+    was. Registered as `etpo/TextArena-v0`. Raises ConfigError for a game that is not known or
+    needs several players, ImportError where `textarena` is missing.
+    """
+
+    metadata: Mapping[str, Any] = {"render_modes": ["ansi"]}
+
+    def __init__(
+        self,
+        *,
+        game: str,
+        options: Mapping[str, Any] | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        try:
+            import textarena
+        except ImportError as error:
+            raise ImportError('TextArena is missing: pip install "etpo[textarena]"') from error
+        known = textarena.envs.registration.ENV_REGISTRY
+        if game not in known:
+            raise ConfigError(
+                f"environment.kwargs.game={game}: allowed are names of TextArena such as "
+                "FrozenLake-v0-train, GuessTheNumber-v0-train, TowerOfHanoi-v0-train"
+            )
+        self._make = lambda: textarena.make(game, **(options or {}))
+        self.render_mode = render_mode
+        self._name = game
+        self.action_space, self.observation_space = AnyText(), AnyText()
+        self._state = random.Random(0).getstate()
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        """A new game; without a seed it is drawn from the generator that the last one seeded."""
+        super().reset(seed=seed)
+        with self._own_random():
+            self._game = self._make()  # its wrappers would keep the last game's messages
+            try:
+                self._game.reset(num_players=1, seed=int(self.np_random.integers(2**31)))
+                return self._read(), {}
+            except (AssertionError, ValueError) as error:  # several players; no board to show
+                raise ConfigError(f"environment.kwargs.game={self._name}: {error}") from error
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """One move; brackets around it are added where the game wants them."""
+        state = self._game.state
+        errors = state.error_count
+        with self._own_random():
+            done, _ = self._game.step(action)
+            observed = self._read()
+        refused = state.error_count > errors or state.game_info[0]["invalid_move"]
+        error = self._reason() if refused else None
+        reward = float(self._game.close()[0][0]) if done else 0.0
+        return observed, reward, bool(done), False, {"error": error}
+
+    def render(self) -> str:
+        """What the player has read last."""
+        return self._observed
+
+    def _read(self) -> str:
+        self._observed = self._game.get_observation()[1]
+        return self._observed
+
+    def _reason(self) -> str:
+        """What the game says of the last invalid move."""
+        state = self._game.state
+        if state.game_info[0]["invalid_move"]:
+            return state.game_info[0]["reason"]
+        texts = (text for _, text in reversed(state.logs) if text.startswith(_INVALID))
+        return next(texts).removeprefix(_INVALID).partition(" Please resubmit")[0]
+
+    @contextlib.contextmanager
+    def _own_random(self) -> Iterator[None]:
+        """`random` is this game's own generator meanwhile."""
+        with _ONE_AT_A_TIME:
+            before = random.getstate()
+            random.setstate(self._state)
+            try:
+                yield
+            finally:
+                self._state = random.getstate()
+                random.setstate(before)
+
+
+gymnasium.register("etpo/TextArena-v0", entry_point=TextArenaEnv)
