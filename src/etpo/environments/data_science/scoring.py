@@ -27,6 +27,7 @@ from etpo.errors import ConfigError
 FAILURE_REWARD = -1.0
 HELD_OUT_FRACTION = 0.4
 _UNSTRATIFIED_DRAWS = 100
+_REFUSED = "RuntimeError: GridSearchCV is not allowed"
 
 
 class Score(NamedTuple):
@@ -35,6 +36,15 @@ class Score(NamedTuple):
     reward: float
     error: str | None
     cached: bool
+
+
+class Trial(NamedTuple):
+    """One run of a program: its score, by split too, and the CPU seconds of all its threads."""
+
+    reward: float
+    split_aucs: list[float] | None
+    error: str | None
+    cpu_seconds: float
 
 
 def impute(
@@ -157,6 +167,15 @@ class ProgramScorer:
         scores = self._run(list(dict.fromkeys(programs)), splits, y_tests, None)
         return [scores[program] for program in programs]
 
+    def trial(self, program: str) -> Trial:
+        """Runs a program on every split, known or not, and keeps nothing."""
+        if self._is_refused(program):
+            return Trial(FAILURE_REWARD, None, _REFUSED, 0.0)
+        (outcome,) = self._outcomes([program], self._splits, None)
+        reward, error, _ = _score(outcome, self._y_tests)
+        aucs = None if error is not None else split_aucs(outcome, self._y_tests)
+        return Trial(reward, aucs, error, outcome.seconds)
+
     def known_scores(self) -> dict[str, tuple[float, str | None]]:
         """Reward and error of every program that was scored, by its text."""
         return {program: (score.reward, score.error) for program, score in self._cache.items()}
@@ -251,26 +270,29 @@ class ProgramScorer:
         y_tests: list[np.ndarray],
         on_result: Callable[[int, Outcome], None] | None,
     ) -> dict[str, Score]:
-        refused = "RuntimeError: GridSearchCV is not allowed"
         scores = {
-            program: Score(FAILURE_REWARD, refused, cached=False)
+            program: Score(FAILURE_REWARD, _REFUSED, cached=False)
             for program in programs
             if self._is_refused(program)
         }
         programs = [program for program in programs if program not in scores]
-        if not programs:
-            return scores
-        self.start()
-        outcomes = self.sandbox.run(
-            programs,
-            splits,
-            self.dataset.n_classes,
-            [self.program_seed(program) for program in programs],
-            on_result=on_result,
-        )
-        for program, outcome in zip(programs, outcomes, strict=True):
-            scores[program] = _score(outcome, y_tests)
+        if programs:
+            outcomes = self._outcomes(programs, splits, on_result)
+            for program, outcome in zip(programs, outcomes, strict=True):
+                scores[program] = _score(outcome, y_tests)
         return scores
+
+    def _outcomes(
+        self,
+        programs: list[str],
+        splits: list[Split],
+        on_result: Callable[[int, Outcome], None] | None,
+    ) -> list[Outcome]:
+        self.start()
+        seeds = [self.program_seed(program) for program in programs]
+        return self.sandbox.run(
+            programs, splits, self.dataset.n_classes, seeds, on_result=on_result
+        )
 
 
 def draw_halves(
@@ -286,11 +308,16 @@ def draw_halves(
     return train, test
 
 
+def split_aucs(outcome: Outcome, y_tests: list[np.ndarray]) -> list[float]:
+    """ROC AUC of a program that works, by split; ValueError where `roc_auc` has one."""
+    return [roc_auc(y, p) for y, p in zip(y_tests, outcome.probabilities, strict=True)]
+
+
 def _score(outcome: Outcome, y_tests: list[np.ndarray]) -> Score:
     if outcome.error is not None:
         return Score(FAILURE_REWARD, outcome.error, cached=False)
     try:
-        aucs = [roc_auc(y, p) for y, p in zip(y_tests, outcome.probabilities, strict=True)]
+        aucs = split_aucs(outcome, y_tests)
     except ValueError as error:
         return Score(FAILURE_REWARD, f"ValueError: {error}", cached=False)
     return Score(float(np.mean(aucs)), None, cached=False)
