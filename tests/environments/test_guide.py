@@ -5,9 +5,12 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
+
 GUIDE = Path(__file__).parents[2] / "docs" / "environments.md"
 
 
+@pytest.mark.slow
 def test_the_guides_environment_trains(start_train, tmp_path, monkeypatch, small_run):
     section = GUIDE.read_text(encoding="utf-8").partition("## Your own environment")[2]
     program, command = re.findall(r"```(?:python|bash)\n(.*?)```", section, flags=re.DOTALL)[:2]
