@@ -11,7 +11,7 @@ import pytest
 from etpo.environments.sandbox import Outcome, Sandbox, confinement, seccomp
 
 from .attacks import ATTACKS, ENDLESS, attack
-from .conftest import N_FEATURES, N_TEST, assert_scores_well, make_splits
+from .conftest import GOOD_PROGRAM, N_FEATURES, N_TEST, assert_scores_well, make_splits
 
 SECRET = "the labels"
 FAST = """
@@ -112,6 +112,65 @@ def test_no_data_file_of_scikit_learn_is_readable() -> None:
         assert not any(folder.is_relative_to(path) for path in readable)
     assert not any(path.name in ("site-packages", "dist-packages") for path in readable)
     assert not any(Path.cwd().is_relative_to(path) for path in [*readable, *listed])
+
+
+# hostile programs that end at once
+QUICK = """
+fork subprocess posix_spawn exec raw_clone kill_trainer kill_everything ptrace leave_session unshare
+read_passwd read_users_file trainer_environ write_new_file unlink poison_library bundled_data_set
+tcp unix_socket terabyte deep_recursion segmentation_fault exit_in_str exit_zero short_result
+pickle_as_result patched_metric cache_across_splits
+""".split()  # noqa: SIM905
+FAILING = (
+    "def build_model(x_train, y_train):\n    return LogisticRegresion()\n",
+    "def build_model(x_train, y_train):\n    return (1\n",
+    "def build_model(x_train, y_train):\n    raise ValueError('no')\n",
+    "def other(x_train, y_train):\n    return None\n",
+)
+
+
+@pytest.mark.slow
+def test_a_soak_of_5000_programs_leaves_nothing_behind(facts: dict[str, object]) -> None:
+    """Half of them honest, a quarter failing, a quarter hostile."""
+    splits, _ = make_splits(n_splits=1)
+    hostile = [attack(ATTACKS[name][0].format(**facts)) for name in QUICK]
+    programs = []
+    for number in range(1250):
+        honest = GOOD_PROGRAM.replace("LogisticRegression()", f"LogisticRegression(C={number + 1})")
+        programs += [honest, honest.replace("C=", "tol=1e-3, C=")]
+        programs += [FAILING[number % len(FAILING)], hostile[number % len(hostile)]]
+    before = temporary_files()
+    with Sandbox(workers=2, deadline=5, memory_mib=1024) as soaked:
+        sizes = []
+        for start in range(0, len(programs), 500):
+            outcomes = soaked.run(programs[start : start + 500], splits, 2, seed=0)
+            errors = [outcome.error for outcome in outcomes]
+            assert [e for i, e in enumerate(errors) if i % 4 < 2 and e is not None] == []
+            assert None not in errors[2::4]
+            assert not any("Escaped" in str(error) for error in errors)
+            assert children_of(soaked) == []
+            pids = [os.getpid(), *(server.process.pid for server in soaked._servers)]
+            sizes.append([(descriptors(pid), resident_mib(pid)) for pid in pids])
+    assert len(set(pids)) == 3
+    for (fewest, small), (most, large) in zip(sizes[1], sizes[-1], strict=True):
+        assert most <= fewest
+        assert large <= small + 8
+    assert os.listdir(facts["folder"]) == ["labels.txt"]
+    assert temporary_files() == before
+
+
+def descriptors(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def resident_mib(pid: int) -> float:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def temporary_files() -> list[str]:
+    """What lies directly in the places that every user may write to."""
+    return [f"{place}/{name}" for place in ("/dev/shm", "/var/tmp") for name in os.listdir(place)]
 
 
 def children_of(sandbox: Sandbox) -> list[str]:
