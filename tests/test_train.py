@@ -199,6 +199,7 @@ def test_a_csv_file_is_a_task(command, data_dir, tmp_path):
     assert len((tmp_path / "best_action_data.csv").read_text().splitlines()) == 1 + 1000
 
 
+@pytest.mark.slow
 def test_improving_balance_scale(command, tmp_path):
     """With `mode=improve` a success does not end the episode: its score is in the next prompt."""
     overrides = ("dataset=balance_scale", "mode=improve", "max_attempts=2")

@@ -1,6 +1,7 @@
-"""The environment that the guide in docs/environments.md builds, trained as the guide says."""
+"""What docs/environments.md tells: its example, and the worlds that are named there, trained."""
 
 import csv
+import os
 import re
 import shlex
 from pathlib import Path
@@ -10,22 +11,49 @@ import pytest
 GUIDE = Path(__file__).parents[2] / "docs" / "environments.md"
 
 
+def rewards(folder):
+    """The mean rewards of the one run below a working folder."""
+    (run,) = (folder / "logs" / "train" / "runs").iterdir()
+    with (run / "metrics.csv").open(newline="") as file:
+        return [float(row["rollout/reward"]) for row in csv.DictReader(file)]
+
+
+@pytest.fixture
+def budget(small_run):
+    return [a for a in small_run if not a.startswith("environment.")]
+
+
 @pytest.mark.slow
-def test_the_guides_environment_trains(start_train, tmp_path, monkeypatch, small_run):
+def test_the_guides_environment_trains(start_train, tmp_path, monkeypatch, budget):
     section = GUIDE.read_text(encoding="utf-8").partition("## Your own environment")[2]
     program, command = re.findall(r"```(?:python|bash)\n(.*?)```", section, flags=re.DOTALL)[:2]
     assert len([line for line in program.splitlines() if line.strip()]) <= 40
     (tmp_path / "short_program.py").write_text(program, encoding="utf-8")
     variable, name, *arguments = shlex.split(command)
     assert (variable, name) == ("PYTHONPATH=.", "etpo-train")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    budget = [a for a in small_run if not a.startswith("environment.")]
+    path = os.environ.get("PYTHONPATH")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [".", path])))
     process = start_train(tmp_path, *arguments, *budget, "rollout.groups=2")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    (folder,) = (tmp_path / "logs" / "train" / "runs").iterdir()
-    with (folder / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 3
-    assert all(-1 <= float(row["rollout/reward"]) <= 1 for row in rows)
+    assert len(rewards(tmp_path)) == 3
+    assert all(-1 <= reward <= 1 for reward in rewards(tmp_path))
     assert "mean reward" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["environment=household"],
+        ["environment=textarena", "environment.kwargs.game=GuessTheNumber-v0-train"],
+        ["experiment=frozen_lake", "critic.hidden_size=16"],
+    ],
+)
+def test_every_world_trains(start_train, tmp_path, budget, arguments):
+    if "household" not in arguments[0]:
+        pytest.importorskip("textarena")
+    process = start_train(tmp_path, *arguments, *budget)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert len(rewards(tmp_path)) == 3
