@@ -10,7 +10,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
-.PHONY: help install train evaluate test test-all lint format
+.PHONY: help install train evaluate test test-all bench lint format
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk 'BEGIN {FS = ":.*## "} {printf "  make %-10s %s\n", $$1, $$2}'
@@ -28,6 +28,9 @@ test: install ## Run the tests (under 10 minutes on 2 cores); ARGS goes to pytes
 
 test-all: install ## Run the tests and the slow ones
 	$(BIN)/pytest -n 2 --dist worksteal -m "slow or not slow" $(ARGS)
+
+bench: install ## Measure how fast programs are scored: tables, and CSV in benchmarks/results
+	$(BIN)/python benchmarks/scoring.py
 
 lint: install ## Check style with ruff
 	$(BIN)/ruff check .
