@@ -31,6 +31,7 @@ CHANGEABLE = (
     "environment.data_dir",
     "environment.path",
     "environment.score_cache",
+    "environment.score_cache_entries",
     "environment.sandbox.workers",
 )
 

@@ -40,20 +40,30 @@ def scorer(tmp_path):
 def test_scores_come_back_bit_for_bit_and_tasks_are_apart(tmp_path):
     file = tmp_path / "new folder" / "scores.sqlite"
     scores = {"a": (1 / 3, None), "b": (-1.0, "ValueError: no"), "\ud800": (0.1 + 0.2, None)}
-    ScoreCache(file, {"data": "x"}).put(scores)
-    assert ScoreCache(file, {"data": "x"}).get([*scores, "unknown"]) == scores
-    assert ScoreCache(file, {"data": "y"}).get(scores) == {}
+    ScoreCache(file, {"data": "x"}, 10_000).put(scores)
+    assert ScoreCache(file, {"data": "x"}, 10_000).get([*scores, "unknown"]) == scores
+    assert ScoreCache(file, {"data": "y"}, 10_000).get(scores) == {}
 
 
 def test_the_first_score_of_a_program_stays(tmp_path):
-    cache = ScoreCache(tmp_path / "scores.sqlite", {})
+    cache = ScoreCache(tmp_path / "scores.sqlite", {}, 10_000)
     cache.put({"a": (0.5, None)})
     cache.put({"a": (0.75, None), "b": (0.25, None)})
     assert cache.get(["a", "b"]) == {"a": (0.5, None), "b": (0.25, None)}
 
 
+def test_beyond_its_size_the_oldest_scores_go(tmp_path):
+    cache = ScoreCache(tmp_path / "scores.sqlite", {}, 3)
+    for program in "abcd":
+        cache.put({program: (0.5, None)})
+    cache.put({"b": (0.5, None)})  # known: takes no new place
+    assert sorted(cache.get("abcd")) == ["b", "c", "d"]
+    cache.put(dict.fromkeys("efghi", (0.5, None)))
+    assert sorted(cache.get("abcdefghi")) == ["g", "h", "i"]
+
+
 def test_many_programs_are_looked_up_at_once(tmp_path):
-    cache = ScoreCache(tmp_path / "scores.sqlite", {})
+    cache = ScoreCache(tmp_path / "scores.sqlite", {}, 10_000)
     scores = {f"program {number}": (float(number), None) for number in range(2000)}
     cache.put(scores)
     assert cache.get(scores) == scores
@@ -100,4 +110,4 @@ def test_a_file_of_another_kind_is_bad_input(scorer, tmp_path):
     with pytest.raises(ConfigError, match=r"environment\.score_cache=.*notes\.txt: .*allowed is"):
         scorer(cache_path=str(file))
     with pytest.raises(sqlite3.DatabaseError):
-        ScoreCache(file, {})
+        ScoreCache(file, {}, 10_000)

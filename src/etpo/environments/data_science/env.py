@@ -59,10 +59,15 @@ class DataScienceEnv(TextVectorEnv):
         mode: str = "repair",
         num_envs: int = 1,
         score_cache: str | None = None,
+        score_cache_entries: int = 1_000_000,
     ) -> None:
         _check_choice("mode", mode, ("repair", "improve", "remember"))
         _check_choice("protocol", protocol, ("held_out", "paper"))
-        for key, value in (("max_attempts", max_attempts), ("n_splits", n_splits)):
+        for key, value in (
+            ("max_attempts", max_attempts),
+            ("n_splits", n_splits),
+            ("score_cache_entries", score_cache_entries),
+        ):
             check_integer(f"environment.{key}", value, 1)
         check_integer("environment.num_envs", num_envs, 1)
         check_integer("environment.split_seed", split_seed, 0, MAX_SEED)
@@ -77,6 +82,7 @@ class DataScienceEnv(TextVectorEnv):
             split_seed=split_seed,
             n_splits=n_splits,
             cache_path=score_cache,
+            cache_entries=score_cache_entries,
         )
         self.protocol = protocol
         self.mode = mode

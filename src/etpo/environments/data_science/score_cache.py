@@ -17,11 +17,12 @@ class ScoreCache:
 
     path: the file; it and its folder are made where they are missing. task: everything besides the
     program that its score depends on, as JSON-serialisable values; other tasks in the same file are
-    kept apart. Raises sqlite3.DatabaseError where the file is something else.
+    kept apart. max_entries: scores of all tasks that the file keeps; beyond it the oldest go.
+    Raises sqlite3.DatabaseError where the file is something else.
     """
 
-    def __init__(self, path: Path, task: Mapping[str, Any]) -> None:
-        self.path = path
+    def __init__(self, path: Path, task: Mapping[str, Any], max_entries: int) -> None:
+        self.path, self.max_entries = path, max_entries
         self._task = json.dumps(task, sort_keys=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         with closing(self._connect()) as connection, connection:
@@ -48,6 +49,11 @@ class ScoreCache:
         rows = [(self._key(program), *score) for program, score in scores.items()]
         with closing(self._connect()) as connection, connection:
             connection.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?, ?)", rows)
+            # row ids grow as scores are added
+            connection.execute(
+                "DELETE FROM scores WHERE rowid <= (SELECT max(rowid) FROM scores) - ?",
+                (self.max_entries,),
+            )
 
     def _connect(self) -> sqlite3.Connection:
         return sqlite3.connect(self.path, timeout=_BUSY_SECONDS)

@@ -86,7 +86,8 @@ class ProgramScorer:
     and what works is worth the same under other names: one program of the same form is run.
 
     cache_path: a file that keeps the scores for other runs (`ScoreCache`), or None. Programs that
-    ran out of time are not kept there: another machine may be faster. Raises ConfigError where the
+    ran out of time are not kept there: another machine may be faster. cache_entries: the largest
+    number of scores in it, >= 1. Raises ConfigError where the
     file cannot be used.
     """
 
@@ -99,6 +100,7 @@ class ProgramScorer:
         split_seed: int = 0,
         n_splits: int = 5,
         cache_path: str | None = None,
+        cache_entries: int = 1_000_000,
     ) -> None:
         self.dataset = dataset
         self.sandbox = sandbox
@@ -119,7 +121,9 @@ class ProgramScorer:
         halves = [draw_halves(self.reward_rows, dataset.target, random) for _ in range(n_splits)]
         self.n_train_rows = len(halves[0][0])
         self._splits, self._y_tests = self._prepare(halves)
-        self._disk = None if cache_path is None else self._open_cache(Path(cache_path))
+        self._disk = None
+        if cache_path is not None:
+            self._disk = self._open_cache(Path(cache_path), cache_entries)
 
     def start(self) -> None:
         """Start the sandbox unless it runs; the first score does it too."""
@@ -233,7 +237,7 @@ class ProgramScorer:
     def _is_refused(self, program: str) -> bool:
         return self.protocol == "paper" and "GridSearchCV(" in program
 
-    def _open_cache(self, path: Path) -> ScoreCache:
+    def _open_cache(self, path: Path, max_entries: int) -> ScoreCache:
         task = {
             "data": self.dataset.content_hash,
             "protocol": self.protocol,
@@ -245,7 +249,7 @@ class ProgramScorer:
             "python": platform.python_version(),
         }
         try:
-            return ScoreCache(path, task)
+            return ScoreCache(path, task, max_entries)
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(
                 f"environment.score_cache={path}: {error}; allowed is a file that this run may "
