@@ -15,12 +15,14 @@ from etpo.errors import ConfigError
 class Countdown(gymnasium.Env):
     """Starts at a drawn number; each action takes its length away; pays 1 at exactly zero."""
 
-    def __init__(self, start=9, fields=("prefix",), during=lambda: None):
+    during = staticmethod(lambda: None)  # called in every step
+
+    def __init__(self, start=9, fields=("prefix",)):
         self.action_space = AnyText()
         self.observation_space = (
             spaces.Dict({field: AnyText() for field in fields}) if fields else AnyText()
         )
-        self.start, self.fields, self.during = start, fields, during
+        self.start, self.fields = start, fields
         self.resets = []
 
     def observe(self):
@@ -111,9 +113,10 @@ def test_a_part_steps_alone():
         environment.step(["", ""])
 
 
-def test_copies_step_side_by_side():
+def test_copies_step_side_by_side(monkeypatch):
     together = threading.Barrier(8, timeout=30)  # breaks where they come one after the other
-    environment = countdown(8, kwargs={"during": together.wait})
+    monkeypatch.setattr(Countdown, "during", staticmethod(together.wait))
+    environment = countdown(8)
     environment.reset(seed=0)
     assert len(environment.step([""] * 8)[0]) == 8
 

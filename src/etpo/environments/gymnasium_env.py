@@ -61,7 +61,8 @@ class GymnasiumEnv(TextVectorEnv):
                 ) from error
             self.envs.append(env)
         first = self.envs[0]
-        self.task_name, self.metadata = first.spec.id, self.metadata | first.metadata
+        self.task_name = id.rpartition(":")[2]
+        self.metadata = self.metadata | first.metadata
         self.single_action_space = first.action_space
         self.single_observation_space = first.observation_space
         if not isinstance(first.action_space, spaces.Text) or not is_text(first.observation_space):

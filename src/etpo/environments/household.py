@@ -134,7 +134,7 @@ class HouseholdEnv(gymnasium.Env):
     Raises ConfigError for values out of range.
     """
 
-    metadata: Mapping[str, Any] = {"render_modes": ["ansi"]}
+    metadata: Mapping[str, Any] = {"render_modes": ["ansi"], "render_fps": 1}
 
     def __init__(
         self,

@@ -31,7 +31,7 @@ class TextArenaEnv(gymnasium.Env):
     needs several players, ImportError where `textarena` is missing.
     """
 
-    metadata: Mapping[str, Any] = {"render_modes": ["ansi"]}
+    metadata: Mapping[str, Any] = {"render_modes": ["ansi"], "render_fps": 1}
 
     def __init__(
         self,
