@@ -74,6 +74,14 @@ def test_copies_have_seeds_of_their_own_and_a_seed_decides_all():
     assert len(set(left(observations))) > 1
 
 
+def test_the_options_of_a_reset_hold_for_the_episodes_after_it():
+    environment = countdown(1)
+    for options in ({"evaluation": True}, None):
+        (before,) = left(environment.reset(seed=0, options=options)[0])
+        environment.step(["x" * before])
+        assert environment.envs[0].unwrapped.resets[-1] == (None, options)
+
+
 def test_an_episode_that_ends_is_reset_in_the_same_step():
     environment = countdown(3, kwargs={"start": 4})
     before = left(environment.reset(seed=0)[0])

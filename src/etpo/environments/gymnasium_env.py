@@ -77,8 +77,12 @@ class GymnasiumEnv(TextVectorEnv):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[tuple[TextObservation, ...], dict[str, Any]]:
-        """Opens a new episode in every copy; episodes under way are abandoned."""
+        """Opens a new episode in every copy; episodes under way are abandoned.
+
+        `options` are those of the episodes after it, too.
+        """
         super().reset(seed=seed)
+        self.options = options
         seeds = [None if seed is None else (seed + i) % 2**32 for i in range(self.num_envs)]
         self.attempts[:] = 0
         jobs = [
@@ -91,7 +95,7 @@ class GymnasiumEnv(TextVectorEnv):
         """One action of each of `envs`, side by side."""
         self.attempts[envs] += 1
         jobs = [
-            self.threads.submit(step, self.envs[env], action)
+            self.threads.submit(step, self.envs[env], action, self.options)
             for env, action in zip(envs, actions, strict=True)
         ]
         observations, rewards, terminations, truncations, final, infos = zip(
@@ -142,7 +146,7 @@ def observation(read: str | Mapping[str, str]) -> TextObservation:
 
 
 def step(
-    env: gymnasium.Env, action: str
+    env: gymnasium.Env, action: str, options: dict[str, Any] | None
 ) -> tuple[TextObservation, float, bool, bool, TextObservation | None, dict[str, Any]]:
     """One action and, where it ends the episode, the first observation of the next one.
 
@@ -151,5 +155,5 @@ def step(
     read, reward, terminated, truncated, info = env.step(action)
     following, final = observation(read), None
     if terminated or truncated:
-        following, final = observation(env.reset()[0]), following
+        following, final = observation(env.reset(options=options)[0]), following
     return following, float(reward), bool(terminated), bool(truncated), final, info

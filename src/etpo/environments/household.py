@@ -128,9 +128,8 @@ class HouseholdEnv(gymnasium.Env):
     lost. Registered as `etpo/Household-v0` with 60 steps, after which an episode is truncated.
 
     num_goals: 1 to 4; three take 10 to 23 actions. list_actions: observations name the admissible
-    actions. history: so many of the last actions are shown. Observations are a Dict of
-    instruction and prefix. Rooms, places and goals are drawn from the generator that
-    `reset(seed=...)` seeds.
+    actions. history: so many of the last actions are shown. Observations are a Dict of instruction
+    and prefix. Rooms, places and goals are drawn from the generator that `reset(seed=...)` seeds.
     Raises ConfigError for values out of range.
     """
 

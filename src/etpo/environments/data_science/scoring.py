@@ -87,8 +87,7 @@ class ProgramScorer:
 
     cache_path: a file that keeps the scores for other runs (`ScoreCache`), or None. Programs that
     ran out of time are not kept there: another machine may be faster. cache_entries: the largest
-    number of scores in it, >= 1. Raises ConfigError where the
-    file cannot be used.
+    number of scores in it, >= 1. Raises ConfigError where the file cannot be used.
     """
 
     def __init__(
