@@ -105,6 +105,7 @@ def test_its_seed_decides_it(tmp_path, made):
         ({"moves": ["<left>"]}, "model.moves=.*: allowed are two different texts or more"),
         ({"moves": ["a", ""]}, "model.moves="),
         ({"vocabulary_size": 100}, "model.vocabulary_size=100: allowed is 302 or more"),
+        ({"hidden_size": 36}, "model.hidden_size=36: allowed are multiples of 8"),
         ({"num_layers": 0}, "model.num_layers=0: allowed is 1 or more"),
         ({"init_seed": -1}, "model.init_seed=-1: allowed is from 0"),
     ],

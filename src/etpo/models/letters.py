@@ -1,17 +1,15 @@
 """A randomly initialised language model whose vocabulary is that of a token MDP."""
 
-import os
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from tokenizers import Tokenizer, decoders, models, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from etpo.environments.token_mdp_env import VOCABULARY_SIZES, letters
 from etpo.errors import MAX_SEED, check_integer
 from etpo.models.backbone import Backbone
+from etpo.models.fresh import fresh_llama, save_checkpoint
 from etpo.models.prompting import PromptTemplate
 
 EOS = "</s>"
@@ -35,31 +33,19 @@ def letter_tokenizer(vocabulary_size: int) -> PreTrainedTokenizerFast:
 
 def letter_model(vocabulary_size: int, seed: int) -> LlamaForCausalLM:
     """A Llama of two layers, 64 wide, with fresh float32 weights."""
-    config = LlamaConfig(
-        vocab_size=vocabulary_size,
+    return fresh_llama(
+        letter_tokenizer(vocabulary_size),
+        seed,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
         initializer_range=0.1,  # large enough that the distributions are not all uniform
-        bos_token_id=vocabulary_size - 1,
-        eos_token_id=vocabulary_size - 1,
-        dtype="float32",
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
 
 
 def save_letter_checkpoint(folder: Path, vocabulary_size: int, seed: int) -> None:
     """Writes tokenizer and model as a Hugging Face checkpoint, all at once."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent) as parent:
-        letter_tokenizer(vocabulary_size).save_pretrained(f"{parent}/model")
-        letter_model(vocabulary_size, seed).save_pretrained(f"{parent}/model")
-        os.replace(f"{parent}/model", folder)
+    save_checkpoint(folder, letter_model(vocabulary_size, seed), letter_tokenizer(vocabulary_size))
 
 
 def letter_backbone(

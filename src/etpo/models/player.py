@@ -5,20 +5,19 @@ one token, and the weights to moves that are drawn uniformly. What it plays bett
 learned by reinforcement.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from etpo.environments.text_env import TextVectorEnv
 from etpo.errors import MAX_SEED, ConfigError, check_integer
 from etpo.models.backbone import Backbone
+from etpo.models.fresh import fresh_llama, save_checkpoint
 from etpo.models.prompting import PromptTemplate
 
 EOS = "</s>"
@@ -104,8 +103,9 @@ def player_backbone(
 ) -> Backbone:
     """The backbone of the checkpoint in the folder `name_or_path`, which is made if it is missing.
 
-    environment: the game. moves: the texts that it plays, at least two. vocabulary_size: tokens in
-    all. init_seed: draws play and weights, apart from the run's seed. settings: arguments of
+    environment: the game, which is closed here. moves: the texts that it plays, at least two.
+    vocabulary_size: tokens in all. hidden_size: a multiple of 8, for four heads of even size.
+    init_seed: draws play and weights, apart from the run's seed. settings: arguments of
     `Backbone`. Raises ConfigError for values out of range.
     """
     moves = list(moves)
@@ -113,31 +113,17 @@ def player_backbone(
         raise ConfigError(f"model.moves={moves}: allowed are two different texts or more")
     check_integer("model.vocabulary_size", vocabulary_size, 300 + len(moves))
     check_integer("model.hidden_size", hidden_size, 8)
+    if hidden_size % 8:
+        raise ConfigError(f"model.hidden_size={hidden_size}: allowed are multiples of 8")
     check_integer("model.num_layers", num_layers, 1)
     check_integer("model.init_seed", init_seed, 0, MAX_SEED)
     folder = Path(name_or_path)
     if not folder.exists():
         texts = random_play(environment, moves, ROUNDS, init_seed)
         tokenizer = line_tokenizer(texts, moves, vocabulary_size)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden_size,
-            intermediate_size=2 * hidden_size,
-            num_hidden_layers=num_layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=1024,
-            bos_token_id=tokenizer.eos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            dtype="float32",
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(init_seed)
-            model = LlamaForCausalLM(config)
+        sizes = {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size}
+        model = fresh_llama(tokenizer, init_seed, num_hidden_layers=num_layers, **sizes)
         fit_random_player(model, tokenizer, texts, moves, init_seed)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder.parent) as parent:
-            tokenizer.save_pretrained(f"{parent}/model")
-            model.save_pretrained(f"{parent}/model")
-            os.replace(f"{parent}/model", folder)
+        save_checkpoint(folder, model, tokenizer)
+    environment.close()  # the run has one of its own
     return Backbone(name_or_path, prompt, **settings)
