@@ -1,6 +1,6 @@
 """Programs per second: the sandbox against a fresh interpreter per program, in one run.
 
-    python benchmarks/scoring.py [--programs 12] [--rounds 3] [--out benchmarks/results]
+    python benchmarks/scoring.py [--programs 6] [--rounds 3] [--out benchmarks/results]
 
 Both score the same programs on the same five splits of tic_tac_toe, with one BLAS thread each. The
 fresh interpreter imports scikit-learn, runs all splits in one process and confines nothing. The
@@ -108,7 +108,7 @@ def table(measured: pd.DataFrame) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--programs", type=int, default=12)
+    parser.add_argument("--programs", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args()
