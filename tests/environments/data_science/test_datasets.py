@@ -117,6 +117,48 @@ def test_target_by_name_and_semantic_hash(tmp_path):
     assert changed.content_hash != first.content_hash
 
 
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["True", "False"], ("False", "True")),
+        (["1", "0"], ("0", "1")),
+        (["-1", "1"], ("-1", "1")),
+        (["2.5", "10"], ("2.5", "10")),
+        (["é", "z"], ("z", "é")),
+        (["yes, often", "0"], ("0", "yes, often")),
+    ],
+)
+def test_classes_of_any_kind(labels, names, tmp_path):
+    rows = "".join(f'{i},"{labels[i % 2]}"\n' for i in range(8))
+    dataset = load_dataset("csv", path=write(tmp_path, "a,y\n" + rows))
+    assert dataset.class_names == names
+    assert [names[label] for label in dataset.target] == [labels[i % 2] for i in range(8)]
+
+
+def test_a_large_set_is_a_stratified_sample(tmp_path):
+    """9,000 rows of class r, 900 of s, 100 of t; the rare category is in one row alone."""
+    kinds = ["r"] * 9000 + ["s"] * 900 + ["t"] * 100
+    rows = "".join(
+        f"{i},{'a' if i == 7 else 'b' if i % 2 else 'c'},{k}\n" for i, k in enumerate(kinds)
+    )
+    path = write(tmp_path, "n,colour,kind\n" + rows)
+    whole = load_dataset("csv", path=path)
+    assert len(whole.target) == 10_000
+    assert load_dataset("csv", path=path, max_rows=10_000).content_hash == whole.content_hash
+    one = load_dataset("csv", path=path, max_rows=1000, seed=1)
+    assert np.bincount(one.target).tolist() == [900, 90, 10]
+    row = one.features[:, 0].astype(int)
+    assert (np.diff(row) > 0).all()  # order of the file, no row twice
+    np.testing.assert_array_equal(one.features, whole.features[row])
+    np.testing.assert_array_equal(one.target, whole.target[row])
+    again = load_dataset("csv", path=path, max_rows=1000, seed=1)
+    other = load_dataset("csv", path=path, max_rows=1000, seed=2)
+    assert again.content_hash == one.content_hash
+    assert len({one.content_hash, other.content_hash, whole.content_hash}) == 3
+    # one row less than all: a class may lose none
+    assert len(load_dataset("csv", path=path, max_rows=9999).target) == 9999
+
+
 MANY = "\n".join(["a,y", *(f"{i},{i * 0.37}" for i in range(40))])
 
 
@@ -170,7 +212,13 @@ def test_unreadable_files(tmp_path):
         ({"name": "iris", "target": "x"}, r"environment\.target is read with"),
         ({"name": "iris", "missing": "skip"}, r"environment\.missing=skip.*impute, drop"),
         ({"name": "cmc", "data_dir": "/no/folder"}, r"environment\.data_dir=/no/folder"),
-        ({"name": "pharyngitis"}, r"pharyngitis\.csv.*environment\.data_dir.*environment\.path"),
+        ({"name": "iris", "max_rows": 0}, r"environment\.max_rows=0: allowed is 1 or more"),
+        ({"name": "iris", "max_rows": 10}, r"environment\.max_rows=10 leaves class '\w+'.* 3 rows"),
+        (
+            {"name": "pharyngitis"},
+            r"pharyngitis\.csv.*kaggle\.com/datasets/yoshifumimiya/pharyngitis.*target=radt",
+        ),
+        ({"name": "spaceship_titanic"}, r"kaggle\.com/competitions/spaceship-titanic"),
     ],
 )
 def test_bad_arguments(arguments, expected, monkeypatch):
@@ -202,7 +250,7 @@ def test_openml_frame_is_encoded_like_the_csv(data_dir, monkeypatch):
     monkeypatch.delenv("ETPO_DATA_DIR", raising=False)
     monkeypatch.setattr(datasets.bundled, "fetch_openml", fetch)
     fetched = load_dataset("credit_g")
-    assert (asked["name"], asked["version"]) == ("credit-g", 1)
+    assert asked["data_id"] == 31
     assert fetched.content_hash == load_dataset("credit_g", data_dir=str(data_dir)).content_hash
 
 

@@ -8,14 +8,15 @@ import csv
 import difflib
 import os
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
 from sklearn import datasets as bundled
 
 from etpo.environments.data_science import generated
-from etpo.environments.data_science.encoding import Dataset, Table, encode
-from etpo.errors import ConfigError
+from etpo.environments.data_science.encoding import Dataset, Table, encode, sample_rows
+from etpo.errors import ConfigError, check_integer
 
 __all__ = ["DATASET_NAMES", "Dataset", "load_dataset"]
 
@@ -26,17 +27,25 @@ _BUNDLED = {
     "breast_cancer": bundled.load_breast_cancer,
     "digits": bundled.load_digits,
 }
-_OPENML = {  # version 1 of each, as CAAFE and ETPO take them
-    "breast_w": "breast-w",
-    "cmc": "cmc",
-    "credit_g": "credit-g",
-    "diabetes": "diabetes",
-    "pc1": "pc1",
-    "airlines": "airlines",
-    "eucalyptus": "eucalyptus",
-    "jungle_chess": "jungle_chess_2pcs_raw_endgame_complete",
+_OPENML = {  # the numbers of the sets there, as CAAFE and ETPO take them
+    "breast_w": 15,
+    "cmc": 23,
+    "credit_g": 31,
+    "diabetes": 37,
+    "eucalyptus": 188,
+    "pc1": 1068,
+    "airlines": 1169,
+    "jungle_chess": 41027,
 }
-_KAGGLE = ("kidney_stone", "health_insurance", "pharyngitis", "spaceship_titanic")
+_KAGGLE = {  # page under kaggle.com, target column
+    "kidney_stone": ("competitions/playground-series-s3e12", "target"),
+    "pharyngitis": ("datasets/yoshifumimiya/pharyngitis", "radt"),
+    "health_insurance": (
+        "datasets/owaiskhan9654/health-insurance-lead-prediction-raw-data",
+        "Response",
+    ),
+    "spaceship_titanic": ("competitions/spaceship-titanic", "Transported"),
+}
 DATASET_NAMES = (*_GENERATED, *_BUNDLED, *_OPENML, *_KAGGLE, "csv")
 
 
@@ -47,6 +56,8 @@ def load_dataset(
     target: str | None = None,
     data_dir: str | None = None,
     missing: str = "impute",
+    max_rows: int = 50_000,
+    seed: int = 0,
 ) -> Dataset:
     """Load and encode the data set called `name`, one of `DATASET_NAMES`.
 
@@ -54,21 +65,30 @@ def load_dataset(
     `target`, the last one by default. A cell that is empty, `?`, `NA`, `NaN` or `nan` is missing.
     Sets that neither code nor scikit-learn has are read from `data_dir`/NAME.csv (`data_dir`
     defaults to the environment variable ETPO_DATA_DIR), then from OpenML if they are there.
+    A set of more than `max_rows` rows is a stratified sample of that many, drawn by `seed` and kept
+    in the order of the source; its columns are encoded as those of the whole set.
 
     Raises ConfigError where the name, the file or its content cannot be used.
     """
     if missing not in ("impute", "drop"):
         raise ConfigError(f"environment.missing={missing} is unknown; allowed: impute, drop")
+    check_integer("environment.max_rows", max_rows, 1)
     if name not in DATASET_NAMES:
         raise ConfigError(_unknown(name))
     if name == "csv":
-        return _load_csv(path, target, missing)
-    for key, value in (("path", path), ("target", target)):
-        if value is not None:
-            raise ConfigError(
-                f"environment.{key} is read with environment.dataset=csv only, "
-                f"not with environment.dataset={name}"
-            )
+        dataset = _load_csv(path, target, missing)
+    else:
+        for key, value in (("path", path), ("target", target)):
+            if value is not None:
+                raise ConfigError(
+                    f"environment.{key} is read with environment.dataset=csv only, "
+                    f"not with environment.dataset={name}"
+                )
+        dataset = _load_named(name, data_dir, missing)
+    return sample_rows(dataset, max_rows, seed)
+
+
+def _load_named(name: str, data_dir: str | None, missing: str) -> Dataset:
     where = f"environment.dataset={name}"
     if name in _GENERATED:
         table = _GENERATED[name]()
@@ -140,23 +160,25 @@ def _file_in(data_dir: str | None, name: str) -> Path | None:
 
 def _openml_table(name: str) -> Table:
     """Fetch from OpenML; scikit-learn keeps a copy in its own data folder."""
-    advice = (
-        f"put {name}.csv (header row, target last) into environment.data_dir or ETPO_DATA_DIR, "
-        "or give environment.dataset=csv environment.path=FILE"
-    )
-    if name not in _OPENML:
+    missing_file = f"environment.dataset={name}: no {name}.csv in environment.data_dir"
+    if name in _KAGGLE:
+        page, target = _KAGGLE[name]
         raise ConfigError(
-            f"environment.dataset={name}: no {name}.csv in environment.data_dir, and OpenML does "
-            f"not have it (it is on Kaggle); {advice}"
+            f"{missing_file}; download kaggle.com/{page} and give environment.dataset=csv "
+            f"environment.path=FILE environment.target={target}, or put {name}.csv (header row, "
+            "target last) into environment.data_dir or ETPO_DATA_DIR"
         )
     try:
-        content = bundled.fetch_openml(
-            name=_OPENML[name], version=1, as_frame=True, parser="auto", n_retries=1
-        )
+        with warnings.catch_warnings(action="ignore"):  # each try that fails warns
+            content = bundled.fetch_openml(
+                data_id=_OPENML[name], as_frame=True, parser="auto", n_retries=1
+            )
     except Exception as error:  # network, HTTP, parser and cache errors share no base class
         raise ConfigError(
-            f"environment.dataset={name}: no {name}.csv in environment.data_dir, and OpenML "
-            f"({_OPENML[name]!r}) failed with {_one_line(error)}; {advice}"
+            f"{missing_file}, and OpenML (openml.org/d/{_OPENML[name]}) failed with "
+            f"{_one_line(error)}; put {name}.csv (header row, target last) into "
+            "environment.data_dir or ETPO_DATA_DIR, "
+            "or give environment.dataset=csv environment.path=FILE"
         ) from None
     features = content.data.astype(object)
     rows = features.where(features.notna(), "").values.tolist()

@@ -2,10 +2,11 @@
 
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+from sklearn.utils import resample
 
 from etpo.errors import ConfigError
 
@@ -84,6 +85,37 @@ def encode(name: str, table: Table, target: str, missing: str, where: str) -> Da
         feature_names=feature_names,
         class_names=class_names,
         content_hash=_content_hash(features, classes, categorical, feature_names, class_names),
+    )
+
+
+def sample_rows(dataset: Dataset, max_rows: int, seed: int) -> Dataset:
+    """At most `max_rows` rows of `dataset`: a stratified sample in the order of the source.
+
+    Raises ConfigError when a class is left with fewer than `MIN_CLASS_ROWS` of them.
+    """
+    if len(dataset.target) <= max_rows:
+        return dataset
+    rows = np.arange(len(dataset.target))
+    kept = np.sort(
+        resample(
+            rows, replace=False, n_samples=max_rows, stratify=dataset.target, random_state=seed
+        )
+    )
+    features, target = dataset.features[kept], dataset.target[kept]
+    counts = np.bincount(target, minlength=dataset.n_classes)
+    if counts.min() < MIN_CLASS_ROWS:
+        rarest = dataset.class_names[counts.argmin()]
+        raise ConfigError(
+            f"environment.max_rows={max_rows} leaves class {rarest!r} of {dataset.name} with "
+            f"{counts.min()} rows; {MIN_CLASS_ROWS} or more per class are needed"
+        )
+    return replace(
+        dataset,
+        features=features,
+        target=target,
+        content_hash=_content_hash(
+            features, target, dataset.categorical, dataset.feature_names, dataset.class_names
+        ),
     )
 
 

@@ -52,6 +52,7 @@ class DataScienceEnv(TextVectorEnv):
         target: str | None = None,
         data_dir: str | None = None,
         missing: str = "impute",
+        max_rows: int = 50_000,
         protocol: str = "held_out",
         split_seed: int = 0,
         n_splits: int = 5,
@@ -72,7 +73,13 @@ class DataScienceEnv(TextVectorEnv):
         check_integer("environment.num_envs", num_envs, 1)
         check_integer("environment.split_seed", split_seed, 0, MAX_SEED)
         self.dataset = load_dataset(
-            dataset, path=path, target=target, data_dir=data_dir, missing=missing
+            dataset,
+            path=path,
+            target=target,
+            data_dir=data_dir,
+            missing=missing,
+            max_rows=max_rows,
+            seed=split_seed,
         )
         self.sandbox = sandbox
         self.scorer = ProgramScorer(
