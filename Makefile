@@ -10,7 +10,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
-.PHONY: help install train evaluate test test-all bench lint format
+.PHONY: help install train evaluate test test-all attacks bench lint format
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk 'BEGIN {FS = ":.*## "} {printf "  make %-10s %s\n", $$1, $$2}'
@@ -28,6 +28,21 @@ test: install ## Run the tests (under 10 minutes on 2 cores); ARGS goes to pytes
 
 test-all: install ## Run the tests and the slow ones
 	$(BIN)/pytest -n 2 --dist worksteal -m "slow or not slow" $(ARGS)
+
+SANDBOX_TESTS := $(BIN)/pytest -n 2 --dist worksteal -m "slow or not slow" tests/environments/sandbox
+ORDINARY_USER := $(or $(SUDO_UID),65534)
+AS_ORDINARY_USER := HOME=/tmp setpriv --reuid=$(ORDINARY_USER) --regid=$(or $(SUDO_GID),65534) \
+	--clear-groups --inh-caps=-all --bounding-set=-all
+
+attacks: install ## Attack the sandbox and soak it; as root (sudo) also once more as an ordinary user
+	$(SANDBOX_TESTS) $(ARGS)
+	@if [ "$$(id -u)" = 0 ]; then \
+		python=$$(realpath $(BIN)/python); \
+		$(AS_ORDINARY_USER) test -x "$$python" || \
+			{ echo "user $(ORDINARY_USER) may not enter the folders above $$python"; exit 1; }; \
+		echo "Once more, as user $(ORDINARY_USER):"; \
+		$(AS_ORDINARY_USER) $(SANDBOX_TESTS) -p no:cacheprovider $(ARGS); \
+	fi
 
 bench: install ## Measure how fast programs are scored: tables, and CSV in benchmarks/results
 	$(BIN)/python benchmarks/scoring.py
