@@ -94,7 +94,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     run = saved_config(str(cfg.ckpt_path), [str(override) for override in cfg.overrides])
     run.paths.output_dir = cfg.paths.output_dir
     environment = instantiate(run.environment)
-    module: ETPO = instantiate(run.algorithm, backbone=instantiate(run.model))
+    module: ETPO = instantiate(run.algorithm, backbone=instantiate(run.model, _convert_="all"))
     load_weights(module, state, cfg.ckpt_path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module.to(device)
