@@ -13,6 +13,7 @@ from rich.console import Console
 from etpo.config import CONF, check_overrides, exit_on_bad_input
 from etpo.errors import ConfigError
 from etpo.reporting.figures import bars, learning_curves, save
+from etpo.reporting.page import to_html
 from etpo.reporting.read import FILES, Raw, merged, read_saved, read_studies, write_raw
 from etpo.reporting.references import read_references
 from etpo.reporting.render import to_console, to_latex, to_markdown
@@ -51,8 +52,12 @@ def report(cfg: DictConfig) -> Report:
     table.round(DECIMALS).to_csv(out / "table.csv", index=False, lineterminator="\n")
     (out / "table.md").write_text(to_markdown(table, scale, notes), encoding="utf-8")
     (out / "table.tex").write_text(to_latex(table), encoding="utf-8")
-    save(learning_curves(raw.runs, methods, references), out / "curves")
-    save(bars(table, scores, methods), out / "bars")
+    curves = learning_curves(raw.runs, methods, references)
+    summary = bars(table, scores, methods)
+    save(curves, out / "curves")
+    save(summary, out / "bars")
+    page = to_html(table, scale, notes, curves, summary)
+    (out / "index.html").write_text(page, encoding="utf-8")
     return Report(table, notes, out)
 
 
@@ -118,7 +123,7 @@ def print_report(done: Report) -> None:
         console.print(note, markup=False, soft_wrap=True)
     tables, figures = "table.md, table.csv, table.tex", "curves.png, bars.png (and .svg)"
     console.print(
-        f"written to {done.folder}: {tables}, {figures}, {', '.join(FILES)}",
+        f"written to {done.folder}: index.html, {tables}, {figures}, {', '.join(FILES)}",
         markup=False,
         soft_wrap=True,
     )

@@ -1,6 +1,8 @@
 """`etpo-report`: a study on disk -> tables and figures, and what it refuses."""
 
 import csv
+from collections import Counter
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ FILES = {
     "bars.svg",
     "curves.png",
     "curves.svg",
+    "index.html",
     "left_out.csv",
     "runs.csv",
     "summary.csv",
@@ -97,6 +100,54 @@ def test_what_the_markdown_and_the_latex_show(made, tmp_path):
     for line in latex.splitlines():
         if line.endswith(r"\\") and not line.startswith(r"\multicolumn"):
             assert line.count("&") in (10, 8)
+
+
+class Texts(HTMLParser):
+    """The cells of every table of a page, the items of its lists, and what it refers to."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.rows, self.items, self.tags, self.links, self.inside = [], [], Counter(), [], None
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags[tag] += 1
+        self.inside = tag if tag in ("td", "th", "li", "small") else self.inside
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+        elif tag == "li":
+            self.items.append("")
+        self.links += [v for k, v in attrs if k in ("src", "href") and not v.startswith("#")]
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+    def handle_data(self, text):
+        if self.inside == "li":
+            self.items[-1] += text
+        elif self.inside:
+            self.rows[-1][-1] += (" " if self.inside == "small" else "") + text
+
+
+def test_the_page_says_what_the_markdown_says_and_needs_nothing_else(made, study, write_cell):
+    overrides = ("algorithm=rloo", "environment.dataset=<b>&", "seed=0")
+    write_cell(study / "strange", overrides, (0.0, 0.5))
+    out, _ = made()
+    page = (out / "index.html").read_text()
+    seen = Texts(page)
+    markdown = (out / "table.md").read_text().splitlines()
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in markdown if "|" in line]
+    rows = [row for row in rows if set(row) != {"---"}]
+    assert sorted(seen.rows) == sorted(rows)
+    assert seen.items == [line[2:] for line in markdown if line.startswith("- ")]
+    assert seen.items
+    assert seen.tags["svg"] == 2
+    assert not seen.links
+    assert not seen.tags["b"]  # the data set's name is text
+    assert not seen.tags["script"]
+    assert "@import" not in page
 
 
 def test_what_is_not_comparable_is_told(made, study, write_cell):

@@ -107,13 +107,18 @@ def to_markdown(table: pd.DataFrame, scale: pd.DataFrame, notes: Sequence[str]) 
     for title, rows, columns in blocks(table):
         lines += ["", f"## {title}", ""]
         if title in scale.index:
-            first, best = scale.loc[title, "first"], scale.loc[title, "best_known"]
-            lines += [f"Scores: 0 is a reward of {first:.3f}, 1 is {best:.3f}.", ""]
+            lines += [scale_line(scale, title), ""]
         lines += [markdown_row(columns), markdown_row(["---"] * len(columns))]
         lines += [markdown_row(cells) for cells in texts(rows, columns)]
     if notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in notes)]
     return "\n".join(lines) + "\n"
+
+
+def scale_line(scale: pd.DataFrame, dataset: str) -> str:
+    """What the ends of a data set's normalised scale are."""
+    first, best = scale.loc[dataset, ["first", "best_known"]]
+    return f"Scores: 0 is a reward of {first:.3f}, 1 is {best:.3f}."
 
 
 def markdown_row(cells: Sequence[str]) -> str:
