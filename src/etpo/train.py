@@ -17,11 +17,12 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from transformers.utils import logging as transformers_logging
 
 from etpo.callbacks.best_action import BestAction
 from etpo.callbacks.summary import RunSummary, print_closing, write_summary
+from etpo.callbacks.tracking import track_results
 from etpo.config import (
     CONF,
     check_config,
@@ -129,11 +130,14 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], Run]:
         log_to(folder / "train.log")
     seed_everything(cfg.seed, workers=True, verbose=False)
     run = build(cfg)
+    for logger in run.trainer.loggers:
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     try:
         status = fit(run, cfg.ckpt_path)
         summary = {}
         if run.trainer.is_global_zero:
             summary = close(run, cfg, status)
+            track_results(run.trainer.loggers, summary, folder)
             print_closing(summary, folder)
     finally:
         run.environment.close()

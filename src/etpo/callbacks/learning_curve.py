@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -14,6 +15,8 @@ MEAN, GREEDY = "#0072B2", "#D55E00"
 
 class LearningCurve(Callback):
     """Draws reward and valid rate against actions when a run ends or is interrupted.
+
+    TensorBoard gets the figure, too.
 
     dataset, model (hub id or folder), seed: name the run in the title.
     """
@@ -38,6 +41,9 @@ class LearningCurve(Callback):
         if rows:
             figure = learning_curve(rows, trainer.datamodule.actions_per_iteration, self.title)
             figure.savefig(self.folder / "learning_curve.png", dpi=150)
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_figure("learning_curve", figure, trainer.global_step)
 
 
 def learning_curve(rows: list[dict[str, str]], actions_per_iteration: int, title: str) -> Figure:

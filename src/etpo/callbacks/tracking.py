@@ -1,0 +1,84 @@
+"""What W&B and TensorBoard are told beyond the metrics: configuration, actions, results."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import wandb
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from etpo.callbacks.best_action import FILES
+from etpo.rollout.episode import Record
+
+COLUMNS = ("iteration", *Record._fields)
+
+
+class Tracking(Callback):
+    """Shows sampled actions every `every_n_iterations` iterations, the first `num_actions` of each.
+
+    W&B gets a table `actions`, and `env_steps` (actions sampled so far) as the horizontal axis of
+    all its metrics; TensorBoard gets the table as text.
+    """
+
+    def __init__(self, every_n_iterations: int, num_actions: int) -> None:
+        self.every_n_iterations, self.num_actions = every_n_iterations, num_actions
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for run in wandb_runs(trainer):
+            run.define_metric("env_steps", hidden=True)
+            run.define_metric("*", step_metric="env_steps")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.add_env_steps(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.add_env_steps(trainer)
+        if trainer.is_global_zero and trainer.current_epoch % self.every_n_iterations == 0:
+            records = trainer.datamodule.rollout.records[: self.num_actions]
+            rows = [[trainer.current_epoch, *record] for record in records]
+            for logger in trainer.loggers:
+                show_actions(logger, rows, trainer.global_step)
+
+    def add_env_steps(self, trainer: Trainer) -> None:
+        """Puts `env_steps` into the row of metrics that comes next."""
+        steps = (trainer.current_epoch + 1) * trainer.datamodule.actions_per_iteration
+        for run in wandb_runs(trainer):
+            run.log({"env_steps": steps}, commit=False)
+
+
+def wandb_runs(trainer: Trainer) -> list[Any]:
+    """The runs of the trainer's W&B loggers; on rank zero only."""
+    if not trainer.is_global_zero:
+        return []
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+
+
+def show_actions(logger: Logger, rows: Sequence[Sequence[Any]], step: int) -> None:
+    """A table with the columns `COLUMNS`."""
+    if isinstance(logger, WandbLogger):
+        logger.experiment.log({"actions": wandb.Table(list(COLUMNS), list(rows))}, commit=False)
+    elif isinstance(logger, TensorBoardLogger):
+        lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+        text = "\n".join(f"| {' | '.join(map(markdown, line))} |" for line in lines)
+        logger.experiment.add_text("actions", text, step)
+
+
+def markdown(cell: Any) -> str:
+    """One cell of a Markdown table."""
+    return str(cell).replace("|", "\\|").replace("\n", "<br>")
+
+
+@rank_zero_only
+def track_results(loggers: Sequence[Logger], summary: dict[str, Any], folder: Path) -> None:
+    """Gives W&B the numbers of `summary.json` and the best action as an artifact."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            run = logger.experiment
+            run.summary.update({f"summary/{key}": value for key, value in summary.items()})
+            for file in (folder / name for name in FILES):
+                if file.exists():
+                    artifact = wandb.Artifact(f"best_action-{run.id}", type="action")
+                    artifact.add_file(str(file))
+                    run.log_artifact(artifact)

@@ -1,0 +1,104 @@
+"""What W&B and TensorBoard get: read back from the files that they write."""
+
+import json
+
+import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from etpo import train
+from etpo.callbacks.learning_curve import LearningCurve
+from etpo.callbacks.metrics_csv import MetricsCSV
+from etpo.callbacks.tracking import COLUMNS, Tracking
+
+from .wandb_file import Offline
+
+
+@pytest.fixture
+def no_account(monkeypatch, tmp_path):
+    for variable in ("WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_MODE", "offline")  # restored at the end: the logger sets it
+
+
+def test_wandb_holds_a_run_and_what_came_after_its_resumption(
+    command, small_run, tmp_path, no_account
+):
+    folder = tmp_path / "run"
+    arguments = (
+        *(*small_run, "trainer.max_epochs=2", f"hydra.run.dir={folder}"),
+        *("logger=wandb", "logger.wandb.log_model=true"),  # offline by WANDB_MODE
+        *("logger.wandb.tags=[a,b]", "study=mine", "callbacks.tracking.every_n_iterations=2"),
+        "callbacks.tracking.num_actions=3",
+    )
+    ended = command(train.main, *arguments)
+    assert ended.status == 0, ended.err
+    last = folder / "checkpoints" / "last.ckpt"
+    ended = command(train.main, f"ckpt_path={last}", "trainer.max_epochs=3")
+    assert ended.status == 0, ended.err
+
+    offline = Offline(folder)
+    assert len(offline.files) == 2
+    assert len({run.run_id for run in offline.runs}) == 1
+    for run in offline.runs:
+        assert (run.project, run.run_group, run.job_type) == ("etpo", "mine", "train")
+        assert list(run.tags) == ["a", "b"]
+    assert offline.config["algorithm"]["beta"] == 0.02
+    assert offline.config["environment"]["dataset"] == "tic_tac_toe"
+    assert offline.config["trainer"]["max_epochs"] == 3
+
+    # by actions sampled so far: 16 in each of three iterations
+    assert offline.metrics["*"].step_metric == "env_steps"
+    lines = [json.loads(line) for line in (folder / "episodes.jsonl").read_text().splitlines()]
+    for iteration in range(3):
+        rows = [row for row in offline.history if row["env_steps"] == 16 * (iteration + 1)]
+        told = {name: value for row in rows for name, value in row.items()}
+        rewards = [line["reward"] for line in lines if line["iteration"] == iteration]
+        assert told["rollout/reward"] == pytest.approx(sum(rewards) / 16)
+        assert "val/reward" in told
+    assert all("env_steps" in row for row in offline.history)
+
+    tables = [json.loads(file.read_text()) for file in folder.rglob("actions_*.table.json")]
+    assert len(tables) == 2
+    for table, iteration in zip(sorted(tables, key=lambda t: t["data"][0]), (0, 2), strict=True):
+        assert table["columns"] == list(COLUMNS)
+        own = [line for line in lines if line["iteration"] == iteration][:3]
+        assert table["data"] == [[line[name] for name in COLUMNS] for line in own]
+
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {k: offline.summary[f"summary/{k}"] for k in summary} == summary
+    kinds = [artifact.type for artifact in offline.artifacts]
+    assert {"action", "model", "run_table"} <= set(kinds)
+    best = next(a for a in reversed(offline.artifacts) if a.type == "action")
+    (entry,) = best.manifest.contents
+    assert entry.path in ("best_action.py", "best_action.txt")
+    assert entry.size == (folder / entry.path).stat().st_size
+
+
+def test_tensorboard_gets_scalars_actions_and_the_figure(tmp_path, fit):
+    logger = TensorBoardLogger(tmp_path, name="tensorboard", version="")
+    callbacks = [
+        MetricsCSV(str(tmp_path)),
+        Tracking(2, 3),
+        LearningCurve(str(tmp_path), "d", "m", 0),
+    ]
+    fit(callbacks, 3, loggers=[logger])
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert [event.value for event in events.Scalars("val/reward")] == [0.25, 0.75, 0.5]
+    assert tags["images"] == ["learning_curve"]
+    texts = [
+        event.tensor_proto.string_val[0].decode()
+        for event in events.Tensors("actions/text_summary")
+    ]
+    assert len(texts) == 2  # iterations 0 and 2
+    rows = texts[1].splitlines()
+    assert rows[0] == "| iteration | env | attempt | prompt | action | reward | error | cached |"
+    assert rows[2:] == [
+        "| 2 | 0 | 1 | def f():<br> | a2.0.0 | 0.25 | None | False |",
+        "| 2 | 1 | 1 | def f():<br> | a2.0.1 | 0.5 | None | False |",
+        "| 2 | 0 | 2 | def f():<br> | a2.0.2 | 0.75 | None | False |",
+    ]
