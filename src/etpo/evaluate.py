@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from etpo.algorithms.etpo import ETPO
 from etpo.config import (
@@ -47,7 +48,7 @@ def saved_config(ckpt_path: str, overrides: list[str]) -> DictConfig:
     return cfg
 
 
-def load_weights(module: ETPO, state: dict[str, torch.Tensor], ckpt_path: str) -> None:
+def load_weights(module: nn.Module, state: dict[str, torch.Tensor], ckpt_path: str) -> None:
     """Loads what training changed; ConfigError where `state` is that of another model."""
     try:
         strange = module.load_state_dict(state, strict=False).unexpected_keys
@@ -94,7 +95,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     run = saved_config(str(cfg.ckpt_path), [str(override) for override in cfg.overrides])
     run.paths.output_dir = cfg.paths.output_dir
     environment = instantiate(run.environment)
-    module: ETPO = instantiate(run.algorithm, backbone=instantiate(run.model, _convert_="all"))
+    module: ETPO = instantiate(run.algorithm, backbone=instantiate(run.model))
     load_weights(module, state, cfg.ckpt_path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module.to(device)

@@ -6,7 +6,8 @@ from pathlib import Path
 import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from transformers import GenerationConfig, PreTrainedModel
+from peft import PeftModel
+from transformers import GenerationConfig
 
 from etpo.config import CONF, check_missing, check_overrides, exit_on_bad_input, load_checkpoint
 from etpo.errors import ConfigError
@@ -25,6 +26,7 @@ def load_backbone(ckpt_path: str) -> Backbone:
     state = load_checkpoint(ckpt_path)["state_dict"]
     run = saved_config(ckpt_path, [])
     run.paths.output_dir = str(Path(ckpt_path).absolute().parent.parent)
+    # plain lists: peft writes model.lora as JSON
     backbone = instantiate(run.model, _convert_="all")()
     policy = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
     if not policy:
@@ -51,14 +53,14 @@ def export(cfg: DictConfig) -> Path:
     if not isinstance(cfg.merge, bool):
         raise ConfigError(f"merge={cfg.merge}: allowed are true, false")
     out = Path(str(cfg.out)).expanduser()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out={cfg.out} exists; allowed is a new or an empty folder")
     backbone = load_backbone(str(cfg.ckpt_path))
     policy = backbone.policy
-    if isinstance(policy, PreTrainedModel) and not cfg.merge:
+    if isinstance(policy, PeftModel):
+        policy = policy.merge_and_unload() if cfg.merge else policy
+    elif not cfg.merge:
         raise ConfigError("merge=false needs a run with model.lora; this one trained all weights")
-    if not isinstance(policy, PreTrainedModel) and cfg.merge:
-        policy = policy.merge_and_unload()
     policy.generation_config = sampling(backbone)
     policy.save_pretrained(out)
     policy.generation_config.save_pretrained(out)  # peft writes the adapter alone

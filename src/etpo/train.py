@@ -61,7 +61,7 @@ def build(cfg: DictConfig) -> Run:
     callbacks = [instantiate(callback) for callback in (cfg.callbacks or {}).values()]
     trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks)
     datamodule.check(trainer.world_size)
-    module = instantiate(cfg.algorithm, backbone=instantiate(cfg.model, _convert_="all"))
+    module = instantiate(cfg.algorithm, backbone=instantiate(cfg.model))
     if cfg.ckpt_path is not None:
         check_weights(module, cfg.ckpt_path, cfg.model.name_or_path)
     return Run(environment, module, datamodule, trainer)

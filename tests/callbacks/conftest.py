@@ -207,3 +207,13 @@ def sampled() -> Callable[..., list[Record]]:
 def checkpoint(tmp_path: Path) -> Callable[[], ModelCheckpoint]:
     """Builds the callback that writes `tmp_path/checkpoints/last.ckpt` after every iteration."""
     return lambda: last_checkpoint(tmp_path)
+
+
+@pytest.fixture
+def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """W&B offline, without key or saved login."""
+    for variable in ("WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_MODE", "offline")  # restored at the end: the logger sets it

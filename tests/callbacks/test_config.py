@@ -85,14 +85,9 @@ def test_tensorboard_writes_into_the_runs_folder(tmp_path, fit):
     assert len(list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))) == 1
 
 
-def test_wandb_runs_offline_without_an_account(tmp_path, fit, monkeypatch):
+def test_wandb_runs_offline_without_an_account(tmp_path, fit, no_account):
     import wandb
 
-    for variable in ("WANDB_API_KEY", "WANDB_BASE_URL"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))  # no saved login
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_MODE", "offline")  # restored at the end: the logger sets it
     try:
         fit([], 1, loggers=loggers_of(tmp_path, "logger=wandb", "logger.wandb.offline=true"))
         assert wandb.run.settings._offline

@@ -14,15 +14,6 @@ from etpo.callbacks.tracking import COLUMNS, Tracking
 from .wandb_file import Offline
 
 
-@pytest.fixture
-def no_account(monkeypatch, tmp_path):
-    for variable in ("WANDB_API_KEY", "WANDB_BASE_URL"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_MODE", "offline")  # restored at the end: the logger sets it
-
-
 def test_wandb_holds_a_run_and_what_came_after_its_resumption(
     command, small_run, tmp_path, no_account
 ):

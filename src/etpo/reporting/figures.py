@@ -1,5 +1,6 @@
 """Figures of a report: learning curves, and bars of what they come to."""
 
+import io
 from math import ceil
 from pathlib import Path
 
@@ -87,8 +88,15 @@ def add_legend(figure: Figure, methods: list[str], models: list[str]) -> None:
 def save(figure: Figure, file: Path) -> None:
     """Writes `file`.png and `file`.svg, the same bytes for the same figure."""
     figure.savefig(file.with_suffix(".png"), dpi=150)
+    file.with_suffix(".svg").write_text(svg(figure), encoding="utf-8")
+
+
+def svg(figure: Figure, transparent: bool = False) -> str:
+    """The figure as SVG, the same text for the same figure; `transparent`: no background."""
+    text = io.StringIO()
     with rc_context({"svg.hashsalt": "etpo"}):
-        figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
+        figure.savefig(text, format="svg", transparent=transparent, metadata={"Date": None})
+    return text.getvalue()
 
 
 def tidy(axes: Axes) -> None:

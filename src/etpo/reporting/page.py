@@ -1,14 +1,13 @@
 """A report as one HTML file that needs nothing else: for a browser, light or dark."""
 
-import io
 from collections.abc import Sequence
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from etpo.reporting.figures import svg
 from etpo.reporting.render import blocks, scale_line, texts
 
 
@@ -52,8 +51,5 @@ def inline_svg(figure: Figure) -> Markup:
 
     Matplotlib leaves black text without a colour of its own, so that it inherits `fill`.
     """
-    file = io.StringIO()
-    with rc_context({"svg.hashsalt": "etpo"}):
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    text = file.getvalue()
+    text = svg(figure, transparent=True)
     return Markup(text[text.index("<svg") :].replace("#000000", "currentColor"))
