@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from etpo import train
 from etpo.study import claimed, difference
@@ -24,7 +25,7 @@ def study(command, monkeypatch, tmp_path):
         folder = Path(cfg.paths.output_dir)
         (folder / "summary.json").write_text(json.dumps({"status": "finished"}))
         (folder / "metrics.csv").write_text(f"iteration,val/reward\n0,0.1\n1,0.{cfg.seed}\n")
-        return 0.5
+        return float(f"0.{cfg.seed}")
 
     monkeypatch.setattr(train, "train_and_judge", stand_in)
     monkeypatch.chdir(tmp_path)
@@ -114,3 +115,37 @@ def test_the_first_difference_of_two_configurations():
     assert difference(one, one | {"d": 2}) == "d"
     assert difference(one, one | {"a": {"b": [1], "c": None}}) == "a.b"
     assert difference(one, one | {"e": 0}) == "e"
+
+
+def test_the_command_line_takes_the_place_of_what_a_study_sweeps(study):
+    ended = study("sweep=beta", "seed=7,8", "algorithm.beta=0.01")
+    assert ended.status == 0, ended.err
+    assert study.trained == [(7, None), (8, None)]
+
+
+SEARCH = ("hydra/sweeper=tpe", "seed=range(1,1000)", "hydra.sweeper.sampler.n_startup_trials=2")
+
+
+def test_a_search_maximises_and_goes_on_where_it_stopped(study):
+    """After the two that TPE draws at random, trials depend on what those before them gave."""
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    ended = study(*SEARCH, "hydra.sweeper.n_trials=6")
+    assert ended.status == 0, ended.err
+    whole = list(study.trained)
+    best = OmegaConf.load(study.folder / "optimization_results.yaml")
+    assert best.best_value == max(float(f"0.{seed}") for seed, _ in whole)
+    study(*SEARCH, "study=t", "hydra.sweeper.n_trials=4")
+    first = list(study.trained)
+    ended = study(*SEARCH, "study=t", "hydra.sweeper.n_trials=6")
+    assert ended.out.count("was finished before") == 4
+    assert first + study.trained == whole
+
+
+def test_a_failed_cell_stops_no_search(study):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    study(*SEARCH, "hydra.sweeper.n_trials=1")
+    study.failing.add(study.trained[0][0])
+    ended = study(*SEARCH, "study=t", "hydra.sweeper.n_trials=3")
+    assert ended.status == 1
+    assert len(study.trained) == 3
+    assert "2 cells finished, 0 not finished" in ended.out

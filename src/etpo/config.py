@@ -15,6 +15,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -71,7 +72,7 @@ def error_line(error: BaseException) -> str:
 
 
 def check_overrides(config_name: str, arguments: Sequence[str]) -> DictConfig | None:
-    """What the overrides among `arguments` compose to, sweeps by their first value.
+    """What the overrides among `arguments` compose to, sweeps by their first value, and `hydra`.
 
     None where `arguments` name another configuration than the package's own. Raises ConfigError
     where they do not compose.
@@ -85,15 +86,23 @@ def check_overrides(config_name: str, arguments: Sequence[str]) -> DictConfig | 
             loader = GlobalHydra.instance().config_loader()  # finds what a glob(...) means
             parsed = OverridesParser.create(loader).parse_overrides(flags.overrides)
             single = [
-                f"{o.get_key_element()}={next(o.sweep_string_iterator())}"
-                if multirun and o.is_sweep_override()
-                else o.input_line
-                for o in parsed
+                _first(o) if multirun and o.is_sweep_override() else o.input_line for o in parsed
             ]
-            own = [o for o in single if not o.lstrip("+~").startswith("hydra")]
-            return compose(config_name, own)
+            cfg = compose(config_name, single, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error)) from error
+    interval = next((o.input_line for o in parsed if o.is_interval_sweep()), None)
+    if interval is not None and "BasicSweeper" in cfg.hydra.sweeper._target_:
+        raise ConfigError(f"{interval}: allowed is a list, or an interval with hydra/sweeper=tpe")
+    return cfg
+
+
+def _first(sweep: Override) -> str:
+    if sweep.is_hydra_override():
+        raise ConfigError(f"{sweep.input_line}: allowed is one value, no sweep")
+    interval = sweep.is_interval_sweep()
+    value = sweep.value().start if interval else next(sweep.sweep_string_iterator())
+    return f"{sweep.get_key_element()}={value}"
 
 
 def _one_line(error: Exception) -> str:
@@ -160,6 +169,7 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
 def study_arguments(arguments: Sequence[str]) -> list[str]:
     """A multirun's `arguments`, its flag first, with their hash as `study` if none is named.
 
+    The launcher is no part of the hash: where cells run does not change what they are.
     Raises ConfigError where the overrides do not compose.
     """
     multirun = {"-m", "--multirun"} & set(arguments)
@@ -168,5 +178,6 @@ def study_arguments(arguments: Sequence[str]) -> list[str]:
     arguments = ["--multirun", *rest] if multirun else rest
     cfg = check_overrides("train", arguments)
     if multirun and cfg is not None and cfg.study is None:
-        arguments.append(f"study={short_hash(*sorted(set(rest)))}")
+        named = {a for a in rest if not a.startswith(("hydra/launcher", "hydra.launcher"))}
+        arguments.append(f"study={short_hash(*sorted(named))}")
     return arguments

@@ -55,6 +55,7 @@ def main() -> None:
     with exit_on_bad_input():
         path, overrides = arguments(sys.argv[1:])
         cfg = check_overrides("score", overrides)
+        del cfg.hydra
         print(json.dumps(score(read_program(path), cfg)))
 
 

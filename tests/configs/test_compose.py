@@ -13,6 +13,11 @@ GROUPS = sorted(
     for path in CONF.rglob("*.yaml")
     if path.parent not in (CONF, CONF / "hydra", CONF / "paths")
 )
+# options that extend a plugin of the extra `sweep`
+PLUGINS = {
+    "hydra/launcher/slurm": "hydra_plugins.hydra_submitit_launcher",
+    "hydra/sweeper/tpe": "hydra_plugins.hydra_optuna_sweeper",
+}
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -31,6 +36,8 @@ def targets(node):
 
 @pytest.mark.parametrize("option", GROUPS)
 def test_every_option_composes_and_names_what_exists(option):
+    if option in PLUGINS:
+        pytest.importorskip(PLUGINS[option])
     group, _, name = option.rpartition("/")
     cfg = composed(f"{group}={name}")
     found = list(targets(cfg))
@@ -46,6 +53,8 @@ def test_every_option_composes_and_names_what_exists(option):
         ("algorithm.bta=1", "algorithm.bta"),
         ("model=gpt5", "model/gpt5"),
         ("seed=[", "no viable alternative"),
+        ("hydra/launcher=cluster", "basic"),
+        ("hydra.launcher.n_jobs=2", "hydra.launcher.n_jobs"),  # the basic one has none
     ],
 )
 def test_unknown_keys_and_options_are_one_line(override, message):
@@ -66,6 +75,25 @@ def test_sweeps_and_hydra_overrides_pass_the_check():
 
 
 @pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("algorithm.beta=interval(0.1,0.2)", "hydra/sweeper=tpe"),
+        ("hydra.sweeper.params.seed=0,1", "one value"),
+    ],
+)
+def test_sweeps_that_the_sweeper_does_not_take_are_one_line(override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        check_overrides("train", ["-m", override])
+    assert str(caught.value).startswith(override)
+
+
+def test_intervals_are_optunas():
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    interval = "algorithm.beta=tag(log,interval(0.25,0.5))"
+    assert check_overrides("train", ["-m", "hydra/sweeper=tpe", interval]).algorithm.beta == 0.25
+
+
+@pytest.mark.parametrize(
     "arguments",
     [["-m", "seed=0,1"], ["seed=0,1", "-m"], ["experiment=plain", "--multirun", "seed=0,1"]],
 )
@@ -81,4 +109,11 @@ def test_a_multirun_gets_the_same_study_whatever_the_order():
     assert len(studies) == 1
     assert studies.pop().startswith("study=")
     assert study_arguments(["-m", "study=mine"]) == ["--multirun", "study=mine"]
-    assert study_arguments(["-m", "study=mine"]) == ["--multirun", "study=mine"]
+
+
+def test_the_launcher_is_no_part_of_a_studys_name():
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    parallel = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    name = study_arguments(["-m", "seed=0,1"])[-1]
+    assert study_arguments(["-m", "seed=0,1", *parallel])[-1] == name
+    assert study_arguments(["-m", "seed=0,2", *parallel])[-1] != name
