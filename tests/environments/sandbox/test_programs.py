@@ -58,6 +58,15 @@ ERRORS = [
     (returning("missing"), "NameError: name 'missing' is not defined"),
     (returning("[][0]"), "IndexError: list index out of range"),
     ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+    (
+        "from sklearn.ensemble import SVC",
+        "ImportError: cannot import name 'SVC' from 'sklearn.ensemble' "
+        "(sklearn/ensemble/__init__.py)",
+    ),
+    (
+        "from json import nothing",
+        "ImportError: cannot import name 'nothing' from 'json' (json/__init__.py)",
+    ),
     ("import sys\nsys.exit(0)", "SystemExit: 0"),
     ("import os\nos._exit(0)", "RuntimeError: the program ended the process (exit status 0)"),
     (

@@ -15,6 +15,9 @@ import numpy as np
 
 from etpo.environments.sandbox import confinement, protocol
 
+# the longest first: site-packages lies in the folder of the standard library
+_IMPORT_FOLDERS = sorted((f"{path}{os.sep}" for path in sys.path if path), key=len, reverse=True)
+
 
 class Limits(NamedTuple):
     """What a child may use; `ruleset` (Landlock) and `filter` (seccomp) are None where not used."""
@@ -116,7 +119,11 @@ def _probabilities(model: Any, x_test: np.ndarray, n_classes: int) -> np.ndarray
 
 
 def _describe(error: BaseException, memory_mib: int) -> bytes:
-    """`TypeName: message`, as the last line of a traceback, in at most 600 bytes."""
+    """`TypeName: message`, as the last line of a traceback, in at most 600 bytes.
+
+    Paths of modules are relative to where they were imported from: the text is part of a prompt,
+    and a run must not depend on where the software lies.
+    """
     error.__traceback__ = None  # frees the frames' arrays
     name = type(error).__name__
     try:
@@ -128,6 +135,8 @@ def _describe(error: BaseException, memory_mib: int) -> bytes:
     elif isinstance(error, SyntaxError):
         message = f"{error.msg} (line {error.lineno})"
     limit = protocol.MAX_ERROR_BYTES
+    for folder in _IMPORT_FOLDERS:
+        message = message.replace(folder, "")
     text = f"{name[:limit]}: {message[:limit]}" if message else name[:limit]
     return text.encode("utf-8", "replace")[:limit]
 
