@@ -3,7 +3,7 @@ import torch
 
 from etpo.models.backbone import Backbone
 from etpo.models.prompting import CompletionTemplate
-from etpo.rollout.sampler import sample
+from etpo.rollout.sampler import inverse_cdf, sample
 
 OBSERVATIONS = [
     {"instruction": "", "prefix": p, "suffix": ""} for p in ("go", "a longer prompt", "x")
@@ -23,6 +23,69 @@ def test_recorded_log_probs_equal_those_of_the_training_forward(checkpoint, fami
     log_pi = backbone(prompts.ids, prompts.mask, taken.ids).log_probs
     again = log_pi.gather(-1, taken.ids.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(taken.log_probs[taken.mask], again[taken.mask], rtol=0, atol=1e-4)
+
+
+def sample_plainly(backbone, prompts, max_new_tokens, draws):
+    """Ids and log-probs of every action, alone and without a cache: all is read for every token."""
+    noise = [torch.rand(len(prompts.ids), dtype=torch.float64, generator=draws) for _ in range(99)]
+    rows = []
+    for row, (prompt, mask) in enumerate(zip(prompts.ids, prompts.mask, strict=True)):
+        text, taken, recorded = prompt[mask][None], [], []
+        while len(taken) < max_new_tokens and not set(taken) & set(backbone.stop_ids):
+            log_pi = backbone.normalise(backbone.policy(input_ids=text).logits[:, -1])[0]
+            if backbone.min_p > 0:
+                log_pi[~backbone.supported(log_pi)] = float("-inf")
+                log_pi = log_pi.log_softmax(-1)
+            cdf = log_pi.double().exp().cumsum(0)
+            taken.append(int((cdf / cdf[-1] <= noise[len(taken)][row]).sum()))
+            recorded.append(float(log_pi[taken[-1]]))
+            text = torch.cat([text, torch.tensor([[taken[-1]]])], dim=1)
+        rows.append((taken, recorded))
+    return rows
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("min_p", [0.0, 0.2])
+@pytest.mark.parametrize("family", ["llama", "qwen", "starcoder"])
+def test_tokens_are_those_of_plain_decoding_with_the_same_noise(checkpoint, family, min_p):
+    backbone = Backbone(str(checkpoint(family)), CompletionTemplate(), temperature=0.7, min_p=min_p)
+    backbone.stop_ids = list(range(3, 40))  # the actions end one by one
+    prompts = backbone.encode(OBSERVATIONS * 6)
+    taken = sample(backbone, prompts, 24, generator())
+    expected = sample_plainly(backbone, prompts, 24, generator())
+    lengths = taken.mask.sum(1)
+    assert len(lengths.unique()) > 4
+    for row, (ids, recorded) in enumerate(expected):
+        assert taken.ids[row, : lengths[row]].tolist() == ids
+        torch.testing.assert_close(
+            taken.log_probs[row, : lengths[row]], torch.tensor(recorded), rtol=0, atol=1e-4
+        )
+
+
+def test_the_model_no_longer_reads_actions_that_have_ended(checkpoint, monkeypatch):
+    backbone = Backbone(str(checkpoint("llama")), CompletionTemplate())
+    backbone.stop_ids = list(range(3, 40))
+    read = []
+    forward = backbone.policy.forward
+
+    def count(*args, input_ids, **kwargs):
+        read.append(len(input_ids))
+        return forward(*args, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(backbone.policy, "forward", count)
+    taken = sample(backbone, backbone.encode(OBSERVATIONS * 10), 24, generator())
+    running = taken.mask.sum(0)[1:].tolist()  # before each token but the first, which prompts give
+    assert len(read) == len(taken.mask[0])
+    assert all(now <= size < 2 * max(now, 1) for now, size in zip(running, read[1:], strict=True))
+
+
+def test_inverse_cdf_gives_each_token_its_share_of_the_noise():
+    p = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]], dtype=torch.float64)
+    noise = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    drawn = inverse_cdf(p.log().expand(1000, -1), noise)
+    assert torch.bincount(drawn, minlength=6).tolist() == [0, 250, 0, 500, 250, 0]
+    ends = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+    assert inverse_cdf(p.log().expand(2, -1), ends).tolist() == [1, 4]
 
 
 def test_an_action_ends_with_its_first_stop_token(checkpoint):

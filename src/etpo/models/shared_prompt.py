@@ -9,9 +9,53 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
 
 # run(last=n, input_ids=..., ...) -> tensors [b, n, ...] over the last n positions; 0: over all
 Run = Callable[..., tuple[Tensor, ...]]
+
+
+class PreallocatedLayer(DynamicLayer):
+    """Keys and values of one layer with room for `room` further tokens, which are written in place.
+
+    `DynamicLayer` copies all it holds for every token.
+    """
+
+    def __init__(self, layer: DynamicLayer, room: int) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        batch, heads, size, _ = layer.keys.shape
+        self.buffers = [
+            torch.cat([states, states.new_empty(batch, heads, room, states.shape[-1])], dim=-2)
+            for states in (layer.keys, layer.values)
+        ]
+        self.show(size)
+
+    def show(self, size: int) -> None:
+        """Makes the first `size` tokens of the buffers the cached ones."""
+        self.keys, self.values = (buffer[..., :size, :] for buffer in self.buffers)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        size = self.keys.shape[-2]
+        end = size + key_states.shape[-2]
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[..., size:end, :] = states
+        self.show(end)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        size = self.keys.shape[-2]
+        self.buffers = [buffer[indices] for buffer in self.buffers]
+        self.show(size)
+
+
+def preallocate(cache: DynamicCache, room: int) -> None:
+    """Gives a filled cache room for `room` more tokens; sliding windows stay as they are."""
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[index] = PreallocatedLayer(layer, room)
 
 
 def position_ids(mask: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import StopStringCriteria
 
 from etpo.models.backbone import Backbone, PromptBatch, language_model
-from etpo.models.shared_prompt import encode_prompts, position_ids
+from etpo.models.shared_prompt import encode_prompts, position_ids, preallocate
 
 
 class Sample(NamedTuple):
@@ -31,7 +31,9 @@ def sample(
     """One action per prompt; greedy where `generator` is None.
 
     An action ends with a stop token of the backbone, with the token that completes a stop string,
-    or after `max_new_tokens` tokens. `generator` lives on the backbone's device.
+    or after `max_new_tokens` tokens. Equal prompts are computed once. Once half of the actions that
+    are computed have ended, they are computed no longer. `generator` lives on the backbone's
+    device; what it draws for an action does not depend on when others end.
     """
     device = backbone.device
     mask = prompts.mask.to(device)
@@ -43,37 +45,58 @@ def sample(
     )
     run = functools.partial(language_model, backbone.policy)
     (logits, _), cache = encode_prompts(run, backbone.policy.config, prompts.ids.to(device), mask)
-    running = torch.ones(len(mask), dtype=torch.bool, device=device)
-    ids, masks, log_probs = [], [], []
+    preallocate(cache, max_new_tokens)
+    size = len(mask), max_new_tokens
+    ids = torch.full(size, backbone.pad_id, device=device)
+    masks = torch.zeros(size, dtype=torch.bool, device=device)
+    log_probs = torch.zeros(size, device=device)
+    rows = torch.arange(len(mask), device=device)  # the actions that are computed
+    running = torch.ones_like(rows, dtype=torch.bool)
     for step in range(max_new_tokens):
         log_pi = backbone.normalise(logits[:, -1])
         if backbone.min_p > 0:
             log_pi = log_pi.masked_fill(~backbone.supported(log_pi), float("-inf")).log_softmax(-1)
         if generator is None:
-            token = log_pi.argmax(-1, keepdim=True)
+            token = log_pi.argmax(-1)
         else:
-            token = torch.multinomial(log_pi.exp(), 1, generator=generator)
-        token = torch.where(running[:, None], token, backbone.pad_id)
-        ids.append(token)
-        masks.append(running[:, None])
-        log_probs.append(log_pi.gather(-1, token).where(running[:, None], 0.0))
+            noise = torch.rand(size[0], dtype=torch.float64, device=device, generator=generator)
+            token = inverse_cdf(log_pi, noise[rows])
+        token = token.where(running, backbone.pad_id)
+        ids[rows, step] = token
+        masks[rows, step] = running
+        log_probs[rows, step] = log_pi.gather(-1, token[:, None])[:, 0].where(running, 0.0)
         mask = torch.cat([mask, running[:, None]], dim=1)
-        running = running & ~torch.isin(token[:, 0], stop_ids)
+        running = running & ~torch.isin(token, stop_ids)
         if stop_strings is not None:
-            running = running & ~stop_strings(torch.cat(ids, dim=1), None)
+            running = running & ~stop_strings(ids[rows, : step + 1], None)
         if on_token is not None:
             on_token(step + 1)
-        if step + 1 == max_new_tokens or not running.any():
+        remaining = int(running.sum())
+        if step + 1 == max_new_tokens or remaining == 0:
             break
+        if remaining <= len(rows) // 2:
+            kept = running.nonzero()[:, 0]
+            cache.batch_select_indices(kept)
+            rows, mask, token, running = rows[kept], mask[kept], token[kept], running[kept]
         logits, _ = run(
             last=1,
-            input_ids=token,
+            input_ids=token[:, None],
             attention_mask=mask.long(),
             position_ids=position_ids(mask)[:, -1:],
             past_key_values=cache,
             use_cache=True,
         )
-    return Sample(torch.cat(ids, dim=1), torch.cat(masks, dim=1), torch.cat(log_probs, dim=1))
+    return Sample(ids[:, : step + 1], masks[:, : step + 1], log_probs[:, : step + 1])
+
+
+def inverse_cdf(log_p: Tensor, noise: Tensor) -> Tensor:
+    """The token whose share of [0, 1) holds `noise`: [B, V] log-probabilities, [B] -> int64 [B].
+
+    `noise` is float64 in [0, 1). In float64 noise * total < total, so that no token without
+    probability is ever drawn.
+    """
+    cdf = log_p.double().exp().cumsum(-1)
+    return torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True)[:, 0]
 
 
 def action_texts(backbone: Backbone, taken: Sample) -> list[str]:
