@@ -192,8 +192,8 @@ def measure(models: Sequence[str], rounds: int, steps: int) -> pd.DataFrame:
             )
             trainers = {
                 "TRL GRPOTrainer": grpo_steps(str(folder), prompt),
-                "ETPO, critic=head": etpo_steps(str(folder), prompt, "head"),
-                "ETPO, critic=trunk": etpo_steps(str(folder), prompt, "trunk"),
+                "ETPO, critic=frozen_trunk": etpo_steps(str(folder), prompt, "frozen_trunk"),
+                "ETPO, critic=full": etpo_steps(str(folder), prompt, "full"),
             }
             for _ in range(rounds):
                 for trainer, run in trainers.items():

@@ -10,7 +10,7 @@ from etpo import train
 SMALL = (
     "environment=token_mdp",
     "model=token_mdp",
-    "critic=head",
+    "critic=frozen_trunk",
     "trainer.max_epochs=2",
     "environment.time_limit=3",
     "rollout.update_epochs=1",

@@ -97,13 +97,27 @@ def test_the_loop_runs_and_moves_the_policy(
 def test_a_trunk_critic_learns_beside_full_weights_and_beside_lora(
     option, tmp_path, checkpoint, command, graded_by_length
 ):
-    run = trained(tmp_path, option, checkpoint, "critic=trunk", "algorithm.critic_lr=1e-2")
+    run = trained(tmp_path, option, checkpoint, "critic=full", "algorithm.critic_lr=1e-2")
     trunk = dict(run.module.critic.trunk.named_parameters())
     shared = {id(p) for p in run.module.backbone.parameters()} & {id(p) for p in trunk.values()}
     assert not shared
     pretrained = AutoModel.from_pretrained(checkpoint(FAMILY[option])).named_parameters()
     for name, weights in pretrained:
         assert not torch.equal(trunk[name], weights), name
+
+
+@pytest.mark.parametrize("option", ["qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"])
+@pytest.mark.parametrize("critic", ["lora", "lm_copy"])
+def test_a_checkpoint_holds_what_a_critic_trains(
+    critic, option, tmp_path, checkpoint, command, graded_by_length
+):
+    run = trained(tmp_path, option, checkpoint, f"critic={critic}", "algorithm.tau=0.5")
+    names = {name for name, p in run.module.critic.named_parameters() if p.requires_grad}
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]
+    for part in ("critic.", "target_critic."):
+        kept = {name.removeprefix(part) for name in saved if name.startswith(part)}
+        assert kept == names
+    assert any(not torch.equal(saved[f"critic.{n}"], saved[f"target_critic.{n}"]) for n in names)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import torch
 
 from etpo.errors import ConfigError
 from etpo.models.backbone import Backbone
-from etpo.models.critics import HeadCritic, TrunkCritic, polyak_update
+from etpo.models.critics import polyak_update
 from etpo.models.prompting import CompletionTemplate
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -111,23 +111,6 @@ def test_bad_values_are_config_errors(checkpoint, settings, message):
 def test_a_folder_without_a_model_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match="model.name_or_path=.*not a causal language model"):
         build(tmp_path)
-
-
-@pytest.mark.parametrize("critic_class", [HeadCritic, TrunkCritic])
-def test_critic_starts_at_zero_and_shares_nothing_with_the_policy(checkpoint, critic_class):
-    backbone = build(checkpoint("qwen"))
-    critic = critic_class(backbone, hidden_size=16)
-    prompts = backbone.encode(observations("hello", "a longer prompt"))
-    inputs = prompts.ids, prompts.mask, torch.tensor([[5, 6, 7], [8, 9, 10]])
-    features = backbone(*inputs, reference=True).features
-    value, advantage = critic(*inputs, features)
-    assert value.shape == (2, 3)
-    assert advantage.shape == (2, 3, backbone.vocabulary_size)
-    assert not value.any()
-    assert not advantage.any()
-    shared = {id(p) for p in backbone.parameters()} & {id(p) for p in critic.parameters()}
-    assert not shared
-    assert all(p.requires_grad for p in critic.parameters())
 
 
 def test_polyak_update_is_an_average():

@@ -1,6 +1,5 @@
 """ArCHer: a critic of whole utterances and a policy gradient of tokens (arXiv 2402.19446)."""
 
-import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,9 +8,9 @@ from torch import Tensor, nn
 
 from etpo.algorithms import objectives
 from etpo.algorithms.policy_gradient import PolicyGradient, Taken, TakenBatch
-from etpo.errors import check_range
+from etpo.errors import ConfigError, check_range
 from etpo.models.backbone import Backbone
-from etpo.models.critics import polyak_update
+from etpo.models.critics import WITH_HEAD, LanguageModelCritic, polyak_update, target_of
 from etpo.rollout.episode import Actions, Rollout, episode_steps, following_values, pack, unpack
 
 
@@ -55,7 +54,9 @@ class ArCHer(PolicyGradient):
         check_range("algorithm.tau", tau, 0, 1, above=True)
         super().__init__(backbone, critic, *args, **shared)
         self.tau = tau
-        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        if isinstance(self.critic, LanguageModelCritic):
+            raise ConfigError(f"critic=lm_copy: allowed are {', '.join(WITH_HEAD)}")
+        self.target_critic = target_of(self.critic)
 
     def prefix_values(self, *inputs: Tensor) -> Tensor:
         return self.target_critic(*inputs)[0]

@@ -4,8 +4,8 @@ What differs from the paper (arXiv 2402.06700), each a config value under `algor
 
 1. Targets are TD(lambda) with the critic as control variate; `lambda_=0` is the paper's one-step
    update (eq. 12-13), which moves a reward back by one token per iteration.
-2. The critic is a dueling head on a copy of the language model (`critic=trunk`), or on the frozen
-   reference's features (`critic=head`), which costs no further model.
+2. The critic is a dueling head on a copy of the language model (`critic=full`), on the frozen one
+   with an adapter (`lora`) or without (`frozen_trunk`); `lm_copy` is the paper's.
 3. The policy objective is doubly robust: the exact full-vocabulary term plus a clipped correction
    of the critic's error on the taken token. `correction=false` is the paper's plain objective.
    The critic of the objective was fitted on EARLIER iterations only, so that the gradient at
@@ -19,7 +19,6 @@ What differs from the paper (arXiv 2402.06700), each a config value under `algor
 7. Tokens are summed, actions weighted by gamma^t: the exact gradient of the regularised return.
 """
 
-import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,7 +29,7 @@ from etpo.algorithms import objectives, soft_bellman
 from etpo.algorithms.on_policy import OnPolicyAlgorithm
 from etpo.errors import ConfigError, check_range
 from etpo.models.backbone import Backbone
-from etpo.models.critics import polyak_update
+from etpo.models.critics import polyak_update, target_of
 from etpo.rollout.episode import (
     Actions,
     Rollout,
@@ -123,7 +122,7 @@ class ETPO(OnPolicyAlgorithm):
             raise ConfigError(f"algorithm.critic_loss={critic_loss}: allowed are huber, mse")
         super().__init__(backbone, *args, **shared)
         self.critic = critic(self.backbone)
-        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.target_critic = target_of(self.critic)
         self.gamma, self.lambda_, self.eta = gamma, lambda_, eta
         self.floor, self.correction = floor, correction
         self.clip_low, self.clip_high = clip_low, clip_high
@@ -194,8 +193,10 @@ class ETPO(OnPolicyAlgorithm):
         log_pi: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """E_pi[Q] [B, L] and Q [B, L, V] of a critic, before any pessimism."""
-        value, advantage = critic(prompt_ids, prompt_mask, action_ids, features)
-        return value, objectives.dueling_q(value, advantage, log_pi)
+        value, scores = critic(prompt_ids, prompt_mask, action_ids, features)
+        if value is None:
+            return soft_bellman.expectation(log_pi, scores), scores
+        return value, objectives.dueling_q(value, scores, log_pi)
 
     def lambda_returns(
         self, actions: Actions, values: Tensor, q_taken: Tensor, rollout: Rollout

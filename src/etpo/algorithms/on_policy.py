@@ -108,7 +108,8 @@ class OnPolicyAlgorithm(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         groups = [{"params": self.backbone.policy_parameters(), "lr": self.policy_lr}]
         if self.critic is not None:
-            groups.append({"params": list(self.critic.parameters()), "lr": self.critic_lr})
+            trained = [p for p in self.critic.parameters() if p.requires_grad]
+            groups.append({"params": trained, "lr": self.critic_lr})
         optimizer = self.optimizer(groups)
         if self.scheduler is None:
             return {"optimizer": optimizer}
@@ -162,11 +163,10 @@ class OnPolicyAlgorithm(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves out the frozen weights: they come from `model.name_or_path` again."""
-        frozen = {
-            f"backbone.{name}"
-            for name, parameter in self.backbone.named_parameters(remove_duplicate=False)
-            if not parameter.requires_grad
+        frozen = {id(p) for p in self.backbone.parameters() if not p.requires_grad}
+        left_out = {
+            name for name, p in self.named_parameters(remove_duplicate=False) if id(p) in frozen
         }
         checkpoint["state_dict"] = {
-            key: value for key, value in checkpoint["state_dict"].items() if key not in frozen
+            key: value for key, value in checkpoint["state_dict"].items() if key not in left_out
         }

@@ -1,0 +1,124 @@
+"""Critics on one backbone: what they say at first, what they train, and what they share."""
+
+import functools
+
+import pytest
+import torch
+
+from etpo.errors import ConfigError
+from etpo.models.backbone import Backbone
+from etpo.models.critics import (
+    HeadCritic,
+    LanguageModelCritic,
+    LoraCritic,
+    TrunkCritic,
+    ValueHead,
+    polyak_update,
+    target_of,
+)
+from etpo.models.prompting import CompletionTemplate
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+ADAPTED = functools.partial(LoraCritic, lora=LORA)
+WITH_HEADS = [HeadCritic, TrunkCritic, ADAPTED]
+
+
+@pytest.fixture(
+    params=[None, LORA | {"task_type": "CAUSAL_LM"}], ids=["full policy", "lora policy"]
+)
+def backbone(checkpoint, request):
+    folder = str(checkpoint("qwen"))
+    return Backbone(folder, CompletionTemplate(), lora=request.param)
+
+
+def inputs_of(backbone):
+    texts = [{"instruction": "", "prefix": p, "suffix": ""} for p in ("hello", "a longer prompt")]
+    prompts = backbone.encode(texts)
+    inputs = prompts.ids, prompts.mask, torch.tensor([[5, 6, 7], [8, 9, 10]])
+    return *inputs, backbone(*inputs, reference=True).features
+
+
+def ids(parameters):
+    return {id(p) for p in parameters}
+
+
+@pytest.mark.parametrize("critic_class", WITH_HEADS)
+def test_a_dueling_critic_starts_at_zero_and_trains_nothing_of_the_policy(backbone, critic_class):
+    critic = critic_class(backbone, hidden_size=16)
+    value, advantage = critic(*inputs_of(backbone))
+    assert value.shape == (2, 3)
+    assert advantage.shape == (2, 3, backbone.vocabulary_size)
+    assert not value.any()
+    assert not advantage.any()
+    trained = ids(p for p in critic.parameters() if p.requires_grad)
+    assert trained
+    assert not trained & ids(backbone.parameters())
+    assert not ids(critic.parameters()) & ids(backbone.policy_parameters())
+
+
+def test_the_critic_of_the_paper_says_the_logits_of_the_reference_at_first(backbone):
+    critic = LanguageModelCritic(backbone)
+    inputs = inputs_of(backbone)
+    value, q = critic(*inputs)
+    assert value is None
+    log_ref = backbone(*inputs[:3], reference=True).log_probs
+    torch.testing.assert_close(q.log_softmax(-1), log_ref, rtol=0, atol=1e-5)
+    assert not ids(critic.parameters()) & ids(backbone.parameters())
+    assert all(p.requires_grad for p in critic.parameters())
+
+
+def test_an_adapter_holds_the_weights_of_the_language_model_once(backbone):
+    critic = ADAPTED(backbone, hidden_size=16)
+    target = target_of(critic)
+    own = [name for name, p in critic.named_parameters() if p.requires_grad]
+    assert own
+    assert all("lora_" in name or name.startswith("head.") for name in own)
+    frozen = ids(p for p in critic.parameters() if not p.requires_grad)
+    assert frozen
+    assert frozen <= ids(backbone.parameters())
+    assert ids(critic.parameters()) & ids(target.parameters()) == frozen
+
+
+@pytest.mark.parametrize("critic_class", WITH_HEADS)
+def test_a_target_follows_what_the_critic_trains_and_nothing_else(backbone, critic_class):
+    critic = critic_class(backbone, hidden_size=16)
+    target = target_of(critic)
+    assert not any(p.requires_grad for p in target.parameters())
+    before = [p.clone() for p in target.parameters()]
+    inputs = inputs_of(backbone)
+    reference = backbone(*inputs[:3], reference=True).log_probs
+    with torch.no_grad():
+        for parameter in critic.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.5)
+    polyak_update(target, critic, 0.25)
+    for old, now, source in zip(before, target.parameters(), critic.parameters(), strict=True):
+        torch.testing.assert_close(now, 0.75 * old + 0.25 * source)
+        assert torch.equal(old, now) == (not source.requires_grad)
+    assert torch.equal(reference, backbone(*inputs[:3], reference=True).log_probs)
+
+
+def test_an_adapter_moves_the_critic_and_neither_policy_nor_reference(backbone):
+    critic = ADAPTED(backbone, hidden_size=16)
+    inputs = inputs_of(backbone)
+    before = [backbone(*inputs[:3], reference=r).log_probs for r in (False, True)]
+    for layer in (critic.head.value, critic.head.advantage):
+        torch.nn.init.normal_(layer.weight)
+    first = critic(*inputs)[1]
+    with torch.no_grad():
+        for name, parameter in critic.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.5)
+    assert (critic(*inputs)[1] - first).abs().max() > 1e-2
+    after = [backbone(*inputs[:3], reference=r).log_probs for r in (False, True)]
+    assert all(map(torch.equal, before, after))
+
+
+def test_bad_settings_are_config_errors(checkpoint):
+    backbone = Backbone(str(checkpoint("llama")), CompletionTemplate())
+    with pytest.raises(ConfigError, match="critic.lora: .*nowhere"):
+        LoraCritic(backbone, lora={"target_modules": ["nowhere"]})
+    with pytest.raises(ConfigError, match="critic.lora: .*unknown"):
+        LoraCritic(backbone, lora={"unknown": 1})
+    with pytest.raises(ConfigError, match="critic=lm_copy: allowed are full, lora, frozen_trunk"):
+        LanguageModelCritic(backbone, head=ValueHead)
