@@ -25,7 +25,7 @@ TINY_BUDGET = (
 RUNS = {
     "algorithms": (12, "environment.dataset=tic_tac_toe"),
     "beta": (5,),
-    "critic": (2,),
+    "critic": (4,),
     "lambda": (6,),
     "search": (2, "hydra.sweeper.n_trials=2"),
 }
