@@ -47,9 +47,10 @@ attacks: install ## Attack the sandbox and soak it; as root (sudo) also once mor
 bench: install ## Measure how fast programs are scored: tables, and CSV in benchmarks/results
 	$(BIN)/python benchmarks/scoring.py
 
-lint: install ## Check style with ruff
+lint: install ## Check style with ruff, types of algorithms/ and rollout/ with mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: install ## Fix style with ruff
 	$(BIN)/ruff check --fix .

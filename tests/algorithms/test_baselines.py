@@ -180,7 +180,9 @@ def test_nothing_moves_without_reward(algorithm, build, letter_env, fit, paid):
 
 @pytest.mark.parametrize("min_p", [0.0, 0.05])
 @pytest.mark.parametrize("algorithm", ALL)
-def test_paid_actions_become_likelier(algorithm, min_p, build, letter_env, fit, paid, monkeypatch):
+def test_credited_tokens_become_likelier(
+    algorithm, min_p, build, letter_env, fit, paid, monkeypatch
+):
     """Not in the first iteration, of which ArCHer's critic knows nothing yet."""
     module = build(algorithm, min_p=min_p)
     annotate, batches = module.annotate, []
@@ -194,8 +196,9 @@ def test_paid_actions_become_likelier(algorithm, min_p, build, letter_env, fit, 
     with torch.no_grad():
         log_pi = module.backbone(batch.prompt_ids, batch.prompt_mask, batch.action_ids).log_probs
     taken = log_pi.gather(-1, batch.action_ids.unsqueeze(-1)).squeeze(-1)
-    gain = ((taken - batch.old_log_probs) * batch.action_mask).sum(1)
-    assert gain[rewards == 1].mean() > gain[rewards == 0].mean() + 0.01
+    gain = (taken - batch.old_log_probs)[batch.action_mask]
+    credited = batch.advantages[batch.action_mask]
+    assert gain[credited > 0].mean() > gain[credited < 0].mean() + 0.01
 
 
 @pytest.mark.parametrize("algorithm", [RLOO, POAD])

@@ -43,6 +43,8 @@ class ArCHer(PolicyGradient):
     `PolicyGradient`.
     """
 
+    critic: nn.Module
+
     def __init__(
         self,
         backbone: Callable[[], Backbone],
@@ -59,9 +61,12 @@ class ArCHer(PolicyGradient):
         self.target_critic = target_of(self.critic)
 
     def prefix_values(self, *inputs: Tensor) -> Tensor:
-        return self.target_critic(*inputs)[0]
+        value: Tensor = self.target_critic(*inputs)[0]
+        return value
 
-    def utterance_q(self, critic: nn.Module, batch: TakenBatch) -> tuple[Tensor, Tensor]:
+    def utterance_q(
+        self, critic: nn.Module, batch: TakenBatch | UtteranceBatch
+    ) -> tuple[Tensor, Tensor]:
         """V(o) and Q(o, a) of a critic: [B], [B]."""
         value, advantage = critic(
             batch.prompt_ids, batch.prompt_mask, batch.action_ids, batch.features
@@ -82,9 +87,9 @@ class ArCHer(PolicyGradient):
         return torch.zeros_like(taken.values), targets
 
     @torch.no_grad()
-    def annotate(self, rollout: Rollout) -> UtteranceBatch:
+    def annotate(self, rollout: Rollout) -> UtteranceBatch:  # type: ignore[override]  # one field more
         batch = super().annotate(rollout)
-        rows = torch.arange(len(batch.weights)).split(self.annotation_batch)
+        rows = torch.split(torch.arange(len(batch.weights)), self.annotation_batch)
         parts = [
             self.utterance_q(self.target_critic, TakenBatch(*(field[r] for field in batch)))
             for r in rows
@@ -94,7 +99,7 @@ class ArCHer(PolicyGradient):
         credited = self.standardised((q - value)[:, None], whole).expand_as(batch.advantages)
         return UtteranceBatch(*batch._replace(advantages=credited), utterance_q=q)
 
-    def critic_step(self, batch: UtteranceBatch) -> Tensor:
+    def critic_step(self, batch: UtteranceBatch) -> Tensor:  # type: ignore[override]
         """Mean over actions of the regression errors of Q(o, a) and V(o)."""
         value, q = self.utterance_q(self.critic, batch)
         every = torch.ones_like(q, dtype=torch.bool)

@@ -81,6 +81,8 @@ class ETPO(OnPolicyAlgorithm):
     Raises ConfigError for values out of range.
     """
 
+    critic: nn.Module
+
     def __init__(
         self,
         backbone: Callable[[], Backbone],
@@ -100,24 +102,21 @@ class ETPO(OnPolicyAlgorithm):
         **shared: Any,
     ) -> None:
         infinity = float("inf")
-        for key, value, low, high in (
-            ("gamma", gamma, 0, 1),
-            ("lambda_", lambda_, 0, 1),
-            ("eta", eta, 0, infinity),
-            ("floor", floor, 0, 1),
-        ):
-            check_range(f"algorithm.{key}", value, low, high)
         for key, value, high in (
-            ("clip_low", clip_low, 1),
-            ("clip_high", clip_high, infinity),
-            ("tau", tau, 1),
-            ("huber_delta", huber_delta, infinity),
+            ("gamma", gamma, 1),
+            ("lambda_", lambda_, 1),
+            ("eta", eta, infinity),
+            ("floor", floor, 1),
         ):
-            if value is not None or key not in ("clip_low", "clip_high"):
-                check_range(f"algorithm.{key}", value, 0, high, above=True)
-        for key, value in (("correction", correction), ("scale_objective", scale_objective)):
-            if not isinstance(value, bool):
-                raise ConfigError(f"algorithm.{key}={value}: allowed are true, false")
+            check_range(f"algorithm.{key}", value, 0, high)
+        for key, limit, high in (("clip_low", clip_low, 1), ("clip_high", clip_high, infinity)):
+            if limit is not None:
+                check_range(f"algorithm.{key}", limit, 0, high, above=True)
+        for key, value, high in (("tau", tau, 1), ("huber_delta", huber_delta, infinity)):
+            check_range(f"algorithm.{key}", value, 0, high, above=True)
+        for key, flag in (("correction", correction), ("scale_objective", scale_objective)):
+            if not isinstance(flag, bool):
+                raise ConfigError(f"algorithm.{key}={flag}: allowed are true, false")
         if critic_loss not in ("huber", "mse"):
             raise ConfigError(f"algorithm.critic_loss={critic_loss}: allowed are huber, mse")
         super().__init__(backbone, *args, **shared)
@@ -142,9 +141,9 @@ class ETPO(OnPolicyAlgorithm):
         advantages = unpack(errors - baseline[:, None], layout, like=returns)
         if self.scale_objective:
             square = advantages[actions.action_mask].square().mean()
-            self.scale = float(objectives.objective_scale(self.all_gather(square).mean()))
-        lengths = actions.action_mask.sum()
-        self.mean_length = float(self.all_gather(lengths).float().mean()) / len(actions.rewards)
+            self.scale = float(objectives.objective_scale(self.mean_over_ranks(square)))
+        lengths = actions.action_mask.sum(1).float()
+        self.mean_length = float(self.mean_over_ranks(lengths.mean()))
         self.rollout_metrics = rollout_metrics(rollout) | {
             "rollout/kl_to_reference": float((old.kl * actions.action_mask).sum(1).mean()),
             "rollout/value": float(old.value[:, 0].mean()),

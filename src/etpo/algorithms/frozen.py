@@ -55,7 +55,7 @@ class Frozen(LightningModule):
         if self.backbone.min_p == 0:
             return 0.0
         total = 0.0
-        for rows in torch.arange(len(actions.rewards)).split(self.annotation_batch):
+        for rows in torch.split(torch.arange(len(actions.rewards)), self.annotation_batch):
             part = Actions(*(field[rows].to(self.device) for field in actions))
             kept = self.backbone(part.prompt_ids, part.prompt_mask, part.action_ids).log_kept
             total -= float((kept * part.action_mask).sum())

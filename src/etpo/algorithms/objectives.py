@@ -29,10 +29,13 @@ def policy_objective(
     eta = 0 is the paper's objective (-V(x) in value) and `log_old` may be None; eta > 0 adds the
     proximal term eta KL(pi || pi_old). The optimum for a given Q is
     pi_ref^{beta/(beta+eta)} pi_old^{eta/(beta+eta)} exp(Q/(beta+eta)) / Z. ETPO, arXiv 2402.06700.
+    Raises ValueError where eta > 0 lacks `log_old`.
     """
     # f(w) = beta log(pi/pi_ref) + eta log(pi/pi_old) - Q(x, w)
     cost = beta * (log_pi - log_ref) - q
     if eta > 0:
+        if log_old is None:
+            raise ValueError("eta > 0 needs log_old")
         cost = cost + eta * (log_pi - log_old)
     return expectation(log_pi, cost.detach())
 

@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from etpo.errors import check_integer, check_range
@@ -37,8 +39,8 @@ class OnPolicyAlgorithm(LightningModule):
     def __init__(
         self,
         backbone: Callable[[], Backbone],
-        optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
-        scheduler: Callable[[torch.optim.Optimizer], LRScheduler] | None = None,
+        optimizer: Callable[[list[dict[str, Any]]], Optimizer],
+        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         *,
         beta: float,
         beta_end_factor: float,
@@ -89,8 +91,8 @@ class OnPolicyAlgorithm(LightningModule):
         It returns a NamedTuple of tensors whose first dimension is the action; so does this.
         """
         inputs = actions.prompt_ids, actions.prompt_mask, actions.action_ids
-        slices = zip(*(field.split(self.annotation_batch) for field in inputs), strict=True)
-        parts = [evaluate(*part) for part in slices]
+        slices = zip(*(torch.split(f, self.annotation_batch) for f in inputs), strict=True)
+        parts: list[Any] = [evaluate(*part) for part in slices]
         return type(parts[0])(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
     def annotate(self, rollout: Rollout) -> Any:
@@ -105,7 +107,7 @@ class OnPolicyAlgorithm(LightningModule):
         """Mean over actions of the critic's loss."""
         return torch.zeros((), device=self.device)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         groups = [{"params": self.backbone.policy_parameters(), "lr": self.policy_lr}]
         if self.critic is not None:
             trained = [p for p in self.critic.parameters() if p.requires_grad]
@@ -115,7 +117,12 @@ class OnPolicyAlgorithm(LightningModule):
             return {"optimizer": optimizer}
         return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}
 
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, **_: Any) -> None:
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
         """Clips the policy's and the critic's gradient norm apart."""
         for group in optimizer.param_groups:
             torch.nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
@@ -141,14 +148,14 @@ class OnPolicyAlgorithm(LightningModule):
             loss = 0.0 * self.backbone.policy_parameters()[0].sum()
         return loss
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Takes the policy's gradient away where the KL of the whole step leaves the trust region.
 
         No gradient, not a zero one: Adam's momentum would still move the policy.
         """
         kls, self.step_kls = self.step_kls, []
         if kls and self.max_kl is not None:
-            step_kl = self.all_gather(torch.stack(kls).mean()).mean()
+            step_kl = self.mean_over_ranks(torch.stack(kls).mean())
             self.policy_stopped = bool(step_kl > self.max_kl)
         if self.policy_stopped:
             for parameter in self.backbone.policy_parameters():
@@ -157,6 +164,12 @@ class OnPolicyAlgorithm(LightningModule):
     def validation_step(self, batch: Rollout, batch_idx: int) -> None:
         reward = batch.actions.rewards.mean()
         self.log("val/reward", reward, sync_dist=True, batch_size=len(batch.actions.rewards))
+
+    def mean_over_ranks(self, value: Tensor) -> Tensor:
+        """The mean of every process's `value` []: []."""
+        gathered: Any = self.all_gather(value.float())
+        mean: Tensor = gathered.mean()
+        return mean
 
     def log_mean(self, name: str, value: Tensor | float, count: int) -> None:
         self.log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=count)

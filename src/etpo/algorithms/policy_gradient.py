@@ -94,7 +94,7 @@ class PolicyGradient(OnPolicyAlgorithm):
             weights=torch.ones_like(actions.rewards),
         )
         valued = self.valued(batch)
-        self.mean_length = float(self.all_gather(valued.sum(1).float().mean()).mean())
+        self.mean_length = float(self.mean_over_ranks(valued.sum(1).float().mean()))
         if self.critic is not None:
             self.rollout_metrics |= {
                 "rollout/value": float(taken.values[:, 0].mean()),
@@ -120,7 +120,9 @@ class PolicyGradient(OnPolicyAlgorithm):
 
     def prefix_values(self, *inputs: Tensor) -> Tensor:
         """The critic's values [B, L] of the L prefixes; `inputs` as a critic takes them."""
-        return self.critic(*inputs)
+        assert self.critic is not None
+        values: Tensor = self.critic(*inputs)
+        return values
 
     def bootstrap_values(self, actions: Actions, rollout: Rollout) -> Tensor:
         """The critic's value of the true next prompt of truncated actions, 0 of others: [B]."""
@@ -137,7 +139,7 @@ class PolicyGradient(OnPolicyAlgorithm):
         With a smaller term the rounding errors of equal values would become advantages of 1.
         """
         count, total, square = (
-            self.all_gather(moment).sum()
+            self.mean_over_ranks(moment)
             for moment in (mask.sum(), values[mask].sum(), values[mask].square().sum())
         )
         mean = total / count

@@ -50,7 +50,7 @@ class Reinforce(PolicyGradient):
 
     def relative(self, returns: Tensor, actions: Actions) -> Tensor:
         """Returns [B] less their baseline."""
-        return returns - self.all_gather(returns.mean()).mean()
+        return returns - self.mean_over_ranks(returns.mean())
 
 
 class RLOO(Reinforce):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from etpo.algorithms import objectives, soft_bellman
 from etpo.algorithms.etpo import ETPO, TokenBatch
@@ -47,8 +48,8 @@ class TwinETPO(ETPO):
 
     def both(self, critic: nn.Module, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Q [B, L, V] of either head."""
-        *inputs, log_pi = inputs
-        first_value, first, second_value, second = critic(*inputs)
+        *read, log_pi = inputs
+        first_value, first, second_value, second = critic(*read)
         return (
             objectives.dueling_q(first_value, first, log_pi),
             objectives.dueling_q(second_value, second, log_pi),
@@ -61,8 +62,8 @@ class TwinETPO(ETPO):
     def critic_step(self, batch: TokenBatch) -> Tensor:
         """Both heads are fitted to the same targets."""
         inputs = batch.prompt_ids, batch.prompt_mask, batch.action_ids, batch.features
-        pair = self.both(self.critic, *inputs, batch.old_log_probs)
-        loss = sum(self.regression(q, batch) for q in pair) / 2
+        first, second = self.both(self.critic, *inputs, batch.old_log_probs)
+        loss = (self.regression(first, batch) + self.regression(second, batch)) / 2
         self.log_mean("train/critic_loss", loss, len(batch.weights))
         return loss
 
@@ -111,6 +112,8 @@ class AdaptiveBetaETPO(ETPO):
     a rate for iterations of 64 actions.
     """
 
+    beta_factor: Tensor
+
     def __init__(self, *args: Any, target_kl: float, **shared: Any) -> None:
         check_range("algorithm.target_kl", target_kl, 0, float("inf"), above=True)
         super().__init__(*args, **shared)
@@ -123,13 +126,18 @@ class AdaptiveBetaETPO(ETPO):
 
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
-        kl = self.all_gather(torch.tensor(self.rollout_metrics["rollout/kl_to_reference"])).mean()
+        kl = self.mean_over_ranks(torch.tensor(self.rollout_metrics["rollout/kl_to_reference"]))
         self.beta_factor *= 1 + 0.2 * (kl / self.target_kl - 1).clamp(-1, 1).to(self.device)
 
 
 class JointClipETPO(ETPO):
     """One limit on the gradient norm of policy and critic together."""
 
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, **_: Any) -> None:
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)

@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from etpo.environments.text_env import TextObservation
 from etpo.errors import ConfigError, check_integer, check_range
@@ -63,6 +69,8 @@ class Backbone(nn.Module):
     lora: arguments of `peft.LoraConfig`, or None for full fine-tuning.
     Raises ConfigError for a path that holds no causal LM and for values out of range.
     """
+
+    policy: PreTrainedModel  # with `lora` a `PeftModel` of one
 
     def __init__(
         self,

@@ -77,7 +77,7 @@ class Group:
             Record(
                 int(env),
                 int(self.attempt[row]) + 1,
-                backbone.tokenizer.decode(self.prompts.ids[row][self.prompts.mask[row]]),
+                str(backbone.tokenizer.decode(self.prompts.ids[row][self.prompts.mask[row]])),
                 self.texts[row],
                 float(rewards[row]),
                 infos["error"][row],

@@ -1,10 +1,11 @@
 """The environment as a LightningDataModule: every epoch is one policy iteration."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
 from etpo.environments.text_env import TextVectorEnv
@@ -87,8 +88,8 @@ class RolloutDataModule(LightningDataModule):
                 )
 
     def setup(self, stage: str) -> None:
-        self.check(self.trainer.world_size)
-        backbone = self.trainer.lightning_module.backbone
+        self.check(self.running.world_size)
+        backbone = self.policy.backbone
         used = backbone.max_prompt_tokens + self.max_new_tokens
         if used > backbone.context_size:
             raise ConfigError(
@@ -105,24 +106,36 @@ class RolloutDataModule(LightningDataModule):
         self.environment.load_state_dict(state_dict)
 
     @property
-    def actions_per_rank(self) -> int:
-        return self.actions_per_iteration // self.trainer.world_size
+    def running(self) -> Trainer:
+        """The trainer that this is attached to; RuntimeError where there is none."""
+        if self.trainer is None:
+            raise RuntimeError("a RolloutDataModule serves actions to a Trainer only")
+        return self.trainer
 
-    def train_dataloader(self) -> DataLoader:
+    @property
+    def policy(self) -> Any:
+        """The algorithm that is trained: it has a `backbone` and annotates what that did."""
+        return self.running.lightning_module
+
+    @property
+    def actions_per_rank(self) -> int:
+        return self.actions_per_iteration // self.running.world_size
+
+    def train_dataloader(self) -> DataLoader[Any]:
         batches = self.actions_per_rank // self.minibatch_size
         buffer = OnPolicyBuffer(self.fill, batches, self.minibatch_size, self.update_epochs)
         return DataLoader(buffer, batch_size=None)
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader[Any]:
         return DataLoader(GreedyEpisodes(self), batch_size=None)
 
     def fill(self) -> tuple[Any, torch.Generator]:
         """Rolls out the current policy and lets the algorithm annotate what came of it."""
-        module = self.trainer.lightning_module
-        iteration, rank = self.trainer.current_epoch, self.trainer.global_rank
+        module, trainer = self.policy, self.running
+        iteration, rank = trainer.current_epoch, trainer.global_rank
         device = module.backbone.device
         decoding = torch.Generator(device).manual_seed(derived_seed(self.seed, iteration, rank, 0))
-        with self.trainer.precision_plugin.forward_context():
+        with trainer.precision_plugin.forward_context():
             self.rollout = collect(
                 module.backbone,
                 self.environment,
@@ -138,7 +151,7 @@ class RolloutDataModule(LightningDataModule):
         return batch, shuffling
 
 
-class GreedyEpisodes(IterableDataset):
+class GreedyEpisodes(IterableDataset[Rollout]):
     """One greedy action in every environment: what validation sees of the current policy."""
 
     def __init__(self, datamodule: RolloutDataModule) -> None:
@@ -147,12 +160,12 @@ class GreedyEpisodes(IterableDataset):
     def __len__(self) -> int:
         return 1
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Rollout]:
         data = self.datamodule
-        trainer = data.trainer
+        trainer = data.running
         with trainer.precision_plugin.forward_context():
             rollout = collect(
-                trainer.lightning_module.backbone,
+                data.policy.backbone,
                 data.environment,
                 1,
                 data.max_new_tokens,

@@ -66,11 +66,11 @@ def pad_stack(rows: list[Tensor], value: float, *, left: bool) -> Tensor:
 class EpisodeLayout(NamedTuple):
     """Where the tokens of each environment's episodes lie, one after the other.
 
-    index: int64 [N, K] into the flattened [B * L] tokens, valid tokens first, in time order.
+    positions: int64 [N, K] into the flattened [B * L] tokens, valid tokens first, in time order.
     valid: bool [N, K].
     """
 
-    index: Tensor
+    positions: Tensor
     valid: Tensor
 
 
@@ -88,14 +88,14 @@ def episode_layout(action_mask: Tensor, num_envs: int) -> EpisodeLayout:
 
 def pack(values: Tensor, layout: EpisodeLayout) -> Tensor:
     """[B, L] -> [N, K]; padding becomes 0."""
-    packed = values.reshape(-1)[layout.index]
+    packed = values.reshape(-1)[layout.positions]
     return torch.where(layout.valid, packed, torch.zeros_like(packed))
 
 
 def unpack(packed: Tensor, layout: EpisodeLayout, like: Tensor) -> Tensor:
     """[N, K] -> [B, L] in the shape of `like`; padding becomes 0."""
     flat = torch.zeros(like.numel(), dtype=packed.dtype, device=packed.device)
-    flat[layout.index[layout.valid]] = packed[layout.valid]
+    flat[layout.positions[layout.valid]] = packed[layout.valid]
     return flat.view(like.shape)
 
 

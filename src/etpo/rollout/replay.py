@@ -1,7 +1,7 @@
 """The on-policy replay buffer: one iteration's annotated actions in shuffled minibatches."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset
@@ -29,7 +29,7 @@ def by_length(batch: Any, groups: int) -> list[Any]:
     return parts
 
 
-class OnPolicyBuffer(IterableDataset):
+class OnPolicyBuffer(IterableDataset[Any]):
     """Fills itself anew whenever it is iterated, then yields `epochs` passes of minibatches.
 
     fill: returns (batch, generator): a NamedTuple of tensors whose first dimension is the action,
@@ -38,7 +38,7 @@ class OnPolicyBuffer(IterableDataset):
 
     def __init__(
         self,
-        fill: Callable[[], tuple[NamedTuple, torch.Generator]],
+        fill: Callable[[], tuple[Any, torch.Generator]],
         batches_per_epoch: int,
         minibatch_size: int,
         epochs: int,
@@ -51,9 +51,9 @@ class OnPolicyBuffer(IterableDataset):
     def __len__(self) -> int:
         return self.epochs * self.batches_per_epoch
 
-    def __iter__(self) -> Iterator[NamedTuple]:
+    def __iter__(self) -> Iterator[Any]:
         batch, generator = self.fill()
         for _ in range(self.epochs):
             order = torch.randperm(len(batch[0]), generator=generator)
-            for rows in order.split(self.minibatch_size):
+            for rows in torch.split(order, self.minibatch_size):
                 yield type(batch)(*(field[rows.to(field.device)] for field in batch))
