@@ -3,12 +3,14 @@
 import functools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from etpo.algorithms import objectives, soft_bellman
 from etpo.algorithms.on_policy import OnPolicyAlgorithm
@@ -81,12 +83,15 @@ class TokenCredit(Callback):
         sampled = None
         if isinstance(module, OnPolicyAlgorithm):
             sampled = module.sampled_advantages(batch)
-        # one at a time, which takes little memory
-        for row, shown in zip(rows, acts, strict=True):
-            line = line_of(module, shown, None if sampled is None else sampled[row])
-            self.lines.append({"iteration": iteration} | line)
-        line = line_of(module, self.followed, None)
-        self.lines.append({"iteration": iteration, "followed": self.followed.iteration} | line)
+        shown = [*acts, self.followed]
+        advantages = [*([None] * len(acts) if sampled is None else sampled[rows]), None]
+        # a module of another kind may know no such limit
+        size = getattr(module, "annotation_batch", len(shown))
+        for start in range(0, len(shown), size):
+            part = slice(start, start + size)
+            for line in lines_of(module, shown[part], advantages[part]):
+                self.lines.append({"iteration": iteration} | line)
+        self.lines[-1]["followed"] = self.followed.iteration
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not (trainer.is_global_zero and self.lines):
@@ -131,17 +136,15 @@ def act(rollout: Rollout, row: int, iteration: int) -> Act:
 
 
 def token_numbers(
-    module: LightningModule, prompt_ids: Tensor, action_ids: Tensor, sampled: Tensor | None
+    module: LightningModule, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor
 ) -> dict[str, Tensor]:
-    """What policy, reference, critic and objective say of the tokens of one action.
+    """What policy, reference and critic say of the tokens of action_ids [B, L].
 
-    prompt_ids [1, P] and action_ids [1, L], without padding. sampled: the objective's own
-    advantages of the taken tokens, [1, L] or None. Returns [L] each: probability, log_ratio,
-    entropy, kl and, where the algorithm has them, value, q, advantage and, if it has two parts,
-    critic_advantage (Q - beta log(pi/pi_ref) - V) and sampled_advantage; [L, ALTERNATIVES] each:
-    other_ids of the likeliest other tokens, other_probability and other_q.
+    [B, P], [B, P], [B, L] -> [B, L] each: probability, log_ratio, entropy, kl and, where the
+    algorithm has them, value, q and critic_advantage, Q - beta log(pi/pi_ref) - V;
+    [B, L, ALTERNATIVES] each: other_ids of the likeliest other tokens, other_probability, other_q.
     """
-    inputs = prompt_ids, torch.ones_like(prompt_ids, dtype=torch.bool), action_ids
+    inputs = prompt_ids, prompt_mask, action_ids
     log_pi = module.backbone(*inputs).log_probs
     log_ref, features, _ = module.backbone(*inputs, reference=True)
     taken = action_ids.unsqueeze(-1)
@@ -159,8 +162,6 @@ def token_numbers(
         "other_ids": others,
         "other_probability": log_pi.gather(-1, others).exp(),
     }
-    if sampled is not None:
-        numbers["advantage"] = sampled
     if isinstance(module, OnPolicyAlgorithm):
         value, q = module.token_values(*inputs, features, log_pi, log_ref)
         if value is not None:
@@ -168,23 +169,51 @@ def token_numbers(
         if q is not None:
             # the mean of the first term under pi is V
             rebased = objectives.rebased_q(q, log_ref, log_pi, module.beta)
-            by_critic = at_taken(rebased) - value
-            numbers |= {"q": at_taken(q), "other_q": q.gather(-1, others), "advantage": by_critic}
-            if sampled is not None:
-                numbers |= {"critic_advantage": by_critic, "sampled_advantage": sampled}
-                numbers["advantage"] = by_critic + sampled
-    return {name: field[0].cpu() for name, field in numbers.items()}
+            numbers["critic_advantage"] = at_taken(rebased) - value
+            numbers |= {"q": at_taken(q), "other_q": q.gather(-1, others)}
+    return numbers
 
 
-def line_of(module: LightningModule, shown: Act, sampled: Tensor | None) -> dict[str, Any]:
-    """One action's line of `credit.jsonl`, but for its iteration; sampled: [>= l] or None."""
-    prompt_ids, action_ids = (
-        torch.tensor([ids], device=module.device) for ids in (shown.prompt_ids, shown.action_ids)
-    )
-    if sampled is not None:
-        sampled = sampled[None, : len(shown.action_ids)]
-    own = token_numbers(module, prompt_ids, action_ids, sampled)
-    tokenizer = module.backbone.tokenizer
+def padded(acts: list[Act]) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts and their mask [B, P], padded on the left, and actions [B, L], on the right."""
+    width = max(len(shown.prompt_ids) for shown in acts)
+    length = max(len(shown.action_ids) for shown in acts)
+    prompt_ids = torch.zeros(len(acts), width, dtype=torch.long)
+    prompt_mask = torch.zeros(len(acts), width, dtype=torch.bool)
+    action_ids = torch.zeros(len(acts), length, dtype=torch.long)
+    for row, shown in enumerate(acts):
+        start = width - len(shown.prompt_ids)
+        prompt_ids[row, start:] = torch.tensor(shown.prompt_ids)
+        prompt_mask[row, start:] = True
+        action_ids[row, : len(shown.action_ids)] = torch.tensor(shown.action_ids)
+    return prompt_ids, prompt_mask, action_ids
+
+
+def lines_of(
+    module: LightningModule, acts: list[Act], sampled: list[Tensor | None]
+) -> Iterator[dict[str, Any]]:
+    """A line of `credit.jsonl`, but for its iteration, per action.
+
+    sampled: per action the objective's own advantages of its tokens, [>= l], or None.
+    """
+    numbers = token_numbers(module, *(field.to(module.device) for field in padded(acts)))
+    for row, (shown, own_sampled) in enumerate(zip(acts, sampled, strict=True)):
+        length = len(shown.action_ids)
+        own = {name: field[row, :length].cpu() for name, field in numbers.items()}
+        if own_sampled is not None:
+            own["sampled_advantage"] = own_sampled[:length].cpu()
+        yield line_of(module.backbone.tokenizer, shown, own)
+
+
+def line_of(
+    tokenizer: PreTrainedTokenizerBase, shown: Act, own: dict[str, Tensor]
+) -> dict[str, Any]:
+    """One action's line from its `token_numbers`, [l] and [l, ALTERNATIVES]."""
+    parts = [own[name] for name in ("critic_advantage", "sampled_advantage") if name in own]
+    if parts:
+        own["advantage"] = sum(parts)
+    if len(parts) == 1:
+        own = {name: field for name, field in own.items() if not name.endswith("_advantage")}
     other_ids, likely = own.pop("other_ids"), own["other_probability"] > 0
     others = [ids[kept].tolist() for ids, kept in zip(other_ids, likely, strict=True)]
     texts, labels = token_texts(tokenizer, shown.action_ids, others)
