@@ -54,6 +54,8 @@ OUT_OF_RANGE = [
     ("model/prompt=chat", "chat template"),
     ("algorithm.correction=maybe", "true, false"),
     ("critic.hidden_size=0", "1 or more"),
+    ("callbacks.credit.num_actions=0", "1 or more"),
+    ("callbacks.credit.every_n_iterations=some", "integer"),
     ("ckpt_path=none.ckpt", "no such file"),
 ]
 TOKEN_MDP = [

@@ -72,6 +72,8 @@ def resumed_as_if_uninterrupted(command, finished_run, assert_same_run):
         assert counted(folder) == counted(finished_run.folder)
         best, other_best = (f / "best_action.py" for f in (folder, finished_run.folder))
         assert best.read_text() == other_best.read_text()
+        for name in ("credit.jsonl", "credit.html"):
+            assert (folder / name).read_bytes() == (finished_run.folder / name).read_bytes(), name
 
     return resume
 

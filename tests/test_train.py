@@ -54,6 +54,7 @@ def test_a_run_leaves_its_files_and_nothing_beside_its_folder(finished_run):
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {
         *(".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml"),
         *("metrics.csv", "summary.json", "episodes.jsonl", "learning_curve.png", "train.log"),
+        *("credit.jsonl", "credit.html"),
         *("best_action.py", "best_action_data.csv"),
         *("checkpoints/last.ckpt", "checkpoints/best.ckpt"),
     }
@@ -144,7 +145,8 @@ def test_the_closing_says_where_things_are(finished_run):
     named = [Path(word) for word in closing.split() if word.startswith(str(finished_run.folder))]
     assert all(path.exists() for path in named)
     assert {path.name for path in named} == {
-        *("metrics.csv", "learning_curve.png", "best_action.py", "episodes.jsonl", "last.ckpt")
+        *("metrics.csv", "learning_curve.png", "best_action.py", "episodes.jsonl", "credit.html"),
+        "last.ckpt",
     }
 
 
@@ -253,5 +255,10 @@ def test_two_processes_on_a_cpu(start_train, small_run, tmp_path):
     ]
     actions = [[line["action"] for line in episodes if line["rank"] == rank] for rank in (0, 1)]
     assert actions[0] != actions[1]
+    credit = (tmp_path / "run" / "credit.jsonl").read_text().splitlines()
+    # eight actions of the first process, and the one that is followed
+    assert [json.loads(line)["iteration"] for line in credit] == [0] * 9 + [1] * 9
+    texts = ["".join(json.loads(line)["text"]) for line in credit[:8]]
+    assert sorted(texts) == sorted(actions[0][:8])
     rewards = [line["reward"] for line in episodes[:16]]
     assert summary["first_mean_reward"] == pytest.approx(fmean(rewards), abs=1e-6)

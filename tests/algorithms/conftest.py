@@ -7,7 +7,11 @@ import pytest
 import torch
 from lightning import Trainer
 
+from etpo.algorithms.archer import ArCHer
 from etpo.algorithms.etpo import ETPO
+from etpo.algorithms.ntpo import NTPO
+from etpo.algorithms.poad import POAD
+from etpo.algorithms.ppo_kl import PPOKL
 from etpo.models.backbone import Backbone
 from etpo.models.critics import HeadCritic
 from etpo.models.prompting import CompletionTemplate
@@ -36,6 +40,21 @@ ETPO_SETTINGS = {
     "annotation_batch": 8,
 }
 
+WITH_CRITIC = {POAD: {"lambda_": 0.5}, NTPO: {"lambda_": 0.5}, PPOKL: {"lambda_": 0.5}}
+BASELINE_SETTINGS = {
+    "beta": 0.5,
+    "beta_end_factor": 1.0,
+    "beta_iters": 1,
+    "leak": 0.2,
+    "gamma": 0.8,
+    "clip": 0.2,
+    "max_kl": None,
+    "policy_lr": 3e-3,
+    "critic_lr": 3e-3,
+    "max_grad_norm": 1.0,
+    "annotation_batch": 8,
+}
+
 
 @pytest.fixture
 def etpo_settings():
@@ -56,6 +75,24 @@ def build_etpo(checkpoint, etpo_settings):
         )
 
     return build
+
+
+@pytest.fixture
+def build_baseline(checkpoint):
+    """build_baseline(algorithm, ...): a baseline on a small random model, the same every time."""
+
+    def make(algorithm, min_p=0.0, **changes):
+        own = WITH_CRITIC.get(algorithm, {"tau": 1.0} if algorithm is ArCHer else {})
+        torch.manual_seed(0)
+        has_critic = algorithm in WITH_CRITIC or algorithm is ArCHer
+        return algorithm(
+            lambda: Backbone(str(checkpoint("llama")), CompletionTemplate(), min_p=min_p),
+            functools.partial(HeadCritic, hidden_size=16) if has_critic else None,
+            functools.partial(torch.optim.AdamW, eps=1e-5, weight_decay=0.0),
+            **(BASELINE_SETTINGS | own | changes),
+        )
+
+    return make
 
 
 @pytest.fixture

@@ -9,8 +9,6 @@ row env t  tokens  reward  ends         d          values
 3   1   0  2       -1.0    truncated    0.2, 0.4   0.5, 0.7     next prompt: 0.3
 """
 
-import functools
-
 import pytest
 import torch
 from lightning import Callback
@@ -29,9 +27,6 @@ from etpo.algorithms.poad import POAD
 from etpo.algorithms.policy_gradient import Taken
 from etpo.algorithms.ppo_kl import PPOKL
 from etpo.algorithms.reinforce import GRPO, RLOO, Reinforce
-from etpo.models.backbone import Backbone
-from etpo.models.critics import HeadCritic
-from etpo.models.prompting import CompletionTemplate
 from etpo.rollout.episode import Actions, Rollout
 
 MASK = torch.tensor([[1, 1], [1, 0], [1, 0], [1, 1]]).bool()
@@ -57,44 +52,14 @@ TAKEN = Taken(
     support=torch.zeros(4, 2, 0).bool(),
 )
 ROLLOUT = Rollout(ACTIONS, torch.zeros(1, 1), torch.ones(1, 1), [], 2, 0, 1.0, 1.0)
-WITH_CRITIC = {POAD: {"lambda_": 0.5}, NTPO: {"lambda_": 0.5}, PPOKL: {"lambda_": 0.5}}
-SETTINGS = {
-    "beta": 0.5,
-    "beta_end_factor": 1.0,
-    "beta_iters": 1,
-    "leak": 0.2,
-    "gamma": 0.8,
-    "clip": 0.2,
-    "max_kl": None,
-    "policy_lr": 3e-3,
-    "critic_lr": 3e-3,
-    "max_grad_norm": 1.0,
-    "annotation_batch": 8,
-}
 
 
 @pytest.fixture
-def build(checkpoint, monkeypatch):
-    def make(algorithm, min_p=0.0, **changes):
-        own = WITH_CRITIC.get(algorithm, {"tau": 1.0} if algorithm is ArCHer else {})
-        torch.manual_seed(0)
-        has_critic = algorithm in WITH_CRITIC or algorithm is ArCHer
-        return algorithm(
-            lambda: Backbone(str(checkpoint("llama")), CompletionTemplate(), min_p=min_p),
-            functools.partial(HeadCritic, hidden_size=16) if has_critic else None,
-            functools.partial(torch.optim.AdamW, eps=1e-5, weight_decay=0.0),
-            **(SETTINGS | own | changes),
-        )
-
-    return make
-
-
-@pytest.fixture
-def credit(build, monkeypatch):
+def credit(build_baseline, monkeypatch):
     """credit(algorithm): advantages before they are standardised, and the critic's targets."""
 
     def run(algorithm):
-        module = build(algorithm)
+        module = build_baseline(algorithm)
         bootstrap = torch.tensor([0.0, 0.0, 0.0, 0.3])
         monkeypatch.setattr(module, "bootstrap_values", lambda *_: bootstrap)
         monkeypatch.setattr(module, "standardised", lambda values, mask: values)
@@ -170,8 +135,8 @@ ALL = [POAD, NTPO, PPOKL, ArCHer, Reinforce, RLOO, GRPO]
 
 
 @pytest.mark.parametrize("algorithm", ALL)
-def test_nothing_moves_without_reward(algorithm, build, letter_env, fit, paid):
-    module = build(algorithm, beta=0.0)
+def test_nothing_moves_without_reward(algorithm, build_baseline, letter_env, fit, paid):
+    module = build_baseline(algorithm, beta=0.0)
     before = [p.clone() for p in module.backbone.policy_parameters()]
     fit(module, paid(letter_env(4), lambda action: 0), 1)
     for old, new in zip(before, module.backbone.policy_parameters(), strict=True):
@@ -181,10 +146,10 @@ def test_nothing_moves_without_reward(algorithm, build, letter_env, fit, paid):
 @pytest.mark.parametrize("min_p", [0.0, 0.05])
 @pytest.mark.parametrize("algorithm", ALL)
 def test_credited_tokens_become_likelier(
-    algorithm, min_p, build, letter_env, fit, paid, monkeypatch
+    algorithm, min_p, build_baseline, letter_env, fit, paid, monkeypatch
 ):
     """Not in the first iteration, of which ArCHer's critic knows nothing yet."""
-    module = build(algorithm, min_p=min_p)
+    module = build_baseline(algorithm, min_p=min_p)
     annotate, batches = module.annotate, []
     monkeypatch.setattr(
         module, "annotate", lambda rollout: batches.append(annotate(rollout)) or batches[-1]
@@ -202,7 +167,7 @@ def test_credited_tokens_become_likelier(
 
 
 @pytest.mark.parametrize("algorithm", [RLOO, POAD])
-def test_a_policy_beyond_the_trust_region_rests(algorithm, build, letter_env, fit, paid):
+def test_a_policy_beyond_the_trust_region_rests(algorithm, build_baseline, letter_env, fit, paid):
     class Watch(Callback):
         def __init__(self):
             self.moved = []
@@ -216,18 +181,24 @@ def test_a_policy_beyond_the_trust_region_rests(algorithm, build, letter_env, fi
             self.moved.append((module.policy_stopped, moved))
 
     watch = Watch()
-    fit(build(algorithm, max_kl=1e-4), paid(letter_env(8), len), 2, [watch], update_epochs=4)
+    fit(
+        build_baseline(algorithm, max_kl=1e-4),
+        paid(letter_env(8), len),
+        2,
+        [watch],
+        update_epochs=4,
+    )
     assert {stopped for stopped, _ in watch.moved} == {True, False}
     assert all(moved != stopped for stopped, moved in watch.moved)
     assert watch.moved[-1] == (True, False)
 
 
 @pytest.mark.parametrize("algorithm", ALL)
-def test_the_step_is_the_policy_gradient(algorithm, build, letter_env, fit, paid):
+def test_the_step_is_the_policy_gradient(algorithm, build_baseline, letter_env, fit, paid):
     """At pi = pi_old = pi_ref: -A grad log pi, summed over tokens; GRPO: their mean."""
-    module = build(algorithm)
+    module = build_baseline(algorithm)
     data = fit(module, paid(letter_env(4), len), 1, update_epochs=1, minibatch_size=32)
-    fresh = build(algorithm)
+    fresh = build_baseline(algorithm)
     fresh.trainer = module.trainer
     fresh.log_mean = lambda *_: None
     batch = fresh.annotate(data.rollout)

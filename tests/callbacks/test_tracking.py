@@ -60,6 +60,12 @@ def test_wandb_holds_a_run_and_what_came_after_its_resumption(
 
     summary = json.loads((folder / "summary.json").read_text())
     assert {k: offline.summary[f"summary/{k}"] for k in summary} == summary
+    # the page as it was at the end of each session
+    pages = [row for row in offline.history if "credit/path" in row]
+    assert [row["env_steps"] for row in pages] == [32, 48]
+    assert all(row["credit/_type"] == "html-file" for row in pages)
+    (last_page,) = folder.glob(f"wandb/offline-run-*/files/{pages[-1]['credit/path']}")
+    assert last_page.read_bytes() == (folder / "credit.html").read_bytes()
     kinds = [artifact.type for artifact in offline.artifacts]
     assert {"action", "model", "run_table"} <= set(kinds)
     best = next(a for a in reversed(offline.artifacts) if a.type == "action")

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from etpo.algorithms import objectives
-from etpo.algorithms.policy_gradient import PolicyGradient, Taken, TakenBatch
+from etpo.algorithms.on_policy import TokenValues
+from etpo.algorithms.policy_gradient import PolicyGradient, Taken, TakenBatch, at_prompt
 from etpo.errors import ConfigError, check_range
 from etpo.models.backbone import Backbone
 from etpo.models.critics import WITH_HEAD, LanguageModelCritic, polyak_update, target_of
@@ -63,6 +64,10 @@ class ArCHer(PolicyGradient):
     def prefix_values(self, *inputs: Tensor) -> Tensor:
         value: Tensor = self.target_critic(*inputs)[0]
         return value
+
+    def token_values(self, *inputs: Tensor) -> TokenValues:
+        """V(o) alone: the head's other outputs are fitted at whole actions only."""
+        return at_prompt(super().token_values(*inputs))
 
     def utterance_q(
         self, critic: nn.Module, batch: TakenBatch | UtteranceBatch

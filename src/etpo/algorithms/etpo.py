@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from etpo.algorithms import objectives, soft_bellman
-from etpo.algorithms.on_policy import OnPolicyAlgorithm
+from etpo.algorithms.on_policy import OnPolicyAlgorithm, TokenValues
 from etpo.errors import ConfigError, check_range
 from etpo.models.backbone import Backbone
 from etpo.models.critics import polyak_update, target_of
@@ -171,16 +171,29 @@ class ETPO(OnPolicyAlgorithm):
         inputs = prompt_ids, prompt_mask, action_ids
         log_pi = self.backbone(*inputs).log_probs
         log_ref, features, _ = self.backbone(*inputs, reference=True)
-        value, q = self.critic_values(self.target_critic, *inputs, features, log_pi)
-        q = objectives.pessimistic_q(q, value, log_pi, self.floor)
+        value, q = self.soft_values(*inputs, features, log_pi, log_ref)
         return Annotation(
             log_pi=log_pi,
             rebased_q=objectives.rebased_q(q, log_ref, log_pi, self.beta),
             q_taken=q.gather(-1, action_ids.unsqueeze(-1)).squeeze(-1),
-            value=soft_bellman.soft_value(log_pi, log_ref, q, self.beta),
+            value=value,
             kl=soft_bellman.kl_divergence(log_pi, log_ref),
             features=features,
         )
+
+    def soft_values(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """V [B, L] and Q [B, L, V] of the target critic, after pessimism; inputs of `token_values`."""
+        *read, log_pi, log_ref = inputs
+        value, q = self.critic_values(self.target_critic, *read, log_pi)
+        q = objectives.pessimistic_q(q, value, log_pi, self.floor)
+        return soft_bellman.soft_value(log_pi, log_ref, q, self.beta), q
+
+    def token_values(self, *inputs: Tensor) -> TokenValues:
+        return TokenValues(*self.soft_values(*inputs))
+
+    def sampled_advantages(self, batch: TokenBatch) -> Tensor | None:
+        """The critic's error at the taken token, if the objective corrects it."""
+        return batch.advantages if self.correction else None
 
     def critic_values(
         self,

@@ -19,6 +19,13 @@ from etpo.rollout.replay import by_length
 LENGTH_GROUPS = 2
 
 
+class TokenValues(NamedTuple):
+    """What a critic says of prefixes and of the tokens that may follow; None where it is silent."""
+
+    value: Tensor | None = None  # float32 [B, L], nan at prefixes that it is not fitted at
+    q: Tensor | None = None  # float32 [B, L, V]
+
+
 class OnPolicyAlgorithm(LightningModule):
     """A policy that is trained on fresh actions only; a subclass says with which losses.
 
@@ -98,6 +105,28 @@ class OnPolicyAlgorithm(LightningModule):
     def annotate(self, rollout: Rollout) -> Any:
         """A NamedTuple of tensors whose first dimension is the action, without gradient."""
         raise NotImplementedError
+
+    def token_values(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        action_ids: Tensor,
+        features: Tensor,
+        log_pi: Tensor,
+        log_ref: Tensor,
+    ) -> TokenValues:
+        """V and Q as the policy objective uses them, at the L prefixes of action_ids [B, L].
+
+        `features` [B, L, D] and `log_ref` [B, L, V] are the reference's, `log_pi` the policy's.
+        """
+        return TokenValues()
+
+    def sampled_advantages(self, batch: Any) -> Tensor | None:
+        """What the objective multiplies the taken tokens' probability ratio with: [B, L].
+
+        `batch` is what `annotate` returned. None where no such term exists.
+        """
+        return None
 
     def policy_step(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Means over actions of the policy's loss and of KL(pi_old || pi) in nats."""

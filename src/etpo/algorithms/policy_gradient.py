@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from etpo.algorithms import advantages, objectives
-from etpo.algorithms.on_policy import OnPolicyAlgorithm
+from etpo.algorithms.on_policy import OnPolicyAlgorithm, TokenValues
 from etpo.errors import check_range
 from etpo.models.backbone import Backbone
 from etpo.rollout.episode import Actions, Rollout
@@ -38,6 +38,15 @@ class Taken(NamedTuple):
     values: Tensor  # float32 [B, L]; 0 without a critic
     features: Tensor  # [B, L, D]
     support: Tensor  # bool [B, L, V] or [B, L, 0]
+
+
+def at_prompt(said: TokenValues) -> TokenValues:
+    """`said` of a critic that is fitted at the prompt alone: nan at the prefixes after it."""
+    if said.value is None:
+        return said
+    value = torch.full_like(said.value, float("nan"))
+    value[:, 0] = said.value[:, 0]
+    return said._replace(value=value)
 
 
 class PolicyGradient(OnPolicyAlgorithm):
@@ -123,6 +132,22 @@ class PolicyGradient(OnPolicyAlgorithm):
         assert self.critic is not None
         values: Tensor = self.critic(*inputs)
         return values
+
+    def token_values(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        action_ids: Tensor,
+        features: Tensor,
+        log_pi: Tensor,
+        log_ref: Tensor,
+    ) -> TokenValues:
+        if self.critic is None:
+            return TokenValues()
+        return TokenValues(self.prefix_values(prompt_ids, prompt_mask, action_ids, features))
+
+    def sampled_advantages(self, batch: TakenBatch) -> Tensor:
+        return batch.advantages
 
     def bootstrap_values(self, actions: Actions, rollout: Rollout) -> Tensor:
         """The critic's value of the true next prompt of truncated actions, 0 of others: [B]."""

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from etpo.algorithms import objectives
 from etpo.algorithms.generalized_advantage import GeneralizedAdvantage
-from etpo.algorithms.policy_gradient import Taken, TakenBatch
+from etpo.algorithms.on_policy import TokenValues
+from etpo.algorithms.policy_gradient import Taken, TakenBatch, at_prompt
 from etpo.rollout.episode import Actions, Rollout
 
 
@@ -30,6 +31,9 @@ class PPOKL(GeneralizedAdvantage):
         return (
             torch.arange(batch.action_mask.shape[1], device=self.device) < batch.action_mask[:, :1]
         )
+
+    def token_values(self, *inputs: Tensor) -> TokenValues:
+        return at_prompt(super().token_values(*inputs))
 
     def surrogate(self, log_pi: Tensor, log_old: Tensor, batch: TakenBatch) -> Tensor:
         return objectives.taken_token_correction(

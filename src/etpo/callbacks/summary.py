@@ -35,6 +35,7 @@ FILES = (
     ("best action", "best_action.py"),
     ("best action", "best_action.txt"),
     ("episodes", "episodes.jsonl"),
+    ("token credit", "credit.html"),
     ("checkpoint", "checkpoints/last.ckpt"),
 )
 # attributes of RunSummary that a checkpoint keeps

@@ -72,11 +72,15 @@ def markdown(cell: Any) -> str:
 
 @rank_zero_only
 def track_results(loggers: Sequence[Logger], summary: dict[str, Any], folder: Path) -> None:
-    """Gives W&B the numbers of `summary.json` and the best action as an artifact."""
+    """Gives W&B the numbers of `summary.json`, the credit page, the best action as an artifact."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             run = logger.experiment
             run.summary.update({f"summary/{key}": value for key, value in summary.items()})
+            page = folder / "credit.html"
+            if page.exists():
+                html = wandb.Html(page.read_text(encoding="utf-8"), inject=False)
+                run.log({"credit": html, "env_steps": summary["env_steps"]})
             for file in (folder / name for name in FILES):
                 if file.exists():
                     artifact = wandb.Artifact(f"best_action-{run.id}", type="action")

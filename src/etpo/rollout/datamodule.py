@@ -1,6 +1,6 @@
 """The environment as a LightningDataModule: every epoch is one policy iteration."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,9 @@ def derived_seed(*keys: int) -> int:
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
 
 
+OnAnnotated = Callable[[Rollout, Any], None]
+
+
 class RolloutDataModule(LightningDataModule):
     """Collects fresh actions from the current policy and serves them as minibatches.
 
@@ -34,6 +37,8 @@ class RolloutDataModule(LightningDataModule):
     minibatch_size: actions per training step and rank.
     update_epochs: passes over each iteration's actions.
     max_new_tokens: length limit of an action.
+    on_annotated(rollout, batch), if set, sees every iteration's rollout and what `annotate` made of
+    it, both in the rollout's order, before the first update.
     Raises ConfigError for values out of range.
     """
 
@@ -59,6 +64,7 @@ class RolloutDataModule(LightningDataModule):
         self.seed = seed
         self.groups = groups
         self.on_progress: OnProgress | None = None
+        self.on_annotated: OnAnnotated | None = None
         self.rollout: Rollout | None = None
         self.check(world_size=1)
 
@@ -147,6 +153,8 @@ class RolloutDataModule(LightningDataModule):
                 on_progress=self.on_progress,
             )
             batch = module.annotate(self.rollout)
+            if self.on_annotated is not None:
+                self.on_annotated(self.rollout, batch)
         shuffling = torch.Generator().manual_seed(derived_seed(self.seed, iteration, rank, 2))
         return batch, shuffling
 

@@ -1,0 +1,137 @@
+"""A headless Chromium on a page, driven by its DevTools protocol through a pair of pipes."""
+
+import base64
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+SECONDS = 60  # that an answer may take
+
+
+class Browser:
+    """One page; `errors` holds what it wrote to the console as an error and what went uncaught.
+
+    width, height: of the window, in CSS pixels.
+    """
+
+    def __init__(self, profile: Path, width: int = 1200, height: int = 800) -> None:
+        theirs_in, self.output = os.pipe()
+        self.input, theirs_out = os.pipe()
+        arguments = (
+            *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+            *("--no-first-run", "--disable-background-networking", "--remote-debugging-pipe"),
+            *(f"--user-data-dir={profile}", f"--window-size={width},{height}", "about:blank"),
+        )
+        # Chromium reads its file 3 and writes its file 4
+        self.process = subprocess.Popen(
+            ["bash", "-c", f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}', CHROMIUM, *arguments],
+            pass_fds=(theirs_in, theirs_out),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(theirs_in)
+        os.close(theirs_out)
+        self.rest, self.number, self.session = b"", 0, None
+        self.errors: list[str] = []
+        self.requests: list[str] = []
+        self.events: list[str] = []
+        targets = self.call("Target.getTargets")["targetInfos"]
+        page = next(target["targetId"] for target in targets if target["type"] == "page")
+        attached = self.call("Target.attachToTarget", targetId=page, flatten=True)
+        self.session = attached["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def __enter__(self) -> "Browser":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait(timeout=SECONDS)
+        os.close(self.output)
+        os.close(self.input)
+
+    def call(self, method: str, **arguments: Any) -> dict[str, Any]:
+        """The result of a method of the protocol."""
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": arguments}
+        if self.session is not None:
+            message["sessionId"] = self.session
+        os.write(self.output, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self.receive()
+            if answer.get("id") == self.number:
+                assert "error" not in answer, (method, answer["error"])
+                return answer["result"]
+
+    def receive(self) -> dict[str, Any]:
+        """The next message; keeps what it tells of errors."""
+        deadline = time.monotonic() + SECONDS
+        while b"\0" not in self.rest:
+            ready, _, _ = select.select([self.input], [], [], max(0, deadline - time.monotonic()))
+            assert ready, "Chromium does not answer"
+            received = os.read(self.input, 1 << 16)
+            assert received, "Chromium ended"
+            self.rest += received
+        text, _, self.rest = self.rest.partition(b"\0")
+        message = json.loads(text)
+        told, kind = message.get("params", {}), message.get("method", "")
+        self.events.append(kind)
+        if kind == "Runtime.consoleAPICalled" and told["type"] in ("error", "warning", "assert"):
+            self.errors.append(json.dumps(told["args"]))
+        elif kind == "Log.entryAdded" and told["entry"]["level"] in ("error", "warning"):
+            self.errors.append(told["entry"]["text"])
+        elif kind == "Runtime.exceptionThrown":
+            self.errors.append(json.dumps(told["exceptionDetails"]))
+        elif kind == "Network.requestWillBeSent":
+            self.requests.append(told["request"]["url"])
+        return message
+
+    def open(self, address: str) -> None:
+        """Waits until the page is loaded, again if it is the one before."""
+        for url in ("about:blank", address):
+            self.events.clear()
+            self.call("Page.navigate", url=url)
+            while "Page.loadEventFired" not in self.events:
+                self.receive()
+
+    def value(self, expression: str) -> Any:
+        """What a JavaScript expression comes to, as JSON has it."""
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def hover(self, selector: str, block: str = "center") -> None:
+        """Moves the mouse onto a selector's first element, scrolled to `block` of the window."""
+        place = self.value(
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+            f"e.scrollIntoView({{block: '{block}'}}); const b = e.getClientRects()[0];"
+            "return {x: b.x + b.width / 2, y: b.y + b.height / 2}; })()"
+        )
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", **place)
+
+    def press(self, key: str) -> None:
+        """A key that writes nothing, as `Tab` or `ArrowRight`."""
+        codes = {"Tab": 9, "Escape": 27, "End": 35, "ArrowLeft": 37, "ArrowRight": 39}
+        for kind in ("rawKeyDown", "keyUp"):
+            self.call(
+                "Input.dispatchKeyEvent",
+                **{"type": kind, "key": key, "code": key, "windowsVirtualKeyCode": codes[key]},
+            )
+
+    def theme(self, name: str) -> None:
+        """light or dark."""
+        preference = {"name": "prefers-color-scheme", "value": name}
+        self.call("Emulation.setEmulatedMedia", features=[preference])
+
+    def screenshot(self, file: Path) -> None:
+        image = self.call("Page.captureScreenshot", format="png")["data"]
+        file.write_bytes(base64.b64decode(image))
