@@ -107,7 +107,7 @@ def commands_in_sentences() -> list[Command]:
 
 def shown_files() -> dict[str, str]:
     """Name -> content of the files that pages show: as `NAME`, a colon, and a block."""
-    shown = r"\b[Aa]s `([\w./]+)`:\n\n```\w+\n(.*?)^```$"
+    shown = r"\b[Aa]s\s`([\w./]+)`:\n\n```\w+\n(.*?)^```$"
     texts = [page.read_text(encoding="utf-8") for page in PAGES]
     return {n: c for t in texts for n, c in re.findall(shown, t, re.DOTALL | re.MULTILINE)}
 
@@ -140,8 +140,8 @@ def small(command: Command, checkpoint: Callable[[str], Path]) -> list[str]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
         given = {o.get_key_element(): o for o in parser.parse_overrides(own)}
-        params = (cfg.hydra.sweeper.get("params") or {}).items()
-        swept = parser.parse_overrides([f"{key}={value}" for key, value in params])
+        params = (cfg.hydra.sweeper.get("params") or {}) if "-m" in kept else {}
+        swept = parser.parse_overrides([f"{key}={value}" for key, value in params.items()])
         cut = [cut_sweep(o) for o in ({o.get_key_element(): o for o in swept} | given).values()]
     for key, value in SMALL.items():
         group, _, name = key.rpartition(".")
@@ -151,9 +151,9 @@ def small(command: Command, checkpoint: Callable[[str], Path]) -> list[str]:
                 cut.append(f"{key}={value}")
     if cfg.trainer.accelerator == "gpu":
         cut += ["trainer=cpu", "trainer.devices=1"]
-    if cfg.model.name_or_path in FAMILY:
-        folder = checkpoint(FAMILY[cfg.model.name_or_path])
-        cut += [f"model.name_or_path={folder}", "model.dtype=float32"]
+    name = OmegaConf.to_container(cfg.model)["name_or_path"]  # may name the run's own folder
+    if name in FAMILY:
+        cut += [f"model.name_or_path={checkpoint(FAMILY[name])}", "model.dtype=float32"]
     return [*kept, *cut]
 
 

@@ -156,7 +156,7 @@ class Runner:
         for name, value in command.variables.items():
             self.monkeypatch.setenv(name, value)
             if name == "PYTHONPATH":
-                self.monkeypatch.syspath_prepend(value)
+                self.monkeypatch.syspath_prepend(self.folder / value)
         arguments = [self.filled(a, command) for a in command.arguments]
         method = getattr(self, command.program.replace("-", "_"))
         return method(command._replace(arguments=arguments))
@@ -257,6 +257,17 @@ def test_the_commands_of_a_block_run(name, runner):
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_an_experiment_trains(experiment, runner):
     runner.run(command_of(["etpo-train", f"experiment={experiment}"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["rank_gradient", "value_baseline"])
+def test_the_algorithms_shown_learn_in_the_environment_shown(algorithm, runner):
+    runner.monkeypatch.syspath_prepend(runner.folder)
+    own = ("--config-dir", "my_conf", f"algorithm={algorithm}", "environment=gymnasium")
+    sizes = ("trainer.max_epochs=4", "rollout.update_epochs=4", "critic=head")
+    runner.called(train.main, *own, "environment.id=my_task:MyTask-v0", *sizes, "hydra.run.dir=run")
+    summary = json.loads((runner.folder / "run" / "summary.json").read_text())
+    assert summary["last_mean_reward"] > summary["first_mean_reward"] + 0.1
 
 
 def test_the_readme_names_every_option():
