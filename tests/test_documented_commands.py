@@ -72,6 +72,14 @@ FILES = {
     "my_program.py": PROGRAM,
     "models.csv": "name,big_model,big_model_std\ntic_tac_toe,0.9,0.01\n",
 }
+# arguments that need an extra of this package
+EXTRAS = {
+    "hydra/sweeper=tpe": "hydra_plugins.hydra_optuna_sweeper",
+    "hydra/launcher=joblib": "hydra_plugins.hydra_joblib_launcher",
+    "hydra/launcher=slurm": "hydra_plugins.hydra_submitit_launcher",
+    "environment=textarena": "textarena",
+    "experiment=frozen_lake": "textarena",
+}
 TINY_RUN = ("trainer.max_epochs=1", "rollout.num_envs=2", "rollout.actions_per_iteration=4")
 TINY_RUN += ("rollout.minibatch_size=4", "rollout.max_new_tokens=8", "rollout.update_epochs=1")
 TINY_RUN += ("environment.n_splits=1", "environment.sandbox.workers=1")
@@ -115,6 +123,12 @@ def folder(tmp_path, monkeypatch):
             del sys.modules[name]
 
 
+def skip_without_extras(command: Command) -> None:
+    for argument in command.arguments:
+        if argument in EXTRAS:
+            pytest.importorskip(EXTRAS[argument])
+
+
 @pytest.mark.parametrize("text", sorted(ALL), ids=lambda text: text[:60])
 def test_a_command_is_valid_as_it_stands(text, folder):
     """It composes, no value is missing, its sizes fit; make knows the target."""
@@ -126,6 +140,7 @@ def test_a_command_is_valid_as_it_stands(text, folder):
         assert (ROOT / command.arguments[1]).is_file()
     if command.program not in SCRIPTS:
         return
+    skip_without_extras(command)
     cfg = composed(command)
     del cfg.hydra
     if command.program == "etpo-train" and cfg.ckpt_path is None:
@@ -153,6 +168,7 @@ class Runner:
 
     def run(self, command: Command) -> str:
         """What it printed."""
+        skip_without_extras(command)
         for name, value in command.variables.items():
             self.monkeypatch.setenv(name, value)
             if name == "PYTHONPATH":
@@ -248,8 +264,6 @@ def runner(folder, command, checkpoint, start_train, request, monkeypatch) -> Ru
 def test_the_commands_of_a_block_run(name, runner):
     for one in BLOCKS[name]:
         if one.text not in NOT_RUN:
-            if "optuna" in one.text or "tpe" in one.text:
-                pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
             runner.run(one)
 
 
