@@ -9,9 +9,9 @@ and prints the table of docs/studies/convergence.md.
 
 import argparse
 import csv
+import json
 from pathlib import Path
 
-from learning_table import read_runs
 from matplotlib.figure import Figure
 
 METRICS = ("oracle/kl", "oracle/kl_max", "oracle/value_error", "oracle/value")
@@ -20,6 +20,18 @@ BOUND = 0.02
 STYLES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":"))
 
 Points = list[tuple[int, dict[str, float]]]  # environment steps, METRICS
+
+
+def read_runs(folder: Path) -> dict[int, tuple[list[dict[str, str]], dict]]:
+    """Seed -> (rows of metrics.csv, summary.json) of the finished runs under `folder`."""
+    runs = {}
+    for file in folder.glob("*/summary.json"):
+        summary = json.loads(file.read_text())
+        if summary["status"] != "finished":
+            continue
+        with file.with_name("metrics.csv").open(newline="") as lines:
+            runs[summary["seed"]] = (list(csv.DictReader(lines)), summary)
+    return dict(sorted(runs.items()))
 
 
 def measured(rows: list[dict[str, str]], env_steps: int) -> Points:

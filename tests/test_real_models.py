@@ -72,7 +72,7 @@ def trained(folder, option: str, checkpoint, *overrides: str) -> train.Run:
 
 
 def test_every_model_of_the_configuration_is_tested():
-    # the last two by tests/test_convergence.py and tests/environments/test_guide.py
+    # the last two by tests/test_convergence.py and tests/test_documented_commands.py
     made_here = {"tiny", "token_mdp", "player"}
     assert {path.stem for path in (CONF / "model").glob("*.yaml")} == {*FAMILY, *made_here}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from etpo import train
+from etpo import report, train
 from etpo.study import claimed, difference
 
 
@@ -149,3 +149,50 @@ def test_a_failed_cell_stops_no_search(study):
     assert ended.status == 1
     assert len(study.trained) == 3
     assert "2 cells finished, 0 not finished" in ended.out
+
+
+KILLED = (
+    *("-m", "study=killed", "algorithm=etpo,ppo_kl", "seed=0,1,2", "environment.dataset=iris"),
+    *("trainer.max_epochs=2", "rollout.num_envs=2", "rollout.actions_per_iteration=4"),
+    *("rollout.minibatch_size=4", "rollout.update_epochs=1", "rollout.max_new_tokens=8"),
+    *("environment.n_splits=1", "environment.sandbox.workers=1"),
+)
+
+
+@pytest.mark.slow
+def test_a_study_killed_in_a_cell_is_finished_by_the_same_command(
+    start_train, command, tmp_path, monkeypatch
+):
+    with start_train(tmp_path, *KILLED) as process:
+        try:
+            begun = 0
+            while begun < 4:
+                line = process.stdout.readline()
+                assert line, process.stderr.read()
+                begun += line.startswith("iteration 1/2")
+        finally:
+            process.kill()
+    folder = tmp_path / "logs" / "train" / "multiruns" / "killed"
+    finished = [file.parent for file in folder.glob("*/summary.json")]
+    assert len(finished) == 3
+    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in left_by(finished)}
+
+    monkeypatch.chdir(tmp_path)
+    ended = command(train.main, *KILLED)
+    assert ended.status == 0, ended.err
+    assert ended.out.count("was finished before") == 3
+    # the fourth cell goes on with its second iteration, two cells have both
+    assert [ended.out.count(f"iteration {number}/2") for number in (1, 2)] == [2, 3]
+    assert "6 cells finished, 0 not finished" in ended.out
+    assert before == {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in left_by(finished)}
+
+    ended = command(report.main, "study=killed")
+    assert ended.status == 0, ended.err
+    assert (folder / "index.html").is_file()
+    assert len((folder / "summary.csv").read_text().splitlines()) == 1 + 6
+
+
+def left_by(cells):
+    """What the runs of cells wrote: all but the lock and what Hydra writes before a cell."""
+    files = (file for cell in cells for file in cell.rglob("*") if file.is_file())
+    return [f for f in files if f.name != "lock" and ".hydra" not in f.parts]
