@@ -32,7 +32,7 @@ def test_the_policy_moves_with_reward(build_etpo, letter_env, fit, paid):
     before = [p.clone() for p in module.backbone.policy_parameters()]
     fit(module, paid(letter_env(4), lambda action: sum(map(ord, action)) % 2), 1)
     pairs = zip(before, module.backbone.policy_parameters(), strict=True)
-    assert max((old - new).abs().max() for old, new in pairs) > 3e-3
+    assert max((old - new).abs().max() for old, new in pairs) > module.policy_lr / 2
 
 
 def test_it_learns(build_etpo, letter_env, fit):
@@ -138,7 +138,7 @@ def test_scaling_keeps_the_direction_of_the_whole_objective(build_etpo, letter_e
 
 
 def test_grouping_actions_by_length_changes_nothing(build_etpo, letter_env, fit):
-    module = build_etpo(critic=TrunkCritic)
+    module = build_etpo(critic=TrunkCritic, max_kl=None)  # else the policy may rest already
     data = fit(module, letter_env(6), 1, actions_per_iteration=42, minibatch_size=14)
     batch = module.annotate(data.rollout)
     lengths = torch.arange(42) % 5 + 1

@@ -40,7 +40,7 @@ def module(tmp_path):
         device=torch.device("cpu"),
         logged={},
     )
-    for name in ("evaluate_prefixes", "critic_values"):
+    for name in ("evaluate_prefixes", "soft_values", "critic_values"):
         setattr(module, name, partial(getattr(ETPO, name), module))
     module.log = module.logged.__setitem__
     return module
