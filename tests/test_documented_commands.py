@@ -262,6 +262,7 @@ def runner(folder, command, checkpoint, start_train, request, monkeypatch) -> Ru
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUN_BLOCKS)
 def test_the_commands_of_a_block_run(name, runner):
+    """`Runner` asserts that each exits with 0 and that one that trains came to its end."""
     for one in BLOCKS[name]:
         if one.text not in NOT_RUN:
             runner.run(one)
@@ -270,7 +271,8 @@ def test_the_commands_of_a_block_run(name, runner):
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_an_experiment_trains(experiment, runner):
-    runner.run(command_of(["etpo-train", f"experiment={experiment}"]))
+    out = runner.run(command_of(["etpo-train", f"experiment={experiment}"]))
+    assert re.search(r"Finished after 1 iterations|[1-9]\d* cells finished, 0 not finished", out)
 
 
 @pytest.mark.slow

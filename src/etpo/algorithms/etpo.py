@@ -181,18 +181,10 @@ class ETPO(OnPolicyAlgorithm):
             features=features,
         )
 
-    def soft_values(
-        self,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        action_ids: Tensor,
-        features: Tensor,
-        log_pi: Tensor,
-        log_ref: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """V [B, L] and Q [B, L, V] of the target critic, after pessimism."""
-        inputs = prompt_ids, prompt_mask, action_ids, features
-        value, q = self.critic_values(self.target_critic, *inputs, log_pi)
+    def soft_values(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """V [B, L] and Q [B, L, V] of the target critic, after pessimism; as `token_values`."""
+        log_pi, log_ref = inputs[-2:]
+        value, q = self.critic_values(self.target_critic, *inputs[:-1])
         q = objectives.pessimistic_q(q, value, log_pi, self.floor)
         return soft_bellman.soft_value(log_pi, log_ref, q, self.beta), q
 

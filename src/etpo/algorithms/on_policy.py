@@ -152,9 +152,13 @@ class OnPolicyAlgorithm(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips the policy's and the critic's gradient norm apart."""
-        for group in optimizer.param_groups:
-            torch.nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
+        """Limits the gradient norm of each list of `clipped_together`."""
+        for parameters in self.clipped_together(optimizer):
+            torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+
+    def clipped_together(self, optimizer: Optimizer) -> list[list[nn.Parameter]]:
+        """Parameters with a common limit on their gradient norm: the policy's, the critic's."""
+        return [group["params"] for group in optimizer.param_groups]
 
     def on_train_epoch_start(self) -> None:
         self.policy_stopped = False

@@ -133,18 +133,10 @@ class PolicyGradient(OnPolicyAlgorithm):
         values: Tensor = self.critic(*inputs)
         return values
 
-    def token_values(
-        self,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        action_ids: Tensor,
-        features: Tensor,
-        log_pi: Tensor,
-        log_ref: Tensor,
-    ) -> TokenValues:
+    def token_values(self, *inputs: Tensor) -> TokenValues:
         if self.critic is None:
             return TokenValues()
-        return TokenValues(self.prefix_values(prompt_ids, prompt_mask, action_ids, features))
+        return TokenValues(self.prefix_values(*inputs[:4]))  # all but the log-probabilities
 
     def sampled_advantages(self, batch: TakenBatch) -> Tensor:
         return batch.advantages

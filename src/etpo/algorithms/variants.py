@@ -133,11 +133,5 @@ class AdaptiveBetaETPO(ETPO):
 class JointClipETPO(ETPO):
     """One limit on the gradient norm of policy and critic together."""
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+    def clipped_together(self, optimizer: Optimizer) -> list[list[nn.Parameter]]:
+        return [[p for group in optimizer.param_groups for p in group["params"]]]
