@@ -68,7 +68,8 @@ def test_distinct_prompts_run_once(checkpoint, inputs):
         sizes.append(tuple(given["input_ids"].shape))
         return (backbone.policy(**given, logits_to_keep=last).logits,)
 
-    (logits,), cache = encode_prompts(run, backbone.policy.config, prompt_ids, prompt_mask)
+    encoded = encode_prompts(run, backbone.policy.config, prompt_ids, prompt_mask)
+    (logits,), cache = encoded.expanded()
     assert sizes == [(3, prompt_ids.shape[1])]
     assert len(logits) == len(cache.layers[0].keys) == 5
     torch.testing.assert_close(logits[1], logits[4], rtol=0, atol=0)

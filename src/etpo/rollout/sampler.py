@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import StopStringCriteria
 
 from etpo.models.backbone import Backbone, PromptBatch, language_model
-from etpo.models.shared_prompt import encode_prompts, position_ids, preallocate
+from etpo.models.decoding import decoding_cache
+from etpo.models.shared_prompt import encode_prompts, position_ids
 
 
 class Sample(NamedTuple):
@@ -44,13 +45,15 @@ def sample(
         else None
     )
     run = functools.partial(language_model, backbone.policy)
-    (logits, _), cache = encode_prompts(run, backbone.policy.config, prompts.ids.to(device), mask)
-    preallocate(cache, max_new_tokens)
-    size = len(mask), max_new_tokens
+    config = backbone.policy.config
+    encoded = encode_prompts(run, config, prompts.ids.to(device), mask)
+    cache = decoding_cache(config, encoded, max_new_tokens)
+    rows = cache.order  # the actions that are computed
+    logits, mask = encoded.parts[0][encoded.rows[rows]], mask[rows]
+    size = len(rows), max_new_tokens
     ids = torch.full(size, backbone.pad_id, device=device)
     masks = torch.zeros(size, dtype=torch.bool, device=device)
     log_probs = torch.zeros(size, device=device)
-    rows = torch.arange(len(mask), device=device)  # the actions that are computed
     running = torch.ones_like(rows, dtype=torch.bool)
     for step in range(max_new_tokens):
         log_pi = backbone.normalise(logits[:, -1])
@@ -75,17 +78,18 @@ def sample(
         if step + 1 == max_new_tokens or remaining == 0:
             break
         if remaining <= len(rows) // 2:
-            kept = running.nonzero()[:, 0]
-            cache.batch_select_indices(kept)
+            kept = cache.keep(running.nonzero()[:, 0])
             rows, mask, token, running = rows[kept], mask[kept], token[kept], running[kept]
-        logits, _ = run(
-            last=1,
-            input_ids=token[:, None],
-            attention_mask=mask.long(),
-            position_ids=position_ids(mask)[:, -1:],
-            past_key_values=cache,
-            use_cache=True,
-        )
+        with cache.attention(config):
+            logits, _ = run(
+                last=1,
+                input_ids=token[:, None],
+                attention_mask=mask.long(),
+                position_ids=position_ids(mask)[:, -1:],
+                past_key_values=cache,
+                use_cache=True,
+                **cache.inputs,
+            )
     return Sample(ids[:, : step + 1], masks[:, : step + 1], log_probs[:, : step + 1])
 
 

@@ -1,0 +1,113 @@
+"""Decoding caches: which one is chosen, and that sharing prompts changes no number."""
+
+import functools
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+
+from etpo.models.backbone import language_model
+from etpo.models.decoding import ExpandedPrompts, SharedPrompts, decoding_cache
+from etpo.models.shared_prompt import encode_prompts, position_ids
+
+SIZES = {"vocab_size": 50, "num_hidden_layers": 2, "num_attention_heads": 4}
+# prompts of 2 to 6 tokens, padded on the left; rows 1, 3, 5 and rows 0, 4 have equal ones
+PROMPTS = [[7, 8], [3, 4, 5, 6, 7, 8], [9, 9, 9], [3, 4, 5, 6, 7, 8], [7, 8], [3, 4, 5, 6, 7, 8]]
+
+
+def fresh(config):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def llama(**changes):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_key_value_heads": 2, **changes}
+    return LlamaConfig(**SIZES, **sizes, initializer_range=0.2)
+
+
+def windowed(window):
+    return Qwen2Config(
+        **SIZES,
+        hidden_size=32,
+        intermediate_size=64,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=window,
+        max_window_layers=1,
+        initializer_range=0.2,
+    )
+
+
+def encode(model):
+    width = max(map(len, PROMPTS))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in PROMPTS])
+    mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in PROMPTS])
+    run = functools.partial(language_model, model)
+    return run, encode_prompts(run, model.config, ids, mask), mask
+
+
+@torch.no_grad()
+def decode(model, actions, dropped):
+    """Logits [b, V] of the rows that are left, after two tokens each; some rows go in between."""
+    run, encoded, mask = encode(model)
+    cache = decoding_cache(model.config, encoded, actions.shape[1])
+    rows = cache.order
+    for step in range(actions.shape[1]):
+        if step == dropped:
+            left = (rows != 1) & (rows != 0) & (rows != 2)
+            rows = rows[cache.keep(left.nonzero()[:, 0])]
+        seen = torch.nn.functional.pad(mask[rows], (0, step + 1), value=True)
+        with cache.attention(model.config):
+            logits, _ = run(
+                last=1,
+                input_ids=actions[rows, step, None],
+                attention_mask=seen.long(),
+                position_ids=position_ids(seen)[:, -1:],
+                past_key_values=cache,
+                **cache.inputs,
+            )
+    return rows, logits[:, 0], cache
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (llama(), SharedPrompts),
+        (llama(num_key_value_heads=4), SharedPrompts),
+        (windowed(10), SharedPrompts),
+        (windowed(9), ExpandedPrompts),
+        (GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4), ExpandedPrompts),
+    ],
+    ids=["grouped queries", "plain", "window wide enough", "window too small", "other model"],
+)
+@pytest.mark.parametrize("dropped", [None, 2])
+def test_logits_are_those_of_whole_sequences(config, kind, dropped):
+    model = fresh(config)
+    before = model.config._attn_implementation
+    actions = torch.randint(50, (6, 4), generator=torch.Generator().manual_seed(1))
+    rows, logits, cache = decode(model, actions, dropped)
+    assert type(cache) is kind
+    assert model.config._attn_implementation == before
+    assert sorted(rows.tolist()) == ([0, 1, 2, 3, 4, 5] if dropped is None else [3, 4, 5])
+    for row, found in zip(rows.tolist(), logits, strict=True):
+        whole = torch.tensor(PROMPTS[row] + actions[row].tolist())[None]
+        torch.testing.assert_close(found, model(whole).logits[0, -1], rtol=0, atol=1e-5)
+
+
+def test_prompts_are_held_once_and_only_while_a_row_needs_them():
+    model = fresh(llama())
+    _, encoded, _ = encode(model)
+    cache = decoding_cache(model.config, encoded, 3)
+    assert [len(keys) for keys, _ in cache.prompts] == [3, 3]
+    assert [(b.prompts, b.rows) for b in cache.buckets] == [
+        (slice(0, 1), slice(0, 1)),
+        (slice(1, 2), slice(1, 3)),
+        (slice(2, 3), slice(3, 6)),
+    ]
+    assert cache.order[0] == 2
+    kept = cache.keep((cache.order != 2).nonzero()[:, 0])
+    assert len(kept) == 5
+    assert [len(keys) for keys, _ in cache.prompts] == [2, 2]
+    cache.keep(torch.tensor([0, 4]))  # two prompts with a row each: one bucket
+    assert [(b.prompts, b.rows) for b in cache.buckets] == [(slice(0, 2), slice(0, 2))]
