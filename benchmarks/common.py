@@ -1,0 +1,150 @@
+"""What the benchmarks share: fresh models, an environment that costs nothing, results on disk."""
+
+import os
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from lightning import Callback, LightningModule, Trainer
+from matplotlib.figure import Figure
+
+from etpo.config import CONF
+from etpo.environments.text_env import TextObservation, TextVectorEnv
+from etpo.models.backbone import Backbone, load_tokenizer, tiny_checkpoint
+from etpo.models.fresh import fresh_llama, save_checkpoint
+from etpo.rollout.datamodule import RolloutDataModule
+
+RESULTS = Path("benchmarks/results")
+MODELS = {
+    "0.9M": {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4},
+    "25M": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8},
+}
+
+
+class OnePrompt(TextVectorEnv):
+    """Every episode is one action on the same prompt; rewards are drawn."""
+
+    task_name = "one prompt"
+
+    def __init__(self, prompt: str, num_envs: int) -> None:
+        self.num_envs = num_envs
+        self.observation = observation(prompt)
+        self.random = np.random.default_rng(0)
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        return [self.observation] * self.num_envs, {}
+
+    def step_part(self, actions: Sequence[str], envs: np.ndarray) -> Any:
+        n = len(envs)
+        infos = {
+            "final_obs": np.array([self.observation] * n, dtype=object),
+            "error": np.array([None] * n, dtype=object),
+            "attempt": np.ones(n, dtype=int),
+            "cached": np.zeros(n, dtype=bool),
+        }
+        over = np.ones(n, dtype=bool)
+        return [self.observation] * n, self.random.random(n), over, ~over, infos
+
+
+class EpochClock(Callback):
+    """When each iteration ended."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.times.append(time.perf_counter())
+
+
+def observation(prompt: str) -> TextObservation:
+    return TextObservation(instruction=prompt, prefix=prompt, suffix="")
+
+
+def save_model(folder: Path, name: str, **changes: Any) -> str:
+    """A fresh Llama of that name with the embedded model's tokenizer; returns its folder."""
+    tokenizer = load_tokenizer(tiny_checkpoint())
+    sizes = MODELS[name] | changes
+    save_checkpoint(folder, fresh_llama(tokenizer, 0, tie_word_embeddings=True, **sizes), tokenizer)
+    return str(folder)
+
+
+def prompt_of(size: int, text: str = "") -> str:
+    """A text of `size` tokens that begins with `text`."""
+    tokenizer = load_tokenizer(tiny_checkpoint())
+    while len(tokenizer(text)["input_ids"]) < size:
+        text += "from sklearn.svm import SVC\n"
+    while len(tokenizer(text)["input_ids"]) > size:
+        text = text[:-1]
+    return text
+
+
+def configured(folder: str, *overrides: str) -> Any:
+    """The configuration of `etpo-train` for the model in `folder`; all tokens have probability."""
+    with initialize_config_dir(str(CONF), version_base=None):
+        return compose("train", [f"model.name_or_path={folder}", "model.min_p=0", *overrides])
+
+
+def endless(folder: str) -> Backbone:
+    """A backbone whose actions all have the largest length."""
+    backbone = instantiate(configured(folder).model)()
+    backbone.stop_ids = []
+    return backbone
+
+
+class Iterations:
+    """Whole iterations of ETPO with one update on `completions` actions on one prompt."""
+
+    def __init__(
+        self, folder: str, prompt: str, completions: int, new_tokens: int, *overrides: str
+    ) -> None:
+        settings = "rollout.update_epochs=1", "algorithm.max_kl=null", *overrides
+        cfg = configured(folder, f"rollout.minibatch_size={completions}", *settings)
+        backbone = endless(folder)
+        self.module = instantiate(cfg.algorithm, backbone=lambda: backbone)
+        self.prompt, self.completions, self.new_tokens = prompt, completions, new_tokens
+
+    def run(self, count: int) -> list[float]:
+        """Seconds of `count` iterations, after one that is not counted."""
+        data = RolloutDataModule(
+            OnePrompt(self.prompt, self.completions),
+            actions_per_iteration=self.completions,
+            minibatch_size=self.completions,
+            update_epochs=1,
+            max_new_tokens=self.new_tokens,
+            num_envs=self.completions,
+            seed=0,
+        )
+        clock = EpochClock()
+        trainer = Trainer(
+            max_epochs=count + 1,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            callbacks=[clock],
+        )
+        trainer.fit(self.module, datamodule=data)
+        assert data.rollout is not None
+        assert data.rollout.actions.action_mask.sum() == self.completions * self.new_tokens
+        return list(np.diff(clock.times))
+
+
+def write(out: Path, name: str, rows: pd.DataFrame, table: pd.DataFrame, figure: Figure) -> None:
+    """Writes NAME.csv (every measurement) and NAME.png, prints the table and the machine."""
+    out.mkdir(parents=True, exist_ok=True)
+    rows.to_csv(out / f"{name}.csv", index=False)
+    figure.savefig(out / f"{name}.png", dpi=120)
+    print(
+        f"\n{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"Python {platform.python_version()}, torch {torch.__version__}\n"
+    )
+    print(table.to_string(index=False, float_format=lambda x: f"{x:.2f}"))
