@@ -44,8 +44,16 @@ attacks: install ## Attack the sandbox and soak it; as root (sudo) also once mor
 		$(AS_ORDINARY_USER) $(SANDBOX_TESTS) -p no:cacheprovider $(ARGS); \
 	fi
 
-bench: install ## Measure how fast programs are scored: tables, and CSV in benchmarks/results
-	$(BIN)/python benchmarks/scoring.py
+$(VENV)/.bench-installed: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	@touch $@
+
+BENCHMARKS := scoring sampler scaling iteration
+
+bench: $(VENV)/.bench-installed ## Run all benchmarks (about an hour): tables, CSV and figures in benchmarks/results
+	@for name in $(BENCHMARKS); do \
+		echo "\n== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; \
+	done
 
 lint: install ## Check style with ruff, types of algorithms/ and rollout/ with mypy
 	$(BIN)/ruff check .

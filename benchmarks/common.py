@@ -67,11 +67,15 @@ def observation(prompt: str) -> TextObservation:
     return TextObservation(instruction=prompt, prefix=prompt, suffix="")
 
 
-def save_model(folder: Path, name: str, **changes: Any) -> str:
-    """A fresh Llama of that name with the embedded model's tokenizer; returns its folder."""
+def save_model(folder: Path, name: str, vocabulary: int = 0) -> str:
+    """A fresh Llama of that name with the embedded model's tokenizer; returns its folder.
+
+    vocabulary: so many tokens at least, by new ones that no text has.
+    """
     tokenizer = load_tokenizer(tiny_checkpoint())
-    sizes = MODELS[name] | changes
-    save_checkpoint(folder, fresh_llama(tokenizer, 0, tie_word_embeddings=True, **sizes), tokenizer)
+    tokenizer.add_tokens([f"<new {n}>" for n in range(vocabulary - len(tokenizer))])
+    model = fresh_llama(tokenizer, 0, tie_word_embeddings=True, **MODELS[name])
+    save_checkpoint(folder, model, tokenizer)
     return str(folder)
 
 
