@@ -52,7 +52,7 @@ BENCHMARKS := scoring sampler scaling iteration
 
 bench: $(VENV)/.bench-installed ## Run all benchmarks (about an hour): tables, CSV and figures in benchmarks/results
 	@for name in $(BENCHMARKS); do \
-		printf "\n%s\n" "$$name";$(BIN)/python benchmarks/$$name.py || exit 1; \
+		printf "\n%s\n" "$$name"; $(BIN)/python benchmarks/$$name.py || exit 1; \
 	done
 
 lint: install ## Check style with ruff, types of algorithms/ and rollout/ with mypy

@@ -37,6 +37,7 @@ ACTIONS = Actions(
     action_ids=torch.full((4, 2), 9),
     action_mask=MASK,
     log_probs=torch.zeros(4, 2),
+    features=torch.zeros(4, 2, 1),
     rewards=torch.tensor([-1.0, 0.8, 0.5, -1.0]),
     terminated=torch.tensor([False, True, True, False]),
     truncated=torch.tensor([False, False, False, True]),

@@ -45,7 +45,8 @@ def rollout(iteration: int, rank: int = 0) -> Rollout:
     flags = torch.zeros(4, dtype=torch.bool)
     reward = torch.tensor([row.reward for row in rows])
     step = torch.tensor([row.attempt - 1 for row in rows])
-    actions = Actions(ids, mask, ids, mask, torch.zeros(4, 5), reward, flags, ~flags, step)
+    states = torch.zeros(4, 5, 1)
+    actions = Actions(ids, mask, ids, mask, states[..., 0], states, reward, flags, ~flags, step)
     return Rollout(actions, ids, mask, rows, 2, 0, generate_seconds=2.0, score_seconds=0.5)
 
 

@@ -108,3 +108,5 @@ def test_pad_stack_pads_on_the_given_side():
     rows = [torch.tensor([[1, 2]]), torch.tensor([[3]])]
     assert pad_stack(rows, 0, left=True).tolist() == [[1, 2], [0, 3]]
     assert pad_stack(rows, 0, left=False).tolist() == [[1, 2], [3, 0]]
+    wide = [torch.ones(1, 2, 3), torch.ones(1, 1, 3)]
+    assert pad_stack(wide, 0, left=False).sum(-1).tolist() == [[3, 3], [3, 0]]

@@ -20,7 +20,10 @@ def test_recorded_log_probs_equal_those_of_the_training_forward(checkpoint, fami
     backbone = Backbone(str(checkpoint(family)), CompletionTemplate(), temperature=0.7, min_p=min_p)
     prompts = backbone.encode(OBSERVATIONS)
     taken = sample(backbone, prompts, 12, generator())
-    log_pi = backbone(prompts.ids, prompts.mask, taken.ids).log_probs
+    log_pi, features, _ = backbone(prompts.ids, prompts.mask, taken.ids)
+    torch.testing.assert_close(
+        taken.features, features * taken.mask.unsqueeze(-1), rtol=1e-3, atol=1e-4
+    )
     again = log_pi.gather(-1, taken.ids.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(taken.log_probs[taken.mask], again[taken.mask], rtol=0, atol=1e-4)
 

@@ -159,6 +159,7 @@ def stack(rounds: list[Round], pad_id: int) -> Actions:
         action_ids=pad_stack([r.sample.ids.cpu() for r in rounds], pad_id, left=False),
         action_mask=pad_stack([r.sample.mask.cpu() for r in rounds], False, left=False),
         log_probs=pad_stack([r.sample.log_probs.cpu() for r in rounds], 0.0, left=False),
+        features=pad_stack([r.sample.features.cpu() for r in rounds], 0.0, left=False),
         rewards=torch.cat([r.rewards for r in rounds]),
         terminated=torch.cat([r.terminated for r in rounds]),
         truncated=torch.cat([r.truncated for r in rounds]),

@@ -18,6 +18,7 @@ class Actions(NamedTuple):
     action_ids: Tensor  # int64 [B, L]
     action_mask: Tensor  # bool [B, L]
     log_probs: Tensor  # float32 [B, L], of the taken tokens, recorded while sampling
+    features: Tensor  # [B, L, D], the policy's last hidden states, recorded while sampling
     rewards: Tensor  # float32 [B]
     terminated: Tensor  # bool [B], the episode ended here and its value is 0
     truncated: Tensor  # bool [B], the episode was cut here and its value is bootstrapped
@@ -54,12 +55,13 @@ class Rollout(NamedTuple):
 
 
 def pad_stack(rows: list[Tensor], value: float, *, left: bool) -> Tensor:
-    """Concatenates [b, T_i] blocks to [sum b, max T], padded with `value` on one side."""
+    """Concatenates [b, T_i, ...] to [sum b, max T, ...], padded with `value` on one side."""
     width = max(block.shape[1] for block in rows)
     padded = []
     for block in rows:
         gap = width - block.shape[1]
-        padded.append(torch.nn.functional.pad(block, (gap, 0) if left else (0, gap), value=value))
+        edges = (0, 0) * (block.ndim - 2) + ((gap, 0) if left else (0, gap))
+        padded.append(torch.nn.functional.pad(block, edges, value=value))
     return torch.cat(padded)
 
 

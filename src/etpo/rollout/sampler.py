@@ -14,11 +14,15 @@ from etpo.models.shared_prompt import encode_prompts, position_ids
 
 
 class Sample(NamedTuple):
-    """ids int64, mask bool, log_probs float32 of the taken tokens: each [B, L]."""
+    """ids int64, mask bool, log_probs float32 of the taken tokens: each [B, L].
+
+    features: [B, L, D], the last hidden states that they were drawn from; 0 where `mask` is false.
+    """
 
     ids: Tensor
     mask: Tensor
     log_probs: Tensor
+    features: Tensor
 
 
 @torch.no_grad()
@@ -49,11 +53,13 @@ def sample(
     encoded = encode_prompts(run, config, prompts.ids.to(device), mask)
     cache = decoding_cache(config, encoded, max_new_tokens)
     rows = cache.order  # the actions that are computed
-    logits, mask = encoded.parts[0][encoded.rows[rows]], mask[rows]
+    logits, states = (part[encoded.rows[rows]] for part in encoded.parts)
+    mask = mask[rows]
     size = len(rows), max_new_tokens
     ids = torch.full(size, backbone.pad_id, device=device)
     masks = torch.zeros(size, dtype=torch.bool, device=device)
     log_probs = torch.zeros(size, device=device)
+    features = states.new_zeros(*size, states.shape[-1])
     running = torch.ones_like(rows, dtype=torch.bool)
     for step in range(max_new_tokens):
         log_pi = backbone.normalise(logits[:, -1])
@@ -68,6 +74,7 @@ def sample(
         ids[rows, step] = token
         masks[rows, step] = running
         log_probs[rows, step] = log_pi.gather(-1, token[:, None])[:, 0].where(running, 0.0)
+        features[rows, step] = states[:, -1].where(running[:, None], 0.0)
         mask = torch.cat([mask, running[:, None]], dim=1)
         running = running & ~torch.isin(token, stop_ids)
         if stop_strings is not None:
@@ -81,7 +88,7 @@ def sample(
             kept = cache.keep(running.nonzero()[:, 0])
             rows, mask, token, running = rows[kept], mask[kept], token[kept], running[kept]
         with cache.attention(config):
-            logits, _ = run(
+            logits, states = run(
                 last=1,
                 input_ids=token[:, None],
                 attention_mask=mask.long(),
@@ -90,7 +97,7 @@ def sample(
                 use_cache=True,
                 **cache.inputs,
             )
-    return Sample(ids[:, : step + 1], masks[:, : step + 1], log_probs[:, : step + 1])
+    return Sample(*(field[:, : step + 1] for field in (ids, masks, log_probs, features)))
 
 
 def inverse_cdf(log_p: Tensor, noise: Tensor) -> Tensor:
