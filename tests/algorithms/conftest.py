@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from lightning import Trainer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from etpo.algorithms.archer import ArCHer
 from etpo.algorithms.etpo import ETPO
@@ -13,7 +14,7 @@ from etpo.algorithms.ntpo import NTPO
 from etpo.algorithms.poad import POAD
 from etpo.algorithms.ppo_kl import PPOKL
 from etpo.models.backbone import Backbone
-from etpo.models.critics import HeadCritic
+from etpo.models.critics import HeadCritic, LanguageModelCritic, LoraCritic
 from etpo.models.prompting import CompletionTemplate
 from etpo.rollout.datamodule import RolloutDataModule
 
@@ -38,6 +39,7 @@ ETPO_SETTINGS = {
     "huber_delta": 1.0,
     "max_grad_norm": 1.0,
     "annotation_batch": 8,
+    "vocabulary_chunk": None,
 }
 
 WITH_CRITIC = {POAD: {"lambda_": 0.5}, NTPO: {"lambda_": 0.5}, PPOKL: {"lambda_": 0.5}}
@@ -53,6 +55,7 @@ BASELINE_SETTINGS = {
     "critic_lr": 3e-3,
     "max_grad_norm": 1.0,
     "annotation_batch": 8,
+    "vocabulary_chunk": None,
 }
 
 
@@ -90,6 +93,26 @@ def build_baseline(checkpoint):
             functools.partial(HeadCritic, hidden_size=16) if has_critic else None,
             functools.partial(torch.optim.AdamW, eps=1e-5, weight_decay=0.0),
             **(BASELINE_SETTINGS | own | changes),
+        )
+
+    return make
+
+
+@pytest.fixture
+def build_algorithm():
+    """build_algorithm(algorithm, backbone, critic, ...): any algorithm, from its parts."""
+
+    def make(algorithm, backbone, critic, **changes):
+        settings = ETPO_SETTINGS if issubclass(algorithm, ETPO) else BASELINE_SETTINGS
+        own = WITH_CRITIC.get(algorithm, {"tau": 1.0} if algorithm is ArCHer else {})
+        sizes = {} if critic is LanguageModelCritic else {"hidden_size": 16}
+        if critic is LoraCritic:
+            sizes["lora"] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+        return algorithm(
+            backbone,
+            None if critic is None else functools.partial(critic, **sizes),
+            functools.partial(torch.optim.AdamW, eps=1e-5, weight_decay=0.0),
+            **(settings | own | changes),
         )
 
     return make
@@ -149,3 +172,29 @@ class Paid:
 def paid():
     """paid(env, reward): the environment with the reward `reward(action)`."""
     return Paid
+
+
+class MostTokens(TorchDispatchMode):
+    """Watches, in `tokens`, for how many tokens at once a tensor over the vocabulary is computed.
+
+    weights: shapes that have the vocabulary too, and no token.
+    """
+
+    def __init__(self, vocabulary, weights):
+        super().__init__()
+        self.vocabulary, self.weights, self.tokens = vocabulary, set(weights), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        outputs = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(outputs):
+            shape = tuple(getattr(tensor, "shape", ()))
+            weight = {shape, shape[::-1]} & self.weights
+            if self.vocabulary in shape and len(shape) > 1 and not weight:
+                self.tokens = max(self.tokens, tensor.numel() // self.vocabulary)
+        return outputs
+
+
+@pytest.fixture
+def most_tokens():
+    """most_tokens(vocabulary, weights): `MostTokens`."""
+    return MostTokens

@@ -38,8 +38,9 @@ def test_twins_take_the_smaller_q_and_are_both_fitted(build, letter_env, fit):
     data = fit(module, letter_env(4), 2)
     batch = module.annotate(data.rollout)
     inputs = batch.prompt_ids, batch.prompt_mask, batch.action_ids, batch.features
-    first, second = module.both(module.critic, *inputs, batch.old_log_probs)
-    value, q = module.critic_values(module.critic, *inputs, batch.old_log_probs)
+    outputs = module.critic(*inputs)
+    first, second = module.heads_of(outputs, batch.old_log_probs)
+    value, q = module.values_of(outputs, batch.old_log_probs)
     assert (first != second).any()
     assert torch.equal(q, torch.where(first < second, first, second))
     expected = (batch.old_log_probs.exp() * q).sum(-1)
@@ -55,14 +56,18 @@ def test_the_window_keeps_the_last_iterations(build, letter_env, fit):
     fit(module, letter_env(4), 3)
     assert len(module.earlier) == 2
     module.log_mean = lambda *_: None
-    losses = []
-    module.regression = lambda q, batch: losses.append(batch) or q.sum()
+    fitted = []
+
+    def errors(outputs, log_old, action_ids, returns, mask):
+        fitted.append(returns)
+        return (outputs[0],)
+
+    module.errors = errors
     fresh = module.earlier[-1]
     for _ in range(2):
         module.critic_step(fresh)
-    seen = {id(batch) for batch in losses}
-    assert seen == {id(batch) for batch in module.earlier}
-    assert [batch is fresh for batch in losses[::2]] == [True, True]
+    assert {id(returns) for returns in fitted} == {id(batch.returns) for batch in module.earlier}
+    assert [returns is fresh.returns for returns in fitted[::2]] == [True, True]
 
 
 def test_the_policy_rests_while_the_critic_warms_up(build, letter_env, fit):

@@ -37,10 +37,11 @@ def module(tmp_path):
         beta=BETA,
         gamma=GAMMA,
         floor=0.0,
+        vocabulary_chunk=None,
         device=torch.device("cpu"),
         logged={},
     )
-    for name in ("evaluate_prefixes", "soft_values", "critic_values"):
+    for name in ("evaluate_prefixes", "token_numbers", "q_of", "values_of", "heads_of"):
         setattr(module, name, partial(getattr(ETPO, name), module))
     module.log = module.logged.__setitem__
     return module

@@ -21,9 +21,13 @@ def test_tokens_that_no_row_takes_at_an_equal_prefix():
     ]
 
 
-@pytest.mark.parametrize("experiment", ["stability_base", "stability_all"])
-def test_a_run_logs_what_the_critic_says_of_them(command, small_run, tmp_path, experiment):
+@pytest.mark.parametrize(
+    ("experiment", "chunk"),
+    [("stability_base", "null"), ("stability_base", 64), ("stability_all", "null")],
+)
+def test_a_run_logs_what_the_critic_says_of_them(command, small_run, tmp_path, experiment, chunk):
     sizes = [o for o in small_run if not o.startswith(("trainer", "algorithm"))]
+    sizes.append(f"algorithm.vocabulary_chunk={chunk}")
     overrides = (*sizes, f"experiment={experiment}", "trainer.max_epochs=2")
     ended = command(train.main, *overrides, f"hydra.run.dir={tmp_path}")
     assert ended.status == 0, ended.err

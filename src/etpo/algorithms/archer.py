@@ -4,14 +4,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from etpo.algorithms import objectives
-from etpo.algorithms.on_policy import TokenValues
+from etpo.algorithms import chunked, objectives
+from etpo.algorithms.on_policy import TokenValues, at_taken
 from etpo.algorithms.policy_gradient import PolicyGradient, Taken, TakenBatch, at_prompt
 from etpo.errors import ConfigError, check_range
 from etpo.models.backbone import Backbone
-from etpo.models.critics import WITH_HEAD, LanguageModelCritic, polyak_update, target_of
+from etpo.models.critics import WITH_HEAD, Critic, LanguageModelCritic, polyak_update, target_of
 from etpo.rollout.episode import Actions, Rollout, episode_steps, following_values, pack, unpack
 
 
@@ -26,6 +26,7 @@ class UtteranceBatch(NamedTuple):
     ref_log_probs: Tensor
     features: Tensor
     support: Tensor
+    old_features: Tensor
     advantages: Tensor
     returns: Tensor  # float32 [B, L], r + gamma V(o')
     weights: Tensor
@@ -44,12 +45,12 @@ class ArCHer(PolicyGradient):
     `PolicyGradient`.
     """
 
-    critic: nn.Module
+    critic: Critic
 
     def __init__(
         self,
         backbone: Callable[[], Backbone],
-        critic: Callable[[Backbone], nn.Module],
+        critic: Callable[[Backbone], Critic],
         *args: Any,
         tau: float,
         **shared: Any,
@@ -62,23 +63,43 @@ class ArCHer(PolicyGradient):
         self.target_critic = target_of(self.critic)
 
     def prefix_values(self, *inputs: Tensor) -> Tensor:
-        value: Tensor = self.target_critic(*inputs)[0]
-        return value
+        return self.scores(self.target_critic, *inputs)[0]
+
+    def scores(
+        self,
+        critic: Critic,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        action_ids: Tensor,
+        features: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The value of every prefix and the advantage of its taken token: [B, L], [B, L]."""
+        inputs = prompt_ids, prompt_mask, action_ids, features
+        if self.vocabulary_chunk is None:
+            value, advantage = critic(*inputs)
+            return value, at_taken(advantage, action_ids)
+
+        def scores_of(states: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
+            value, advantage = critic.head(states)
+            return value, at_taken(advantage, taken)
+
+        read = critic.features(*inputs), action_ids
+        value, advantage = chunked.in_chunks(scores_of, self.vocabulary_chunk, *read)
+        return value, advantage
 
     def token_values(self, *inputs: Tensor) -> TokenValues:
         """V(o) alone: the head's other outputs are fitted at whole actions only."""
         return at_prompt(super().token_values(*inputs))
 
     def utterance_q(
-        self, critic: nn.Module, batch: TakenBatch | UtteranceBatch
+        self, critic: Critic, batch: TakenBatch | UtteranceBatch
     ) -> tuple[Tensor, Tensor]:
         """V(o) and Q(o, a) of a critic: [B], [B]."""
-        value, advantage = critic(
-            batch.prompt_ids, batch.prompt_mask, batch.action_ids, batch.features
+        value, advantage = self.scores(
+            critic, batch.prompt_ids, batch.prompt_mask, batch.action_ids, batch.features
         )
         last = batch.action_mask.sum(1, keepdim=True) - 1
-        q = value + advantage.gather(-1, batch.action_ids.unsqueeze(-1)).squeeze(-1)
-        return value[:, 0], q.gather(1, last).squeeze(1)
+        return value[:, 0], (value + advantage).gather(1, last).squeeze(1)
 
     def credit(self, actions: Actions, taken: Taken, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Targets of Q(o, a); the advantages follow in `annotate`."""

@@ -23,13 +23,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from etpo.algorithms import objectives, soft_bellman
-from etpo.algorithms.on_policy import OnPolicyAlgorithm, TokenValues
+from etpo.algorithms import chunked, objectives, soft_bellman
+from etpo.algorithms.on_policy import Head, OnPolicyAlgorithm, TokenValues, at_taken
 from etpo.errors import ConfigError, check_range
 from etpo.models.backbone import Backbone
-from etpo.models.critics import polyak_update, target_of
+from etpo.models.critics import Critic, polyak_update, target_of
 from etpo.rollout.episode import (
     Actions,
     Rollout,
@@ -43,7 +43,10 @@ from etpo.rollout.metrics import rollout_metrics
 
 
 class TokenBatch(NamedTuple):
-    """Annotated actions: what one training step needs, all without gradient."""
+    """Annotated actions: what one training step needs, all without gradient.
+
+    With `vocabulary_chunk` V stands for 0, without it C and, of pi_old, D.
+    """
 
     prompt_ids: Tensor  # int64 [B, P]
     prompt_mask: Tensor  # bool [B, P]
@@ -52,20 +55,27 @@ class TokenBatch(NamedTuple):
     old_log_probs: Tensor  # float32 [B, L, V], log pi_old
     q: Tensor  # float32 [B, L, V], Q + beta log(pi_ref/pi_old)
     features: Tensor  # [B, L, D], of the frozen reference
+    old_features: Tensor  # [B, L, D], of pi_old
+    critic_features: Tensor  # [B, L, C], of the target critic
     returns: Tensor  # float32 [B, L], lambda-returns G
     advantages: Tensor  # float32 [B, L], G - Q(x, w) less its leave-one-out mean
     weights: Tensor  # float32 [B], gamma^t
 
 
 class Annotation(NamedTuple):
-    """Per-token quantities of a slice of actions under pi_old and the target critic."""
+    """Per-token quantities of a slice of actions under pi and the target critic.
+
+    With `vocabulary_chunk` V stands for 0, without it C and, of the policy, D.
+    """
 
     log_pi: Tensor  # [B, L, V]
     rebased_q: Tensor  # [B, L, V], Q + beta log(pi_ref/pi)
     q_taken: Tensor  # [B, L], Q of the taken tokens
     value: Tensor  # [B, L], soft value V
     kl: Tensor  # [B, L], KL(pi || pi_ref)
-    features: Tensor  # [B, L, D]
+    features: Tensor  # [B, L, D], of the reference
+    policy_features: Tensor  # [B, L, D]
+    critic_features: Tensor  # [B, L, C]
 
 
 class ETPO(OnPolicyAlgorithm):
@@ -81,12 +91,12 @@ class ETPO(OnPolicyAlgorithm):
     Raises ConfigError for values out of range.
     """
 
-    critic: nn.Module
+    critic: Critic
 
     def __init__(
         self,
         backbone: Callable[[], Backbone],
-        critic: Callable[[Backbone], nn.Module],
+        critic: Callable[[Backbone], Critic],
         *args: Any,
         gamma: float,
         lambda_: float,
@@ -133,6 +143,8 @@ class ETPO(OnPolicyAlgorithm):
     def annotate(self, rollout: Rollout) -> TokenBatch:
         """Distributions, soft values and targets of fresh actions, under pi_old."""
         actions = Actions(*(field.to(self.device) for field in rollout.actions))
+        if self.vocabulary_chunk is not None:
+            self.hold_old_head()
         old = self.in_slices(self.evaluate_prefixes, actions)
         returns = self.lambda_returns(actions, old.value, old.q_taken, rollout)
         layout = episode_layout(actions.action_mask, rollout.num_envs)
@@ -159,6 +171,8 @@ class ETPO(OnPolicyAlgorithm):
             old_log_probs=old.log_pi,
             q=old.rebased_q,
             features=old.features,
+            old_features=old.policy_features,
+            critic_features=old.critic_features,
             returns=returns,
             advantages=advantages,
             weights=objectives.action_weights(self.gamma, actions.step).float(),
@@ -169,24 +183,66 @@ class ETPO(OnPolicyAlgorithm):
     ) -> Annotation:
         """Policy, reference and target critic at the L prefixes of action_ids [B, L]."""
         inputs = prompt_ids, prompt_mask, action_ids
-        log_pi = self.backbone(*inputs).log_probs
-        log_ref, features, _ = self.backbone(*inputs, reference=True)
-        value, q = self.soft_values(*inputs, features, log_pi, log_ref)
-        return Annotation(
-            log_pi=log_pi,
-            rebased_q=objectives.rebased_q(q, log_ref, log_pi, self.beta),
-            q_taken=q.gather(-1, action_ids.unsqueeze(-1)).squeeze(-1),
-            value=value,
-            kl=soft_bellman.kl_divergence(log_pi, log_ref),
-            features=features,
-        )
+        if self.vocabulary_chunk is None:
+            log_pi = self.backbone(*inputs).log_probs
+            log_ref, features, _ = self.backbone(*inputs, reference=True)
+            outputs = self.target_critic(*inputs, features)
+            none = features[..., :0]
+            q, q_taken, value, kl = self.token_numbers(log_pi, log_ref, outputs, action_ids)
+            q = objectives.rebased_q(q, log_ref, log_pi, self.beta)
+            return Annotation(log_pi, q, q_taken, value, kl, features, none, none)
+        features = self.backbone.features(*inputs, reference=True)
+        critic_features = self.target_critic.features(*inputs, features)
+        policy_features = self.backbone.features(*inputs)
+
+        def numbers_of(action_ids: Tensor, *read: Tensor) -> tuple[Tensor, ...]:
+            distributions = self.from_features(self.backbone.head, action_ids, *read)
+            return self.token_numbers(*distributions, action_ids)[1:]
+
+        read = policy_features, features, critic_features
+        none = features[..., :0]
+        q_taken, value, kl = chunked.in_chunks(numbers_of, self.vocabulary_chunk, action_ids, *read)
+        numbers = q_taken, value, kl
+        return Annotation(none, none, *numbers, features, policy_features, critic_features)
+
+    def from_features(
+        self,
+        head: Head,
+        action_ids: Tensor,
+        policy_features: Tensor,
+        features: Tensor,
+        critic_features: Tensor,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """log pi by `head`, log pi_ref and the target critic's outputs, of their features [..., D].
+
+        action_ids: the tokens that were taken, [...].
+        """
+        log_pi, _ = head(policy_features, action_ids)
+        log_ref, _ = self.backbone.head(features, action_ids, reference=True)
+        return log_pi, log_ref, self.target_critic.head(critic_features)
+
+    def token_numbers(
+        self, log_pi: Tensor, log_ref: Tensor, outputs: tuple[Tensor, ...], action_ids: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Q [..., V], after pessimism, and q_taken, value and kl [...] of an `Annotation`.
+
+        log_pi, log_ref: [..., V]; outputs: of the target critic; action_ids: [...].
+        """
+        q = self.q_of(outputs, log_pi)
+        value = soft_bellman.soft_value(log_pi, log_ref, q, self.beta)
+        kl = soft_bellman.kl_divergence(log_pi, log_ref)
+        return q, at_taken(q, action_ids), value, kl
 
     def soft_values(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """V [B, L] and Q [B, L, V] of the target critic, after pessimism; as `token_values`."""
-        log_pi, log_ref = inputs[-2:]
-        value, q = self.critic_values(self.target_critic, *inputs[:-1])
-        q = objectives.pessimistic_q(q, value, log_pi, self.floor)
+        *read, log_pi, log_ref = inputs
+        q = self.q_of(self.target_critic(*read), log_pi)
         return soft_bellman.soft_value(log_pi, log_ref, q, self.beta), q
+
+    def q_of(self, outputs: tuple[Tensor, ...], log_pi: Tensor) -> Tensor:
+        """Q [..., V], after pessimism, of a critic's outputs."""
+        value, q = self.values_of(outputs, log_pi)
+        return objectives.pessimistic_q(q, value, log_pi, self.floor)
 
     def token_values(self, *inputs: Tensor) -> TokenValues:
         return TokenValues(*self.soft_values(*inputs))
@@ -195,20 +251,16 @@ class ETPO(OnPolicyAlgorithm):
         """The critic's error at the taken token, if the objective corrects it."""
         return batch.advantages if self.correction else None
 
-    def critic_values(
-        self,
-        critic: nn.Module,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        action_ids: Tensor,
-        features: Tensor,
-        log_pi: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """E_pi[Q] [B, L] and Q [B, L, V] of a critic, before any pessimism."""
-        value, scores = critic(prompt_ids, prompt_mask, action_ids, features)
-        if value is None:
-            return soft_bellman.expectation(log_pi, scores), scores
-        return value, objectives.dueling_q(value, scores, log_pi)
+    def values_of(self, outputs: tuple[Tensor, ...], log_pi: Tensor) -> tuple[Tensor, Tensor]:
+        """E_pi[Q] [...] and Q [..., V] of a critic's outputs, before any pessimism."""
+        (q,) = self.heads_of(outputs, log_pi)
+        value = outputs[0]
+        return soft_bellman.expectation(log_pi, q) if value is None else value, q
+
+    def heads_of(self, outputs: tuple[Tensor, ...], log_pi: Tensor) -> tuple[Tensor, ...]:
+        """Q [..., V] of each head that is fitted: value [...] or None, and scores [..., V]."""
+        value, scores = outputs
+        return (scores if value is None else objectives.dueling_q(value, scores, log_pi),)
 
     def lambda_returns(
         self, actions: Actions, values: Tensor, q_taken: Tensor, rollout: Rollout
@@ -231,49 +283,123 @@ class ETPO(OnPolicyAlgorithm):
         return unpack(returns, steps.layout, like=values)
 
     def critic_step(self, batch: TokenBatch) -> Tensor:
-        """Mean over action tokens of the critic's regression error."""
+        """Mean over action tokens of the critic's regression error, over its heads."""
         inputs = batch.prompt_ids, batch.prompt_mask, batch.action_ids, batch.features
-        _, q = self.critic_values(self.critic, *inputs, batch.old_log_probs)
-        loss = self.regression(q, batch)
-        self.log_mean("train/critic_loss", loss, len(q))
+        targets = batch.action_ids, batch.returns, batch.action_mask
+
+        def reduce(*losses: Tensor) -> Tensor:
+            means = [each.sum() / (len(each) * self.mean_length) for each in losses]
+            return torch.stack(means).mean()
+
+        if self.vocabulary_chunk is None:
+            loss = reduce(*self.errors(self.critic(*inputs), batch.old_log_probs, *targets))
+        else:
+
+            def errors_of(states: Tensor, old: Tensor, *targets: Tensor) -> tuple[Tensor, ...]:
+                with torch.no_grad():
+                    log_old, _ = self.old_head(old, targets[0])
+                return self.errors(self.critic.head(states), log_old, *targets)
+
+            read = self.critic.features(*inputs), batch.old_features
+            loss, _ = chunked.reduce_in_chunks(
+                errors_of,
+                reduce,
+                self.vocabulary_chunk,
+                *read,
+                *targets,
+                parameters=self.critic.head_parameters(),
+            )
+        self.log_mean("train/critic_loss", loss, len(batch.weights))
         return loss
 
-    def regression(self, q: Tensor, batch: TokenBatch) -> Tensor:
-        """Mean over action tokens of the error of Q [B, L, V] at the taken token."""
-        q_taken = q.gather(-1, batch.action_ids.unsqueeze(-1)).squeeze(-1)
-        losses = objectives.critic_loss(
-            q_taken, batch.returns, batch.action_mask, self.critic_loss, self.huber_delta
+    def errors(
+        self,
+        outputs: tuple[Tensor, ...],
+        log_old: Tensor,
+        action_ids: Tensor,
+        returns: Tensor,
+        mask: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """The error [...] at the taken tokens of each head's Q, of a critic's outputs."""
+        kind = self.critic_loss, self.huber_delta
+        return tuple(
+            objectives.critic_loss(at_taken(q, action_ids), returns, mask, *kind)
+            for q in self.heads_of(outputs, log_old)
         )
-        return losses.sum() / (len(losses) * self.mean_length)
 
     def policy_step(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Means over actions of the policy objective's token sums, and of KL(pi_old || pi)."""
         mask = batch.action_mask
-        log_pi, _, log_kept = self.backbone(
-            batch.prompt_ids,
-            batch.prompt_mask,
-            batch.action_ids,
-            support=batch.old_log_probs.isfinite(),
-        )
-        kl = soft_bellman.kl_divergence(batch.old_log_probs, log_pi.detach())
-        kl = (kl * mask).sum(1).mean()
-        losses = objectives.policy_objective(
-            log_pi, batch.old_log_probs, None, batch.q, self.beta + self.eta
-        )
-        if self.correction:
-            taken = batch.action_ids.unsqueeze(-1)
-            losses = losses + objectives.taken_token_correction(
-                log_pi.gather(-1, taken).squeeze(-1),
-                batch.old_log_probs.gather(-1, taken).squeeze(-1),
-                batch.advantages,
-                self.clip_low,
-                self.clip_high,
+        inputs = batch.prompt_ids, batch.prompt_mask, batch.action_ids
+        taken = batch.action_ids, batch.advantages
+
+        def reduce(losses: Tensor, kl: Tensor) -> Tensor:
+            return self.scale * ((losses * mask).sum(1) * batch.weights).mean()
+
+        if self.vocabulary_chunk is None:
+            old = batch.old_log_probs
+            log_pi, _, log_kept = self.backbone(*inputs, support=old.isfinite())
+            losses, kl = self.losses(log_pi, log_kept, old, batch.q, *taken)
+            loss = reduce(losses, kl)
+        else:
+
+            def losses_of(
+                states: Tensor, action_ids: Tensor, advantages: Tensor, *read: Tensor
+            ) -> tuple[Tensor, ...]:
+                with torch.no_grad():
+                    log_old, log_ref, outputs = self.from_features(self.old_head, action_ids, *read)
+                    q = self.q_of(outputs, log_old)
+                    q = objectives.rebased_q(q, log_ref, log_old, self.beta)
+                log_pi, log_kept = self.backbone.head(
+                    states, action_ids, support=log_old.isfinite()
+                )
+                return self.losses(log_pi, log_kept, log_old, q, action_ids, advantages)
+
+            read = batch.old_features, batch.features, batch.critic_features
+            loss, (_, kl) = chunked.reduce_in_chunks(
+                losses_of,
+                reduce,
+                self.vocabulary_chunk,
+                self.backbone.features(*inputs),
+                *taken,
+                *read,
+                parameters=self.backbone.head_parameters(),
             )
-        losses = losses - self.leak * log_kept
-        loss = self.scale * ((losses * mask).sum(1) * batch.weights).mean()
+        kl = (kl * mask).sum(1).mean()
         self.log_mean("train/policy_loss", loss, len(mask))
         self.log_mean("train/kl_to_old", kl, len(mask))
         return loss, kl
+
+    def losses(
+        self,
+        log_pi: Tensor,
+        log_kept: Tensor,
+        log_old: Tensor,
+        q: Tensor,
+        action_ids: Tensor,
+        advantages: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The policy objective and KL(pi_old || pi) of tokens, [...] each.
+
+        log_pi, log_old and q, which is rebased to pi_old: [..., V]; the others [...].
+        """
+        kl = soft_bellman.kl_divergence(log_old, log_pi.detach())
+        losses = objectives.policy_objective(log_pi, log_old, None, q, self.beta + self.eta)
+        if self.correction:
+            losses = losses + objectives.taken_token_correction(
+                at_taken(log_pi, action_ids),
+                at_taken(log_old, action_ids),
+                advantages,
+                self.clip_low,
+                self.clip_high,
+            )
+        return losses - self.leak * log_kept, kl
+
+    def old_distributions(self, batch: TokenBatch) -> Tensor:
+        """log pi_old [B, L, V], which a batch itself may lack."""
+        if self.vocabulary_chunk is None:
+            return batch.old_log_probs
+        return self.old_head(batch.old_features, batch.action_ids)[0]
 
     def on_train_epoch_end(self) -> None:
         polyak_update(self.target_critic, self.critic, self.tau)

@@ -1,5 +1,6 @@
 """What on-policy algorithms share: policy, optimizer, trust region, minibatches, checkpoints."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,11 +13,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from etpo.errors import check_integer, check_range
 from etpo.models.backbone import Backbone
+from etpo.models.critics import copy_sharing_frozen
 from etpo.rollout.episode import Actions, Rollout
 from etpo.rollout.replay import by_length
 
 # A training step's actions are computed in so many groups of similar length: less padding.
 LENGTH_GROUPS = 2
+# features [..., D], tokens taken [...] -> log pi [..., V], log_kept [...]; as `Backbone.head`
+Head = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class TokenValues(NamedTuple):
@@ -40,7 +44,9 @@ class OnPolicyAlgorithm(LightningModule):
     `min_p` cut off, >= 0. policy_lr, critic_lr: learning rates, >= 0.
     max_kl: the policy stops for the rest of the iteration once the mean KL(pi_old || pi) of an
     action exceeds it, in nats; None for no limit. max_grad_norm: per parameter group.
-    annotation_batch: actions annotated at once. Raises ConfigError for values out of range.
+    annotation_batch: actions annotated at once. vocabulary_chunk: tokens whose distributions over
+    the vocabulary are held at once, >= 1; None: those of all, which is faster where it fits.
+    Raises ConfigError for values out of range.
     """
 
     def __init__(
@@ -58,6 +64,7 @@ class OnPolicyAlgorithm(LightningModule):
         max_kl: float | None,
         max_grad_norm: float,
         annotation_batch: int,
+        vocabulary_chunk: int | None = None,
     ) -> None:
         super().__init__()
         infinity = float("inf")
@@ -74,7 +81,12 @@ class OnPolicyAlgorithm(LightningModule):
             check_range("algorithm.max_kl", max_kl, 0, infinity, above=True)
         check_integer("algorithm.annotation_batch", annotation_batch, 1)
         check_integer("algorithm.beta_iters", beta_iters, 1)
+        if vocabulary_chunk is not None:
+            check_integer("algorithm.vocabulary_chunk", vocabulary_chunk, 1)
         self.backbone = backbone()
+        if vocabulary_chunk is not None:
+            self.backbone.check_output_layer("algorithm.vocabulary_chunk")
+        self.vocabulary_chunk = vocabulary_chunk
         self.critic: nn.Module | None = None
         self.optimizer, self.scheduler = optimizer, scheduler
         self.first_beta, self.last_beta = beta, beta * beta_end_factor
@@ -85,12 +97,19 @@ class OnPolicyAlgorithm(LightningModule):
         self.policy_stopped = False
         self.step_kls: list[Tensor] = []
         self.rollout_metrics: dict[str, float] = {}
+        self.old_head: Head = self.backbone.head
 
     @property
     def beta(self) -> float:
         """The KL coefficient of this iteration."""
         progress = min(self.current_epoch / self.beta_iters, 1.0)
         return self.first_beta + (self.last_beta - self.first_beta) * progress
+
+    def hold_old_head(self) -> None:
+        """Has `old_head` stay the policy's head of now, pi_old's, while its output layer moves."""
+        # parameters that are not trained are not copied; no submodule, so that no checkpoint has it
+        layer = copy_sharing_frozen(self.backbone.output_layer).requires_grad_(False)
+        self.old_head = functools.partial(self.backbone.head, layer=layer)
 
     def in_slices(self, evaluate: Callable[..., NamedTuple], actions: Actions) -> Any:
         """`evaluate(prompt_ids, prompt_mask, action_ids)` of `annotation_batch` actions at a time.
@@ -216,3 +235,8 @@ class OnPolicyAlgorithm(LightningModule):
         checkpoint["state_dict"] = {
             key: value for key, value in checkpoint["state_dict"].items() if key not in left_out
         }
+
+
+def at_taken(values: Tensor, action_ids: Tensor) -> Tensor:
+    """values(w) of the taken tokens: [..., V], int64 [...] -> [...]."""
+    return values.gather(-1, action_ids.unsqueeze(-1)).squeeze(-1)

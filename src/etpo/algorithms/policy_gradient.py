@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from etpo.algorithms import advantages, objectives
-from etpo.algorithms.on_policy import OnPolicyAlgorithm, TokenValues
+from etpo.algorithms import advantages, chunked, objectives
+from etpo.algorithms.on_policy import OnPolicyAlgorithm, TokenValues, at_taken
 from etpo.errors import check_range
 from etpo.models.backbone import Backbone
 from etpo.rollout.episode import Actions, Rollout
@@ -25,6 +25,7 @@ class TakenBatch(NamedTuple):
     ref_log_probs: Tensor  # float32 [B, L], log pi_ref of them
     features: Tensor  # [B, L, D], of the frozen reference
     support: Tensor  # bool [B, L, V], tokens of positive pi_old; [B, L, 0] where all are
+    old_features: Tensor  # [B, L, D], of pi_old, in place of a support in chunks; else [B, L, 0]
     advantages: Tensor  # float32 [B, L]
     returns: Tensor  # float32 [B, L], what the critic is fitted to; 0 without one
     weights: Tensor  # float32 [B]
@@ -38,6 +39,7 @@ class Taken(NamedTuple):
     values: Tensor  # float32 [B, L]; 0 without a critic
     features: Tensor  # [B, L, D]
     support: Tensor  # bool [B, L, V] or [B, L, 0]
+    policy_features: Tensor  # [B, L, D] or [B, L, 0]
 
 
 def at_prompt(said: TokenValues) -> TokenValues:
@@ -82,6 +84,8 @@ class PolicyGradient(OnPolicyAlgorithm):
     @torch.no_grad()
     def annotate(self, rollout: Rollout) -> TakenBatch:
         actions = Actions(*(field.to(self.device) for field in rollout.actions))
+        if self.vocabulary_chunk is not None:
+            self.hold_old_head()
         taken = self.in_slices(self.evaluate_taken, actions)
         mask = actions.action_mask
         credited, returns = self.credit(actions, taken, rollout)
@@ -98,6 +102,7 @@ class PolicyGradient(OnPolicyAlgorithm):
             ref_log_probs=taken.log_ref,
             features=taken.features,
             support=taken.support,
+            old_features=taken.policy_features,
             advantages=credited,
             returns=returns,
             weights=torch.ones_like(actions.rewards),
@@ -116,16 +121,36 @@ class PolicyGradient(OnPolicyAlgorithm):
     def evaluate_taken(self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor) -> Taken:
         """Policy, reference and critic at the L taken tokens of action_ids [B, L]."""
         inputs = prompt_ids, prompt_mask, action_ids
-        at_taken = action_ids.unsqueeze(-1)
-        log_probs = self.backbone(*inputs).log_probs
-        support = log_probs.isfinite() if self.backbone.min_p > 0 else at_taken[..., :0].bool()
-        log_pi = log_probs.gather(-1, at_taken).squeeze(-1)
-        log_ref, features, _ = self.backbone(*inputs, reference=True)
-        log_ref = log_ref.gather(-1, at_taken).squeeze(-1)
+        none = action_ids[..., None][..., :0]
+        if self.vocabulary_chunk is None:
+            log_probs = self.backbone(*inputs).log_probs
+            support = log_probs.isfinite() if self.backbone.min_p > 0 else none.bool()
+            log_pi = at_taken(log_probs, action_ids)
+            log_ref, features, _ = self.backbone(*inputs, reference=True)
+            log_ref = at_taken(log_ref, action_ids)
+            policy_features = none.float()
+        else:
+            policy_features, features = (
+                self.backbone.features(*inputs, reference=r) for r in (False, True)
+            )
+            log_pi, log_ref = chunked.in_chunks(
+                self.taken_of_features, self.vocabulary_chunk, policy_features, features, action_ids
+            )
+            support = none.bool()
+            if self.backbone.min_p == 0:
+                policy_features = policy_features[..., :0]
         values = torch.zeros_like(log_pi)
         if self.critic is not None:
             values = self.prefix_values(*inputs, features)
-        return Taken(log_pi, log_ref, values, features, support)
+        return Taken(log_pi, log_ref, values, features, support, policy_features)
+
+    def taken_of_features(
+        self, policy_features: Tensor, features: Tensor, action_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """log pi and log pi_ref of taken tokens [...], of the two models' features [..., D]."""
+        log_pi, _ = self.backbone.head(policy_features, action_ids)
+        log_ref, _ = self.backbone.head(features, action_ids, reference=True)
+        return at_taken(log_pi, action_ids), at_taken(log_ref, action_ids)
 
     def prefix_values(self, *inputs: Tensor) -> Tensor:
         """The critic's values [B, L] of the L prefixes; `inputs` as a critic takes them."""
@@ -181,12 +206,21 @@ class PolicyGradient(OnPolicyAlgorithm):
 
     def policy_step(self, batch: TakenBatch) -> tuple[Tensor, Tensor]:
         """Means over actions of the clipped surrogate and of the estimated KL(pi_old || pi)."""
-        mask, taken = batch.action_mask, batch.action_ids.unsqueeze(-1)
-        support = batch.support if batch.support.shape[-1] else None
-        log_pi, _, log_kept = self.backbone(
-            batch.prompt_ids, batch.prompt_mask, batch.action_ids, support=support
-        )
-        log_pi = torch.where(mask, log_pi.gather(-1, taken).squeeze(-1), 0.0)
+        mask = batch.action_mask
+        inputs = batch.prompt_ids, batch.prompt_mask, batch.action_ids
+        if self.vocabulary_chunk is None:
+            support = batch.support if batch.support.shape[-1] else None
+            log_probs, _, log_kept = self.backbone(*inputs, support=support)
+            log_pi = at_taken(log_probs, batch.action_ids)
+        else:
+            log_pi, log_kept = chunked.in_chunks(
+                self.kept_of_features,
+                self.vocabulary_chunk,
+                self.backbone.features(*inputs),
+                batch.action_ids,
+                batch.old_features,
+            )
+        log_pi = torch.where(mask, log_pi, 0.0)
         log_old = torch.where(mask, batch.old_log_probs, 0.0)
         kl = (advantages.k3(log_old, log_pi.detach()) * mask).sum(1).mean()
         losses = self.surrogate(log_pi, log_old, batch) - self.leak * (log_kept * mask).sum(1)
@@ -194,6 +228,17 @@ class PolicyGradient(OnPolicyAlgorithm):
         self.log_mean("train/policy_loss", loss, len(mask))
         self.log_mean("train/kl_to_old", kl, len(mask))
         return loss, kl
+
+    def kept_of_features(
+        self, features: Tensor, action_ids: Tensor, old_features: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """log pi of taken tokens and log_kept [...], of features of pi and pi_old [..., D]."""
+        support = None
+        if self.backbone.min_p > 0:
+            with torch.no_grad():
+                support = self.old_head(old_features, action_ids)[0].isfinite()
+        log_pi, log_kept = self.backbone.head(features, action_ids, support=support)
+        return at_taken(log_pi, action_ids), log_kept
 
     def divisor(self, batch: TakenBatch) -> Tensor:
         """What the loss of every action, a sum over its tokens, is divided by: [B]."""

@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from etpo.algorithms import objectives, soft_bellman
 from etpo.algorithms.etpo import ETPO, TokenBatch
-from etpo.errors import check_integer, check_range
+from etpo.errors import ConfigError, check_integer, check_range
 from etpo.models.backbone import Backbone
-from etpo.models.critics import DuelingHead
+from etpo.models.critics import Critic, DuelingHead
 from etpo.rollout.episode import Rollout
 
 
@@ -37,35 +37,25 @@ class TwinETPO(ETPO):
     def __init__(
         self,
         backbone: Callable[[], Backbone],
-        critic: Callable[..., nn.Module],
+        critic: Callable[..., Critic],
         *args: Any,
         **shared: Any,
     ) -> None:
-        def twins(source: Backbone) -> nn.Module:
+        def twins(source: Backbone) -> Critic:
             return critic(source, head=TwinHead)
 
         super().__init__(backbone, twins, *args, **shared)
 
-    def both(self, critic: nn.Module, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Q [B, L, V] of either head."""
-        *read, log_pi = inputs
-        first_value, first, second_value, second = critic(*read)
+    def heads_of(self, outputs: tuple[Tensor, ...], log_pi: Tensor) -> tuple[Tensor, ...]:
+        first_value, first, second_value, second = outputs
         return (
             objectives.dueling_q(first_value, first, log_pi),
             objectives.dueling_q(second_value, second, log_pi),
         )
 
-    def critic_values(self, critic: nn.Module, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        q = torch.minimum(*self.both(critic, *inputs))
-        return soft_bellman.expectation(inputs[-1], q), q
-
-    def critic_step(self, batch: TokenBatch) -> Tensor:
-        """Both heads are fitted to the same targets."""
-        inputs = batch.prompt_ids, batch.prompt_mask, batch.action_ids, batch.features
-        first, second = self.both(self.critic, *inputs, batch.old_log_probs)
-        loss = (self.regression(first, batch) + self.regression(second, batch)) / 2
-        self.log_mean("train/critic_loss", loss, len(batch.weights))
-        return loss
+    def values_of(self, outputs: tuple[Tensor, ...], log_pi: Tensor) -> tuple[Tensor, Tensor]:
+        q = torch.minimum(*self.heads_of(outputs, log_pi))
+        return soft_bellman.expectation(log_pi, q), q
 
 
 class WindowETPO(ETPO):
@@ -77,6 +67,12 @@ class WindowETPO(ETPO):
 
     def __init__(self, *args: Any, window: int, **shared: Any) -> None:
         check_integer("algorithm.window", window, 1)
+        chunk = shared.get("vocabulary_chunk")
+        if chunk is not None:
+            raise ConfigError(
+                f"algorithm.vocabulary_chunk={chunk}: allowed is null beside algorithm.window, "
+                "since earlier policies' output layers are not kept"
+            )
         super().__init__(*args, **shared)
         self.earlier: deque[TokenBatch] = deque(maxlen=window)
 

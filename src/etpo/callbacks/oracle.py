@@ -57,14 +57,15 @@ def tables(environment: TokenMDPEnv, module: LightningModule) -> tuple[Tensor, T
         prompts.mask.repeat_interleave(prefixes, 0).to(module.device),
         actions.repeat(states, 1).to(module.device),
     ]
-    current = module.evaluate_prefixes(*inputs)
+    value = module.evaluate_prefixes(*inputs).value
+    current = backbone(*inputs).log_probs
     reference = backbone(*inputs, reference=True).log_probs
     rows = torch.arange(len(last))
     log_pi, log_ref = (
         log_probs[rows, last].double().log_softmax(-1).view(states, prefixes, -1).cpu()
-        for log_probs in (current.log_pi, reference)
+        for log_probs in (current, reference)
     )
-    return log_pi, log_ref, current.value.view(states, prefixes, -1)[:, 0, 0].double().cpu()
+    return log_pi, log_ref, value.view(states, prefixes, -1)[:, 0, 0].double().cpu()
 
 
 def prefix_tokens(mdp: TokenMDP) -> list[list[int]]:

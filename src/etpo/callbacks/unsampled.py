@@ -6,7 +6,6 @@ import torch
 from lightning import Callback, Trainer
 from torch import Tensor
 
-from etpo.algorithms import objectives
 from etpo.algorithms.etpo import ETPO, TokenBatch
 
 
@@ -27,14 +26,17 @@ class UnsampledTokens(Callback):
         if batch_idx > 0:
             return
         self.batch = batch
-        self.unsampled = unsampled_tokens(batch.prompt_ids, batch.action_ids, batch.old_log_probs)
+        log_old = pl_module.old_distributions(batch)
+        self.support = log_old.isfinite()
+        self.unsampled = unsampled_tokens(batch.prompt_ids, batch.action_ids, log_old)
         inputs = batch.prompt_ids, batch.prompt_mask, batch.action_ids, batch.features
-        value, q = pl_module.critic_values(pl_module.target_critic, *inputs, batch.old_log_probs)
-        used = objectives.pessimistic_q(q, value, batch.old_log_probs, pl_module.floor)
+        outputs = pl_module.target_critic(*inputs)
+        value, q = pl_module.values_of(outputs, log_old)
+        used = pl_module.q_of(outputs, log_old)
         self.before = {
             "critic/unsampled_advantage": self.largest(q) - value,
             "critic/unsampled_advantage_used": self.largest(used) - value,
-            "policy/unsampled_before": self.mass(batch.old_log_probs),
+            "policy/unsampled_before": self.mass(log_old),
         }
 
     @torch.no_grad()
@@ -44,8 +46,7 @@ class UnsampledTokens(Callback):
         if batch_idx + 1 < trainer.num_training_batches:
             return
         inputs = self.batch.prompt_ids, self.batch.prompt_mask, self.batch.action_ids
-        support = self.batch.old_log_probs.isfinite()
-        log_pi = pl_module.backbone(*inputs, support=support).log_probs
+        log_pi = pl_module.backbone(*inputs, support=self.support).log_probs
         after = {"policy/unsampled_after": self.mass(log_pi)}
         # the prefixes that have an unsampled token
         counted = self.batch.action_mask & self.unsampled.any(-1)

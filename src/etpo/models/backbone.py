@@ -4,12 +4,12 @@ import contextlib
 import copy
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -181,37 +181,119 @@ class Backbone(nn.Module):
         (bool [B, L, V]): the tokens that may have probability, in place of what `min_p` leaves now.
         The token that was taken always may.
         """
+        inputs = prompt_ids, prompt_mask, action_ids
+        logits, features = self.run(language_model, *inputs, reference=reference)
+        log_probs, log_kept = self.distribution(logits, action_ids, reference, support)
+        return TokenOutput(log_probs, features, log_kept)
+
+    def features(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        action_ids: Tensor,
+        *,
+        reference: bool = False,
+    ) -> Tensor:
+        """The last hidden states [B, L, D] of `forward`, without what the output layer makes."""
+        inputs = prompt_ids, prompt_mask, action_ids
+        (features,) = self.run(trunk, *inputs, reference=reference)
+        return features
+
+    def head(
+        self,
+        features: Tensor,
+        action_ids: Tensor,
+        *,
+        reference: bool = False,
+        support: Tensor | None = None,
+        layer: nn.Module | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`log_probs` [..., V] and `log_kept` [...] of `forward`, of features [..., D].
+
+        action_ids: int64 [...], the tokens that were taken. `layer`: an output layer in place of
+        the policy's own. No gradient reaches the reference.
+        """
+        with self.side(reference) as model:
+            logits = (model.get_output_embeddings() if layer is None else layer)(features)
+        return self.distribution(logits, action_ids, reference, support)
+
+    @property
+    def output_layer(self) -> nn.Module:
+        """What makes the policy's logits of its features."""
+        layer: nn.Module = self.policy.get_output_embeddings()
+        return layer
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The trained parameters of `output_layer`."""
+        return [p for p in self.output_layer.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def check_output_layer(self, key: str) -> None:
+        """ConfigError, naming `key`, unless logits are the output layer's of the features."""
+        ids = torch.tensor([self.stop_ids * 2], device=self.device)
+        inputs = ids, torch.ones_like(ids, dtype=torch.bool), ids
+        logits, _ = self.run(language_model, *inputs)
+        own = self.output_layer(self.features(*inputs))
+        near = 4 * torch.finfo(logits.dtype).eps
+        if own.shape != logits.shape or not torch.allclose(
+            own, logits, rtol=near, atol=near * float(logits.abs().max())
+        ):
+            kind = self.policy.config.model_type
+            raise ConfigError(f"{key}: allowed is null, since {kind} scales or caps its logits")
+
+    @contextlib.contextmanager
+    def side(self, reference: bool) -> Iterator[nn.Module]:
+        """The policy, or the reference without gradient."""
         with contextlib.ExitStack() as stack:
             if reference:
                 stack.enter_context(torch.no_grad())
             if reference and self.reference is None:
                 stack.enter_context(self.policy.disable_adapter())
-            model = self.reference if reference and self.reference is not None else self.policy
-            inputs = prompt_ids, prompt_mask, action_ids
+            yield self.reference if reference and self.reference is not None else self.policy
+
+    def run(
+        self,
+        what: Callable[..., tuple[Tensor, ...]],
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        action_ids: Tensor,
+        *,
+        reference: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """What `what`, `language_model` or `trunk`, says at the L prefixes of action_ids [B, L]."""
+        inputs = prompt_ids, prompt_mask, action_ids
+        with self.side(reference) as model:
             if self.checkpointed_layers and torch.is_grad_enabled():
-                logits, features = self.checkpointed(*inputs)
-            else:
-                run = functools.partial(language_model, model)
-                logits, features = forward_actions(run, self.policy.config, *inputs)
+                return self.checkpointed(what, *inputs)
+            return forward_actions(functools.partial(what, model), self.policy.config, *inputs)
+
+    def distribution(
+        self, logits: Tensor, action_ids: Tensor, reference: bool, support: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`log_probs` [..., V] and `log_kept` [...] of raw logits [..., >= V]; as `forward`."""
         log_probs = self.normalise(logits)
         if reference or self.min_p == 0:
-            return TokenOutput(log_probs, features, torch.zeros_like(log_probs[..., 0]))
+            return log_probs, torch.zeros_like(log_probs[..., 0])
         if support is None:
             # the sampler's rounding may have been another
             support = self.supported(log_probs).scatter(-1, action_ids.unsqueeze(-1), True)
         kept = log_probs.masked_fill(~support, float("-inf"))
-        return TokenOutput(kept.log_softmax(-1), features, kept.logsumexp(-1))
+        return kept.log_softmax(-1), kept.logsumexp(-1)
 
     def checkpointed(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The policy's logits and features, its layers computed again in the backward pass."""
+        self,
+        what: Callable[..., tuple[Tensor, ...]],
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        action_ids: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """What `what` says of the policy, its layers computed again in the backward pass."""
         length = action_ids.shape[1]
         mask = torch.nn.functional.pad(prompt_mask, (0, length - 1), value=True)
         for layer in self.checkpointed_layers:
             layer.training = True  # else it keeps its activations; the modules in it stay as is
         try:
-            return language_model(
+            return what(
                 self.policy,
                 last=length,
                 input_ids=torch.cat([prompt_ids, action_ids[:, :-1]], dim=1),
@@ -237,6 +319,13 @@ def language_model(model: nn.Module, last: int, **inputs: Any) -> tuple[Tensor, 
     """Logits and features of a causal LM at the last `last` positions; 0: at all."""
     output = model(**inputs, logits_to_keep=last, output_hidden_states=True)
     return output.logits, output.hidden_states[-1][:, -last:]
+
+
+def trunk(model: nn.Module, last: int, **inputs: Any) -> tuple[Tensor]:
+    """Features of a causal LM at the last `last` positions, an adapter included; 0: at all."""
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    return (model.base_model(**inputs).last_hidden_state[:, -last:],)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:

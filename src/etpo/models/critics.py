@@ -1,7 +1,8 @@
 """Critics: a dueling head over the vocabulary or a scalar one, and what feeds it."""
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -11,6 +12,7 @@ from etpo.errors import ConfigError
 from etpo.models.backbone import Backbone
 from etpo.models.shared_prompt import forward_actions
 
+Copied = TypeVar("Copied", bound=nn.Module)
 WITH_HEAD = ("full", "lora", "frozen_trunk")
 
 
@@ -56,7 +58,23 @@ class ValueHead(nn.Module):
         return self.value(self.body(features.float())).squeeze(-1)
 
 
-class HeadCritic(nn.Module):
+class Critic(nn.Module):
+    """What says something of every prefix: `head` of `features`."""
+
+    head: Callable[[Tensor], Any]  # features [..., D] -> what `forward` says
+
+    def features(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor, features: Tensor
+    ) -> Tensor:
+        """The states [B, L, D] of its own; arguments as in `forward`."""
+        raise NotImplementedError
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The trained parameters of `head`."""
+        return [p for p in self.head.parameters() if p.requires_grad]
+
+
+class HeadCritic(Critic):
     """A head on the frozen reference's last hidden states: no further language model."""
 
     def __init__(
@@ -74,8 +92,13 @@ class HeadCritic(nn.Module):
         """
         return self.head(features)
 
+    def features(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor, features: Tensor
+    ) -> Tensor:
+        return features
 
-class TrunkCritic(nn.Module):
+
+class TrunkCritic(Critic):
     """A head on a trainable copy of the language model without its output layer."""
 
     def __init__(
@@ -102,6 +125,11 @@ class TrunkCritic(nn.Module):
         outputs = forward_actions(run, self.trunk.config, *inputs)
         return outputs if len(outputs) > 1 else outputs[0]
 
+    def features(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor, features: Tensor
+    ) -> Tensor:
+        return last_states(self.trunk, prompt_ids, prompt_mask, action_ids)
+
 
 class LoraCritic(TrunkCritic):
     """A head and an adapter on the frozen language model, whose weights are those of the backbone.
@@ -126,7 +154,7 @@ class LoraCritic(TrunkCritic):
         self.head = head(backbone.feature_size, backbone.vocabulary_size, hidden_size)
 
 
-class LanguageModelCritic(nn.Module):
+class LanguageModelCritic(Critic):
     """A trainable copy of the whole language model whose logits are Q, as in the paper.
 
     Raises ConfigError for an algorithm whose critic is another function than Q.
@@ -155,6 +183,31 @@ class LanguageModelCritic(nn.Module):
         (logits,) = forward_actions(run, self.model.config, *inputs)
         return None, logits[..., : self.vocabulary_size].float()
 
+    def features(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor, features: Tensor
+    ) -> Tensor:
+        return last_states(self.model.base_model, prompt_ids, prompt_mask, action_ids)
+
+    def head(self, features: Tensor) -> tuple[None, Tensor]:
+        """Features [..., D] -> no value, and Q [..., V]."""
+        logits = self.model.get_output_embeddings()(features)
+        return None, logits[..., : self.vocabulary_size].float()
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        return list(self.model.get_output_embeddings().parameters())
+
+
+def last_states(
+    trunk: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor
+) -> Tensor:
+    """The last hidden states of a language model at the L prefixes of action_ids [B, L]."""
+
+    def run(last: int, **inputs: Tensor) -> tuple[Tensor]:
+        return (trunk(**inputs).last_hidden_state[:, -last:],)
+
+    (states,) = forward_actions(run, trunk.config, prompt_ids, prompt_mask, action_ids)
+    return states
+
 
 def pretrained(backbone: Backbone) -> nn.Module:
     """The frozen causal LM of a backbone, with its own weights; no adapter is in it."""
@@ -162,13 +215,13 @@ def pretrained(backbone: Backbone) -> nn.Module:
     return backbone.reference or copy_sharing_frozen(backbone.policy).unload()
 
 
-def copy_sharing_frozen(module: nn.Module) -> nn.Module:
+def copy_sharing_frozen(module: Copied) -> Copied:
     """A copy in which parameters that are not trained are the same objects, held once."""
     frozen = {id(p): p for p in module.parameters() if not p.requires_grad}
     return copy.deepcopy(module, frozen)
 
 
-def target_of(critic: nn.Module) -> nn.Module:
+def target_of(critic: Copied) -> Copied:
     """A frozen copy that `polyak_update` moves; what the critic does not train is shared."""
     target = copy_sharing_frozen(critic)
     return target.requires_grad_(False)

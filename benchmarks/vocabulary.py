@@ -1,0 +1,227 @@
+"""Operators over the vocabulary in chunks of tokens against all tokens at once: memory and time.
+
+    python benchmarks/vocabulary.py [--vocabularies 1024 32016 151665] [--tokens 1024] [--size 128]
+        [--chunk 32] [--rounds 3] [--steps 2] [--device cpu] [--out benchmarks/results]
+
+Each goes from hidden states [tokens, size] and heads [vocabulary, size], float32, to a loss and
+back to the gradients of both; the forms alternate, each turn in a process of its own. Memory is
+what a turn adds to its inputs at the peak: resident memory on the CPU, that of tensors on a GPU.
+The first of a turn's steps is not timed. Writes `vocabulary.csv` and `vocabulary.png`; the table
+has medians over rounds and steps.
+"""
+
+import argparse
+import multiprocessing
+import re
+import time
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from etpo.algorithms import objectives, soft_bellman
+from etpo.algorithms.chunked import in_chunks, reduce_in_chunks
+from etpo.algorithms.on_policy import at_taken
+
+MIB = 2**20
+BETA, ETA, CLIP = 0.02, 0.05, 0.3
+
+
+class Heads:
+    """Output layers [V, D] of policy, critic and reference; `trained` of them have gradients."""
+
+    def __init__(self, vocabulary: int, size: int, trained: str, device: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for name in ("policy", "critic", "ref"):
+            weight = torch.randn(vocabulary, size, generator=generator).mul_(size**-0.5).to(device)
+            setattr(self, name, weight.requires_grad_(name in trained))
+        self.trained = [self.policy, self.critic]
+        self.trained = [weight for weight in self.trained if weight.requires_grad]
+
+
+def log_probs(x: Tensor, head: Tensor) -> Tensor:
+    return linear(x, head).log_softmax(-1)
+
+
+def expected_q(heads: Heads, x: Tensor, taken: Tensor) -> Tensor:
+    return soft_bellman.expectation(log_probs(x, heads.policy), linear(x, heads.critic))
+
+
+def kl_divergence(heads: Heads, x: Tensor, taken: Tensor) -> Tensor:
+    log_ref = log_probs(x.detach(), heads.ref)
+    return soft_bellman.kl_divergence(log_probs(x, heads.policy), log_ref)
+
+
+def log_pi_taken(heads: Heads, x: Tensor, taken: Tensor) -> Tensor:
+    return at_taken(log_probs(x, heads.policy), taken)
+
+
+def q_taken(heads: Heads, x: Tensor, taken: Tensor) -> Tensor:
+    return at_taken(linear(x, heads.critic), taken)
+
+
+def entropy(heads: Heads, x: Tensor, taken: Tensor) -> Tensor:
+    log_pi = log_probs(x, heads.policy)
+    return soft_bellman.expectation(log_pi, -log_pi)
+
+
+def policy_objective(heads: Heads, x: Tensor, taken: Tensor) -> Tensor:
+    """ETPO's: doubly robust and pessimistic, against a pi_old that is not pi."""
+    with torch.no_grad():
+        log_old, log_ref = log_probs(x.roll(1, -1), heads.policy), log_probs(x, heads.ref)
+        scores = linear(x, heads.critic)
+        value = torch.zeros_like(scores[..., 0])
+        q = objectives.dueling_q(value, scores, log_old)
+        q = objectives.pessimistic_q(q, value, log_old, 1.0)
+        q = objectives.rebased_q(q, log_ref, log_old, BETA)
+    log_pi = log_probs(x, heads.policy)
+    losses = objectives.policy_objective(log_pi, log_old, None, q, BETA + ETA)
+    sampled = (at_taken(field, taken) for field in (log_pi, log_old, q))
+    return losses + objectives.taken_token_correction(*sampled, CLIP, CLIP)
+
+
+# what it computes, the heads that it trains, whether any loss may follow
+OPERATORS = {
+    "E_pi[Q]": (expected_q, ("policy", "critic"), False),
+    "KL(pi || pi_ref)": (kl_divergence, ("policy",), False),
+    "log pi(a)": (log_pi_taken, ("policy",), False),
+    "log pi(a), any loss": (log_pi_taken, ("policy",), True),
+    "Q(a)": (q_taken, ("critic",), False),
+    "entropy": (entropy, ("policy",), False),
+    "policy objective": (policy_objective, ("policy",), False),
+}
+
+
+def resident(field: str) -> int:
+    """Bytes of VmRSS or, at its peak, VmHWM."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024
+
+
+def turn(
+    name: str, vocabulary: int, chunk: int | None, given: argparse.Namespace
+) -> tuple[float, list[float]]:
+    """MiB that the operator adds at its peak, and the seconds of each step."""
+    operator, trained, any_loss = OPERATORS[name]
+    cuda = given.device.startswith("cuda")
+    heads = Heads(vocabulary, given.size, trained, given.device)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, given.tokens, given.size, generator=generator).to(given.device)
+    x.requires_grad_()
+    taken = torch.randint(vocabulary, (1, given.tokens), generator=generator).to(given.device)
+
+    def function(*read: Tensor) -> tuple[Tensor]:
+        return (operator(heads, *read),)
+
+    def step() -> None:
+        if any_loss:
+            loss = in_chunks(function, chunk, x, taken)[0].mean()
+        else:
+            loss, _ = reduce_in_chunks(
+                function, torch.mean, chunk, x, taken, parameters=heads.trained
+            )
+        torch.autograd.grad(loss, [x, *heads.trained])
+        if cuda:
+            torch.cuda.synchronize()
+
+    torch.ones(64, 64, requires_grad=True).mm(torch.ones(64, 64)).sum().backward()  # libraries
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = resident("VmRSS")
+    seconds = []
+    for _ in range(1 + given.steps):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
+    return (peak - before) / MIB, seconds[1:]
+
+
+def measure(given: argparse.Namespace) -> pd.DataFrame:
+    """Columns vocabulary, operator, form, round, mib, seconds: a row per step."""
+    rows = []
+    # a fork has the libraries loaded; it is new to the memory that is measured
+    context = multiprocessing.get_context("fork")
+    for vocabulary in given.vocabularies:
+        for number in range(given.rounds):
+            for name in given.operators:
+                for form, chunk in (("plain", None), ("chunks", given.chunk)):
+                    with context.Pool(1) as pool:
+                        mib, seconds = pool.apply(turn, (name, vocabulary, chunk, given))
+                    rows += [(vocabulary, name, form, number, mib, each) for each in seconds]
+                    shown = f"{vocabulary:7} {name:20} {form:7} {mib:9.1f} MiB {seconds[-1]:.2f} s"
+                    print(shown, flush=True)
+    return pd.DataFrame(rows, columns=["vocabulary", "operator", "form", "round", "mib", "seconds"])
+
+
+def ratios(measured: pd.DataFrame) -> pd.DataFrame:
+    """Medians of both forms, how many times less memory chunks take, how many times the time."""
+    keys = ["vocabulary", "operator"]
+    medians = measured.groupby([*keys, "form"], sort=False)[["mib", "seconds"]].median().unstack()
+    table = pd.DataFrame(
+        {
+            f"{field}, {form}": medians[field, form]
+            for field in ("mib", "seconds")
+            for form in ("plain", "chunks")
+        }
+    )
+    table["memory, plain / chunks"] = table["mib, plain"] / table["mib, chunks"]
+    table["time, chunks / plain"] = table["seconds, chunks"] / table["seconds, plain"]
+    return table.reset_index()
+
+
+def figure(table: pd.DataFrame, file: Path) -> None:
+    """Memory and time of both forms over the vocabulary, an operator a colour."""
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
+    for axis, field, label in zip(axes, ("mib", "seconds"), ("peak, MiB", "step, s"), strict=True):
+        for colour, (name, rows) in enumerate(table.groupby("operator", sort=False)):
+            for form, line in (("plain", "--"), ("chunks", "-")):
+                axis.plot(
+                    rows["vocabulary"],
+                    rows[f"{field}, {form}"],
+                    line,
+                    marker=".",
+                    color=f"C{colour}",
+                    label=name if form == "chunks" else None,
+                )
+        axis.set(xscale="log", yscale="log", xlabel="vocabulary", ylabel=label)
+    axes[0].set_title("dashed: all tokens at once; solid: in chunks", fontsize="small")
+    axes[0].legend(fontsize="x-small")
+    fig.savefig(file, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=[1024, 32016, 151665])
+    parser.add_argument("--operators", nargs="+", choices=list(OPERATORS), default=list(OPERATORS))
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--chunk", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    given = parser.parse_args()
+    measured = measure(given)
+    given.out.mkdir(parents=True, exist_ok=True)
+    measured.to_csv(given.out / "vocabulary.csv", index=False)
+    table = ratios(measured)
+    figure(table, given.out / "vocabulary.png")
+    threads = f"{torch.get_num_threads()} threads" if given.device == "cpu" else given.device
+    print(
+        f"\n{given.tokens} tokens, hidden size {given.size}, chunks of {given.chunk}; {threads}\n"
+    )
+    print(table.to_string(index=False, float_format=lambda x: f"{x:.3g}"))
+
+
+if __name__ == "__main__":
+    main()
