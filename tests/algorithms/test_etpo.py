@@ -23,8 +23,8 @@ def test_nothing_moves_without_reward(build_etpo, letter_env, fit, paid, critic,
     one_step = {"minibatch_size": 32, "update_epochs": 1}
     fit(module, paid(letter_env(4), lambda action: 0), 1, **one_step)
     for old, new in zip(before, module.backbone.policy_parameters(), strict=True):
-        # what remains is the rounding of a float32 KL; a real step is of the size of policy_lr
-        torch.testing.assert_close(old, new, rtol=0, atol=1e-3 * module.policy_lr)
+        # what remains is the rounding of a float32 KL, the sampler's too; a real step is policy_lr
+        torch.testing.assert_close(old, new, rtol=0, atol=1e-2 * module.policy_lr)
 
 
 def test_the_policy_moves_with_reward(build_etpo, letter_env, fit, paid):
@@ -44,8 +44,7 @@ def test_it_learns(build_etpo, letter_env, fit):
 
 def test_tokens_below_min_p_take_no_part(build_etpo, letter_env, fit):
     module = build_etpo(TrunkCritic, min_p=0.3)
-    data = fit(module, letter_env(8), 3)
-    batch = module.annotate(data.rollout)
+    batch, _ = fit(module, letter_env(8), 3).fill()
     valid = batch.action_mask
     support = batch.old_log_probs.isfinite()
     assert not support[valid].all()

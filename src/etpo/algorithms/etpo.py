@@ -179,12 +179,19 @@ class ETPO(OnPolicyAlgorithm):
         )
 
     def evaluate_prefixes(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        action_ids: Tensor,
+        policy_features: Tensor | None = None,
     ) -> Annotation:
-        """Policy, reference and target critic at the L prefixes of action_ids [B, L]."""
+        """Policy, reference and target critic at the L prefixes of action_ids [B, L].
+
+        policy_features: [B, L, D], where the sampler has left them.
+        """
         inputs = prompt_ids, prompt_mask, action_ids
         if self.vocabulary_chunk is None:
-            log_pi = self.backbone(*inputs).log_probs
+            log_pi = self.backbone(*inputs, known_features=policy_features).log_probs
             log_ref, features, _ = self.backbone(*inputs, reference=True)
             outputs = self.target_critic(*inputs, features)
             none = features[..., :0]
@@ -193,7 +200,8 @@ class ETPO(OnPolicyAlgorithm):
             return Annotation(log_pi, q, q_taken, value, kl, features, none, none)
         features = self.backbone.features(*inputs, reference=True)
         critic_features = self.target_critic.features(*inputs, features)
-        policy_features = self.backbone.features(*inputs)
+        if policy_features is None:
+            policy_features = self.backbone.features(*inputs)
 
         def numbers_of(action_ids: Tensor, *read: Tensor) -> tuple[Tensor, ...]:
             distributions = self.from_features(self.backbone.head, action_ids, *read)

@@ -112,17 +112,21 @@ class OnPolicyAlgorithm(LightningModule):
         self.old_head = functools.partial(self.backbone.head, layer=layer)
 
     def in_slices(self, evaluate: Callable[..., NamedTuple], actions: Actions) -> Any:
-        """`evaluate(prompt_ids, prompt_mask, action_ids)` of `annotation_batch` actions at a time.
+        """`evaluate(prompt_ids, prompt_mask, action_ids, policy_features)` of all actions.
 
-        It returns a NamedTuple of tensors whose first dimension is the action; so does this.
+        `annotation_batch` at a time, with the features that their tokens were drawn from. It
+        returns a NamedTuple of tensors whose first dimension is the action; so does this.
         """
-        inputs = actions.prompt_ids, actions.prompt_mask, actions.action_ids
+        inputs = actions.prompt_ids, actions.prompt_mask, actions.action_ids, actions.features
         slices = zip(*(torch.split(f, self.annotation_batch) for f in inputs), strict=True)
         parts: list[Any] = [evaluate(*part) for part in slices]
         return type(parts[0])(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
     def annotate(self, rollout: Rollout) -> Any:
-        """A NamedTuple of tensors whose first dimension is the action, without gradient."""
+        """A NamedTuple of tensors whose first dimension is the action, without gradient.
+
+        The policy is still the one that the rollout was sampled with.
+        """
         raise NotImplementedError
 
     def token_values(

@@ -118,21 +118,30 @@ class PolicyGradient(OnPolicyAlgorithm):
             }
         return batch
 
-    def evaluate_taken(self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor) -> Taken:
-        """Policy, reference and critic at the L taken tokens of action_ids [B, L]."""
+    def evaluate_taken(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        action_ids: Tensor,
+        policy_features: Tensor | None = None,
+    ) -> Taken:
+        """Policy, reference and critic at the L taken tokens of action_ids [B, L].
+
+        policy_features: [B, L, D], where the sampler has left them.
+        """
         inputs = prompt_ids, prompt_mask, action_ids
         none = action_ids[..., None][..., :0]
         if self.vocabulary_chunk is None:
-            log_probs = self.backbone(*inputs).log_probs
+            log_probs = self.backbone(*inputs, known_features=policy_features).log_probs
             support = log_probs.isfinite() if self.backbone.min_p > 0 else none.bool()
             log_pi = at_taken(log_probs, action_ids)
             log_ref, features, _ = self.backbone(*inputs, reference=True)
             log_ref = at_taken(log_ref, action_ids)
             policy_features = none.float()
         else:
-            policy_features, features = (
-                self.backbone.features(*inputs, reference=r) for r in (False, True)
-            )
+            features = self.backbone.features(*inputs, reference=True)
+            if policy_features is None:
+                policy_features = self.backbone.features(*inputs)
             log_pi, log_ref = chunked.in_chunks(
                 self.taken_of_features, self.vocabulary_chunk, policy_features, features, action_ids
             )

@@ -173,14 +173,21 @@ class Backbone(nn.Module):
         *,
         reference: bool = False,
         support: Tensor | None = None,
+        known_features: Tensor | None = None,
     ) -> TokenOutput:
         """Distributions of the tokens of action_ids [B, L], each given the prompt and those before.
 
         Prompts [B, P] are padded on the left, actions on the right. No gradient reaches the
         reference. Equal prompts are computed once, unless activations are checkpointed. `support`
         (bool [B, L, V]): the tokens that may have probability, in place of what `min_p` leaves now.
-        The token that was taken always may.
+        The token that was taken always may. `known_features` ([B, L, D]): what the model's last
+        hidden states are, so that its layers need not run.
         """
+        if known_features is not None and self.linear_output:
+            log_probs, log_kept = self.head(
+                known_features, action_ids, reference=reference, support=support
+            )
+            return TokenOutput(log_probs, known_features, log_kept)
         inputs = prompt_ids, prompt_mask, action_ids
         logits, features = self.run(language_model, *inputs, reference=reference)
         log_probs, log_kept = self.distribution(logits, action_ids, reference, support)
@@ -227,17 +234,22 @@ class Backbone(nn.Module):
         """The trained parameters of `output_layer`."""
         return [p for p in self.output_layer.parameters() if p.requires_grad]
 
+    @functools.cached_property
     @torch.no_grad()
-    def check_output_layer(self, key: str) -> None:
-        """ConfigError, naming `key`, unless logits are the output layer's of the features."""
+    def linear_output(self) -> bool:
+        """Whether logits are the output layer's of the features, neither scaled nor capped."""
         ids = torch.tensor([self.stop_ids * 2], device=self.device)
         inputs = ids, torch.ones_like(ids, dtype=torch.bool), ids
         logits, _ = self.run(language_model, *inputs)
         own = self.output_layer(self.features(*inputs))
         near = 4 * torch.finfo(logits.dtype).eps
-        if own.shape != logits.shape or not torch.allclose(
+        return own.shape == logits.shape and torch.allclose(
             own, logits, rtol=near, atol=near * float(logits.abs().max())
-        ):
+        )
+
+    def check_output_layer(self, key: str) -> None:
+        """ConfigError, naming `key`, unless `linear_output`."""
+        if not self.linear_output:
             kind = self.policy.config.model_type
             raise ConfigError(f"{key}: allowed is null, since {kind} scales or caps its logits")
 
