@@ -245,3 +245,21 @@ def test_bad_values_stop_before_the_model_is_loaded(key, value, message, etpo_se
 
     with pytest.raises(ConfigError, match=message):
         ETPO(backbone, None, None, **(etpo_settings | {key: value}))
+
+
+def test_the_sampled_states_stand_for_a_forward_of_the_policy(build_etpo, letter_env, fit):
+    module = build_etpo(TrunkCritic, min_p=0.01)
+    data = fit(module, letter_env(6), 2)
+    data.fill()
+    actions = data.rollout.actions
+    inputs = actions.prompt_ids, actions.prompt_mask, actions.action_ids
+    runs = []
+    module.backbone.policy.model.register_forward_hook(lambda *_: runs.append(1))
+    with torch.no_grad():
+        given = module.evaluate_prefixes(*inputs, actions.features)
+        assert not runs
+        computed = module.evaluate_prefixes(*inputs)
+        assert runs
+    for name in ("log_pi", "rebased_q", "q_taken", "value", "kl"):
+        one, other = (getattr(a, name)[actions.action_mask] for a in (given, computed))
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
