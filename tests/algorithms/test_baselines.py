@@ -50,6 +50,7 @@ TAKEN = Taken(
     values=torch.tensor([[0.1, 0.2], [0.4, 9.0], [0.6, 9.0], [0.5, 0.7]]),
     features=torch.zeros(4, 2, 1),
     support=torch.zeros(4, 2, 0).bool(),
+    policy_features=torch.zeros(4, 2, 0),
 )
 ROLLOUT = Rollout(ACTIONS, torch.zeros(1, 1), torch.ones(1, 1), [], 2, 0, 1.0, 1.0)
 
