@@ -170,6 +170,6 @@ def test_a_model_that_scales_its_logits_is_refused(checkpoint, tmp_path, build_a
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     scaled = functools.partial(Backbone, str(tmp_path), CompletionTemplate())
-    with pytest.raises(ConfigError, match="algorithm.vocabulary_chunk: allowed is null.*cohere"):
-        build_algorithm(ETPO, scaled, HeadCritic, vocabulary_chunk=8)
-    build_algorithm(ETPO, scaled, HeadCritic, vocabulary_chunk=None)
+    with pytest.raises(ConfigError, match="algorithm.vocabulary_chunk=8: allowed is null.*cohere"):
+        build_algorithm(ETPO, scaled, HeadCritic, vocabulary_chunk=8).on_fit_start()
+    build_algorithm(ETPO, scaled, HeadCritic, vocabulary_chunk=None).on_fit_start()

@@ -84,8 +84,6 @@ class OnPolicyAlgorithm(LightningModule):
         if vocabulary_chunk is not None:
             check_integer("algorithm.vocabulary_chunk", vocabulary_chunk, 1)
         self.backbone = backbone()
-        if vocabulary_chunk is not None:
-            self.backbone.check_output_layer("algorithm.vocabulary_chunk")
         self.vocabulary_chunk = vocabulary_chunk
         self.critic: nn.Module | None = None
         self.optimizer, self.scheduler = optimizer, scheduler
@@ -182,6 +180,11 @@ class OnPolicyAlgorithm(LightningModule):
     def clipped_together(self, optimizer: Optimizer) -> list[list[nn.Parameter]]:
         """Parameters with a common limit on their gradient norm: the policy's, the critic's."""
         return [group["params"] for group in optimizer.param_groups]
+
+    def on_fit_start(self) -> None:
+        """Raises ConfigError for a model that cannot be computed in chunks."""
+        if self.vocabulary_chunk is not None:
+            self.backbone.check_output_layer(f"algorithm.vocabulary_chunk={self.vocabulary_chunk}")
 
     def on_train_epoch_start(self) -> None:
         self.policy_stopped = False
