@@ -123,7 +123,7 @@ def turn(
 
     def step() -> None:
         if any_loss:
-            loss = in_chunks(function, chunk, x, taken)[0].mean()
+            loss = in_chunks(function, chunk, x, taken, parameters=heads.trained)[0].mean()
         else:
             loss, _ = reduce_in_chunks(
                 function, torch.mean, chunk, x, taken, parameters=heads.trained

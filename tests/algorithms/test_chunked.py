@@ -102,9 +102,16 @@ def weighted(first, *others):
     return sum((number + 1) * (counts * output).sum() for number, output in enumerate(outputs))
 
 
-def checkpointed(chunk, name, features, given, taken, *heads):
-    read = features, given, taken
-    return weighted(*in_chunks(lambda *x: OPERATORS[name](*x, *heads), chunk, *read))
+def recomputed(chunk, name, features, given, taken, *heads):
+    outputs = in_chunks(
+        lambda *x: OPERATORS[name](*x, *heads),
+        chunk,
+        features,
+        given,
+        taken,
+        parameters=[head for head in heads if head.requires_grad],
+    )
+    return weighted(*outputs)
 
 
 def reduced(chunk, name, features, given, taken, *heads):
@@ -123,7 +130,7 @@ def reduced(chunk, name, features, given, taken, *heads):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-@pytest.mark.parametrize("form", [checkpointed, reduced])
+@pytest.mark.parametrize("form", [recomputed, reduced])
 def test_values_and_gradients_are_those_of_all_tokens_at_once(name, form):
     features, *read, policy, critic, ref, old = inputs()
     heads = policy, critic, ref, old
@@ -144,7 +151,7 @@ def test_values_and_gradients_are_those_of_all_tokens_at_once(name, form):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-@pytest.mark.parametrize("form", [checkpointed, reduced])
+@pytest.mark.parametrize("form", [recomputed, reduced])
 def test_gradients_are_those_of_the_values(name, form):
     features, *read, policy, critic, ref, old = inputs()
     fixed = [head.detach() for head in (critic, ref, old)]
@@ -158,28 +165,35 @@ def test_gradients_are_those_of_the_values(name, form):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layers_with_a_bias_and_in_mixed_precision(dtype):
+@pytest.mark.parametrize("form", ["recomputed", "reduced"])
+def test_layers_with_a_bias_and_in_mixed_precision(form, dtype):
     layers = torch.nn.Sequential(torch.nn.Linear(SIZE, 8), torch.nn.Linear(8, VOCABULARY))
     parameters = list(layers.parameters())
     features = torch.randn(BATCH, LENGTH, SIZE, requires_grad=True)
-    found = []
+    found, seen = [], set()
+
+    def first_log_prob(x):
+        logits = layers(x)
+        seen.add(logits.dtype)
+        return (logits.float().log_softmax(-1)[..., 0],)
+
     for chunk in (None, 4):
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-            loss, _ = reduce_in_chunks(
-                lambda x: (layers(x).float().log_softmax(-1)[..., 0],),
-                weighted,
-                chunk,
-                features,
-                parameters=parameters,
-            )
+            read = {"parameters": parameters}
+            if form == "reduced":
+                loss, _ = reduce_in_chunks(first_log_prob, weighted, chunk, features, **read)
+            else:
+                loss = weighted(*in_chunks(first_log_prob, chunk, features, **read))
+        assert seen.pop() == dtype
         found.append(torch.autograd.grad(loss, [features, *parameters]))
+        assert seen <= {dtype}  # where it is evaluated again too
     near = 1e-5 if dtype == torch.float32 else 0.05
     for own, other in zip(*found, strict=True):
         assert own.dtype == torch.float32
         torch.testing.assert_close(own, other, rtol=near, atol=near * float(own.abs().max()))
 
 
-@pytest.mark.parametrize("form", [checkpointed, reduced])
+@pytest.mark.parametrize("form", [recomputed, reduced])
 def test_no_tokens(form):
     features, *rest = inputs(batch=0)
     value = form(2, "KL(pi || pi_ref)", features, *rest)
@@ -189,7 +203,7 @@ def test_no_tokens(form):
     assert not rest[2].grad.any()
 
 
-@pytest.mark.parametrize("form", [checkpointed, reduced])
+@pytest.mark.parametrize("form", [recomputed, reduced])
 @pytest.mark.parametrize("chunk", [None, 2])
 def test_no_more_than_a_chunk_goes_through_the_vocabulary(form, chunk, most_tokens):
     read = inputs()

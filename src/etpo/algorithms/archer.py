@@ -84,7 +84,9 @@ class ArCHer(PolicyGradient):
             return value, at_taken(advantage, taken)
 
         read = critic.features(*inputs), action_ids
-        value, advantage = chunked.in_chunks(scores_of, self.vocabulary_chunk, *read)
+        value, advantage = chunked.in_chunks(
+            scores_of, self.vocabulary_chunk, *read, parameters=critic.head_parameters()
+        )
         return value, advantage
 
     def token_values(self, *inputs: Tensor) -> TokenValues:

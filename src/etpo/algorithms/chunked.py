@@ -14,30 +14,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
 
 PerToken = Callable[..., tuple[Tensor, ...]]
 
 
-def in_chunks(function: PerToken, chunk: int | None, *per_token: Tensor) -> tuple[Tensor, ...]:
+def in_chunks(
+    function: PerToken,
+    chunk: int | None,
+    *per_token: Tensor,
+    parameters: Sequence[Tensor] = (),
+) -> tuple[Tensor, ...]:
     """`function(*per_token)`, `chunk` >= 1 tokens at a time; None: all at once.
 
     per_token: [B, L, ...] each. `function` maps them, or [n, ...] of n of the B L tokens, to a
-    tuple of tensors with the same leading dimensions, token by token. Gradients reach the inputs
-    and whatever else it reads; for them it is evaluated again in the backward pass.
+    tuple of tensors with the same leading dimensions, token by token. Gradients reach `per_token`
+    and `parameters`, the trained leaves that `function` reads besides; for them it is evaluated
+    again in the backward pass.
     """
     if chunk is None:
         return function(*per_token)
-
-    def evaluate(*part: Tensor) -> tuple[Tensor, ...]:
-        if not torch.is_grad_enabled():
-            return function(*part)
-        outputs: tuple[Tensor, ...] = checkpoint(
-            function, *part, use_reentrant=False, preserve_rng_state=False
-        )
-        return outputs
-
-    return joined([evaluate(*part) for part in split(per_token, chunk)], per_token[0].shape[:2])
+    outputs: tuple[Tensor, ...] = Recomputed.apply(  # type: ignore[no-untyped-call]
+        function, chunk, len(per_token), *per_token, *parameters
+    )
+    return outputs
 
 
 def reduce_in_chunks(
@@ -50,40 +49,58 @@ def reduce_in_chunks(
     """`reduce(*outputs)` [], and the outputs without gradient, of `function` as in `in_chunks`.
 
     reduce: a linear function of the outputs, [B, L] each, so that what each of them counts is known
-    beforehand: gradients are taken along with the values, and nothing is evaluated twice. They
-    reach `per_token` and `parameters`, the trained leaves that `function` reads besides; of each
-    one gradient is held until the backward pass.
+    beforehand: gradients are taken along with the values, and nothing is evaluated twice. One
+    gradient of each of `per_token` and `parameters` is held until the backward pass.
     """
     if chunk is None or not torch.is_grad_enabled():
         outputs = in_chunks(function, chunk, *per_token)
         return reduce(*outputs), tuple(output.detach() for output in outputs)
+
+    def counts(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        zeros = [x.new_zeros(per_token[0].shape[:2], requires_grad=True) for x in outputs]
+        return torch.autograd.grad(reduce(*zeros), zeros, allow_unused=True, materialize_grads=True)
+
+    outputs, gradients = with_gradients(function, chunk, per_token, parameters, counts)
+    value: Tensor = WithGradients.apply(  # type: ignore[no-untyped-call]
+        reduce(*outputs), gradients, *per_token, *parameters
+    )
+    return value, outputs
+
+
+def with_gradients(
+    function: PerToken,
+    chunk: int,
+    per_token: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    counts: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]],
+) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
+    """The outputs, and gradients of `per_token` and `parameters`; None where none is wanted.
+
+    counts: what each token's outputs count, [B, L, ...] each, from those of the first chunk.
+    """
     shape = per_token[0].shape[:2]
     wanted = [place for place, tensor in enumerate(per_token) if tensor.requires_grad]
     totals = [torch.zeros_like(parameter) for parameter in parameters]
-    counts: list[tuple[Tensor, ...]] = []  # per chunk, what its outputs count, [n] each
+    upstream: list[tuple[Tensor, ...]] = []
     parts: list[tuple[Tensor, ...]] = []
-    gradients: list[tuple[Tensor, ...]] = []
+    found: list[tuple[Tensor, ...]] = []
     for number, part in enumerate(split([tensor.detach() for tensor in per_token], chunk)):
         leaves = [part[place].requires_grad_() for place in wanted]
-        with WeightGradients(parameters, totals):
+        with torch.enable_grad(), WeightGradients(parameters, totals):
             outputs = function(*part)
-        counts = counts or split(coefficients(reduce, outputs, shape), chunk)
-        found = gradients_of(outputs, counts[number], [*leaves, *parameters])
-        for total, gradient in zip(totals, found[len(leaves) :], strict=True):
+        upstream = upstream or split(counts(outputs), chunk)
+        own = gradients_of(outputs, upstream[number], [*leaves, *parameters])
+        for total, gradient in zip(totals, own[len(leaves) :], strict=True):
             if gradient is not None:
                 total += gradient
-        pairs = zip(leaves, found, strict=False)
-        gradients.append(tuple(torch.zeros_like(x) if g is None else g for x, g in pairs))
+        pairs = zip(leaves, own, strict=False)
+        found.append(tuple(torch.zeros_like(x) if g is None else g for x, g in pairs))
         parts.append(tuple(output.detach() for output in outputs))
-        del outputs, found
-    whole = joined(parts, shape)
-    value: Tensor = WithGradients.apply(  # type: ignore[no-untyped-call]
-        reduce(*whole),
-        [*joined(gradients, shape), *totals],
-        *(per_token[place] for place in wanted),
-        *parameters,
-    )
-    return value, whole
+        del outputs, own
+    gradients: list[Tensor | None] = [None] * len(per_token)
+    for place, gradient in zip(wanted, joined(found, shape), strict=True):
+        gradients[place] = gradient
+    return joined(parts, shape), [*gradients, *totals]
 
 
 def split(per_token: Sequence[Tensor], chunk: int) -> list[tuple[Tensor, ...]]:
@@ -96,14 +113,6 @@ def joined(parts: Sequence[tuple[Tensor, ...]], shape: torch.Size) -> tuple[Tens
     """Chunks of [n, ...] each -> [B, L, ...] each; `shape` is (B, L)."""
     columns = (torch.cat(column) for column in zip(*parts, strict=True))
     return tuple(column.view(shape + column.shape[1:]) for column in columns)
-
-
-def coefficients(
-    reduce: Callable[..., Tensor], outputs: Sequence[Tensor], shape: torch.Size
-) -> tuple[Tensor, ...]:
-    """What every token's outputs count in `reduce`: [B, L] each."""
-    zeros = [output.new_zeros(shape, requires_grad=True) for output in outputs]
-    return torch.autograd.grad(reduce(*zeros), zeros, allow_unused=True, materialize_grads=True)
 
 
 def gradients_of(
@@ -138,7 +147,7 @@ class WeightGradients(TorchFunctionMode):
         x, weight, bias = (*args, None)[:3]
         total = self.totals[id(weight)]
         output: Tensor = LinearInto.apply(x, weight, total)  # type: ignore[no-untyped-call]
-        return output if bias is None else output + bias
+        return output if bias is None else output + bias.to(output.dtype)
 
 
 class LinearInto(torch.autograd.Function):
@@ -163,15 +172,42 @@ class LinearInto(torch.autograd.Function):
         return (upstream @ weight.to(upstream.dtype)).to(x.dtype), None, None
 
 
-class WithGradients(torch.autograd.Function):
-    """A value [] whose gradients with respect to `inputs` are known."""
+class Recomputed(torch.autograd.Function):
+    """`in_chunks`: the first `count` of `inputs` are per token, the others parameters."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, function: PerToken, chunk: int, count: int, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*inputs)
+        ctx.function, ctx.chunk, ctx.count = function, chunk, count
+        kind = inputs[0].device.type
+        precision = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        ctx.precision = kind, *precision
+        parts = [function(*part) for part in split(inputs[:count], chunk)]
+        return joined(parts, inputs[0].shape[:2])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        per_token, parameters = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        with torch.autocast(*ctx.precision):
+            _, gradients = with_gradients(
+                ctx.function, ctx.chunk, per_token, parameters, lambda _: upstream
+            )
+        return None, None, None, *gradients
+
+
+class WithGradients(torch.autograd.Function):
+    """A value [] whose gradients with respect to `inputs` are known; None where none is wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor | None], *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(*gradients)
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(upstream * gradient for gradient in ctx.saved_tensors)
+        products = (None if g is None else upstream * g for g in ctx.saved_tensors)
+        return None, None, *products

@@ -228,6 +228,7 @@ class PolicyGradient(OnPolicyAlgorithm):
                 self.backbone.features(*inputs),
                 batch.action_ids,
                 batch.old_features,
+                parameters=self.backbone.head_parameters(),
             )
         log_pi = torch.where(mask, log_pi, 0.0)
         log_old = torch.where(mask, batch.old_log_probs, 0.0)
