@@ -59,21 +59,22 @@ OWN = {
 }
 
 
-def build(algorithm, folder, lora=None, critic=HeadCritic, optimizer=torch.optim.SGD):
+def build(algorithm, folder, lora=None, critic=HeadCritic):
     torch.manual_seed(0)
     return algorithm(
         lambda: Backbone(str(folder), CompletionTemplate(), lora=lora),
         functools.partial(critic, hidden_size=8),
-        optimizer,
+        functools.partial(torch.optim.SGD, momentum=0.9),
         **(SHARED | OWN[algorithm]),
     )
 
 
 def rollout_of(module, env, rank):
-    """What process `rank` collects; the second one's actions are longer."""
-    tokens = TOKENS + 3 * rank
+    """What process `rank` collects, with drawn rewards; the second one's actions are longer."""
     generator = torch.Generator().manual_seed(rank)
-    return collect(module.backbone, env, ROUNDS, tokens, generator, seed=rank)
+    rollout = collect(module.backbone, env, ROUNDS, TOKENS + 3 * rank, generator, seed=rank)
+    rewards = torch.rand(len(rollout.actions.rewards), generator=generator) + rank
+    return rollout._replace(actions=rollout.actions._replace(rewards=rewards))
 
 
 def joined(module, one, other):
@@ -185,11 +186,13 @@ def test_two_processes_take_the_step_of_one(
     one = fitted(
         probe, letter_env(2 * ENVS), [joined(probe, *rollouts)], 2 * ENVS * ROUNDS, tmp_path
     )
+    one.save_checkpoint(tmp_path / "one.ckpt")
     expected = one.strategy.lightning_module_state_dict()
 
     def work(**options):
         trainer = fitted(make(), letter_env(ENVS), rollouts, ENVS * ROUNDS, tmp_path, **options)
-        weights = trainer.strategy.lightning_module_state_dict()  # all processes take part
+        trainer.save_checkpoint(tmp_path / "two.ckpt")  # all processes take part
+        weights = trainer.strategy.lightning_module_state_dict()
         if trainer.is_global_zero:
             torch.save(weights, tmp_path / "weights.pt")
 
@@ -202,6 +205,15 @@ def test_two_processes_take_the_step_of_one(
     for name in moved:  # the steps, not the weights that they are small beside
         step, other = expected[name] - before[name], weights[name] - before[name]
         torch.testing.assert_close(other, step, rtol=1e-4, atol=1e-7)
+    assert layout_of(tmp_path / "two.ckpt") == layout_of(tmp_path / "one.ckpt")
+
+
+def layout_of(file):
+    """The shapes of a checkpoint's weights, by name, and of its optimizer's moments."""
+    saved = torch.load(file)
+    moments = saved["optimizer_states"][0]["state"]
+    shapes = {name: weight.shape for name, weight in saved["state_dict"].items()}
+    return shapes, sorted(state["momentum_buffer"].shape for state in moments.values())
 
 
 def test_accumulated_gradients_are_those_of_the_large_minibatch(checkpoint, letter_env, tmp_path):

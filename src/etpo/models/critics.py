@@ -33,8 +33,8 @@ class DuelingHead(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self.body(features.float())
-        return self.value(hidden).squeeze(-1), self.advantage(hidden)
+        hidden = self.body(features.to(self.value.weight.dtype))
+        return self.value(hidden).squeeze(-1).float(), self.advantage(hidden).float()
 
 
 class ValueHead(nn.Module):
@@ -53,7 +53,8 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.value.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.value(self.body(features.float())).squeeze(-1)
+        hidden = self.body(features.to(self.value.weight.dtype))
+        return self.value(hidden).squeeze(-1).float()
 
 
 class HeadCritic(nn.Module):
