@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -147,6 +148,11 @@ class OnPolicyAlgorithm(LightningModule):
         if isinstance(strategy, ShardedStrategy):
             parts = [*self.children(), *self.backbone.children()]
             strategy.shard(*(part for part in parts if part is not self.backbone))
+        if isinstance(self.trainer.precision_plugin, HalfPrecision):
+            raise ConfigError(
+                f"trainer.precision={self.trainer.precision}: allowed are 32-true, bf16-mixed, for "
+                "it would round log-probabilities; model.dtype=bfloat16 gives weights in bfloat16"
+            )
         if isinstance(strategy, DeepSpeedStrategy) and self.max_kl is not None:
             raise ConfigError(
                 f"algorithm.max_kl={self.max_kl}: allowed with trainer=deepspeed is null, for "

@@ -33,8 +33,8 @@ class DuelingHead(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self.body(features.to(self.value.weight.dtype))
-        return self.value(hidden).squeeze(-1).float(), self.advantage(hidden).float()
+        hidden = self.body(features.float())
+        return self.value(hidden).squeeze(-1), self.advantage(hidden)
 
 
 class ValueHead(nn.Module):
@@ -53,8 +53,7 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.value.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        hidden = self.body(features.to(self.value.weight.dtype))
-        return self.value(hidden).squeeze(-1).float()
+        return self.value(self.body(features.float())).squeeze(-1)
 
 
 class HeadCritic(nn.Module):
