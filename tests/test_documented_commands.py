@@ -41,6 +41,11 @@ SCRIPTS = {
 }
 INSTALLS = "would make an environment and install packages; make -n must know it"
 SERVER = "needs W&B's server; tests/sweeps checks the files and runs an agent's command"
+TWO_NODES = (
+    "trainer=ddp trainer.devices=4 trainer.num_nodes=2 rollout.num_envs=8 "
+    "rollout.minibatch_size=8 hydra.run.dir=logs/nodes"
+)
+NODES = "needs several nodes with GPUs"
 # the only commands that are not run, each with its reason
 NOT_RUN = {
     "git clone <address of this repository> etpo": "needs the network",
@@ -57,6 +62,9 @@ NOT_RUN = {
     "etpo-train -m sweep=beta hydra/launcher=slurm hydra.launcher.partition=NAME": (
         "needs a cluster; composed, and tests/sweeps runs submitit on one machine"
     ),
+    f"srun --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 etpo-train {TWO_NODES}": NODES,
+    "torchrun --nnodes=2 --nproc-per-node=4 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 "
+    f"-m etpo.train {TWO_NODES}": NODES,
     "wandb sweep sweeps/wandb/grid.yaml": SERVER,
     "CUDA_VISIBLE_DEVICES=0 wandb agent ID": SERVER,
     "CUDA_VISIBLE_DEVICES=1 wandb agent ID": SERVER,

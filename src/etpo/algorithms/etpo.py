@@ -149,7 +149,10 @@ class ETPO(OnPolicyAlgorithm):
         returns = self.lambda_returns(actions, old.value, old.q_taken, rollout)
         layout = episode_layout(actions.action_mask, rollout.num_envs)
         errors = pack(returns - old.q_taken, layout)
-        baseline = objectives.leave_one_out_baseline(errors, layout.valid)
+        baselines = objectives.leave_one_out_baseline(
+            self.of_all_ranks(errors), self.of_all_ranks(layout.valid.long()).bool()
+        )
+        baseline = baselines.view(-1, len(errors))[self.global_rank]
         advantages = unpack(errors - baseline[:, None], layout, like=returns)
         if self.scale_objective:
             square = advantages[actions.action_mask].square().mean()

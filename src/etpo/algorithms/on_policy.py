@@ -6,16 +6,19 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.plugins.precision import HalfPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from etpo.errors import check_integer, check_range
+from etpo.errors import ConfigError, check_integer, check_range
 from etpo.models.backbone import Backbone
 from etpo.models.critics import copy_sharing_frozen
 from etpo.rollout.episode import Actions, Rollout
 from etpo.rollout.replay import by_length
+from etpo.sharding import ShardedStrategy
 
 # A training step's actions are computed in so many groups of similar length: less padding.
 LENGTH_GROUPS = 2
@@ -157,6 +160,26 @@ class OnPolicyAlgorithm(LightningModule):
         """Mean over actions of the critic's loss."""
         return torch.zeros((), device=self.device)
 
+    def configure_model(self) -> None:
+        """Shards the language models and the critics, where the trainer's strategy does.
+
+        Raises ConfigError for what the strategy cannot train.
+        """
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ShardedStrategy):
+            parts = [*self.children(), *self.backbone.children()]
+            strategy.shard(*(part for part in parts if part is not self.backbone))
+        if isinstance(self.trainer.precision_plugin, HalfPrecision):
+            raise ConfigError(
+                f"trainer.precision={self.trainer.precision}: allowed are 32-true, bf16-mixed, for "
+                "it would round log-probabilities; model.dtype=bfloat16 gives weights in bfloat16"
+            )
+        if isinstance(strategy, DeepSpeedStrategy) and self.max_kl is not None:
+            raise ConfigError(
+                f"algorithm.max_kl={self.max_kl}: allowed with trainer=deepspeed is null, for "
+                "DeepSpeed holds the gradients that the trust region would take away"
+            )
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         groups = [{"params": self.backbone.policy_parameters(), "lr": self.policy_lr}]
         if self.critic is not None:
@@ -229,6 +252,14 @@ class OnPolicyAlgorithm(LightningModule):
         gathered: Any = self.all_gather(value.float())
         mean: Tensor = gathered.mean()
         return mean
+
+    def of_all_ranks(self, rows: Tensor) -> Tensor:
+        """Every process's `rows` [N, K], padded with 0 to the widest: [ranks * N, K], by rank."""
+        widths: Any = self.all_gather(torch.tensor(rows.shape[1], device=rows.device))
+        width = int(widths.max())
+        gathered: Any = self.all_gather(nn.functional.pad(rows, (0, width - rows.shape[1])))
+        joined: Tensor = gathered.reshape(-1, width)
+        return joined
 
     def log_mean(self, name: str, value: Tensor | float, count: int) -> None:
         self.log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=count)

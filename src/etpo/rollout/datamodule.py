@@ -13,6 +13,7 @@ from etpo.errors import ConfigError, check_integer
 from etpo.rollout.collector import OnProgress, collect
 from etpo.rollout.episode import Rollout
 from etpo.rollout.replay import OnPolicyBuffer
+from etpo.sharding import gathered
 
 
 def derived_seed(*keys: int) -> int:
@@ -141,7 +142,7 @@ class RolloutDataModule(LightningDataModule):
         iteration, rank = trainer.current_epoch, trainer.global_rank
         device = module.backbone.device
         decoding = torch.Generator(device).manual_seed(derived_seed(self.seed, iteration, rank, 0))
-        with trainer.precision_plugin.forward_context():
+        with gathered(module), trainer.precision_plugin.forward_context():
             self.rollout = collect(
                 module.backbone,
                 self.environment,
@@ -171,7 +172,7 @@ class GreedyEpisodes(IterableDataset[Rollout]):
     def __iter__(self) -> Iterator[Rollout]:
         data = self.datamodule
         trainer = data.running
-        with trainer.precision_plugin.forward_context():
+        with gathered(data.policy), trainer.precision_plugin.forward_context():
             rollout = collect(
                 data.policy.backbone,
                 data.environment,

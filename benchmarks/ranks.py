@@ -1,0 +1,88 @@
+"""An iteration on two processes against one, with one thread each and the same actions, in one run.
+
+    python benchmarks/ranks.py [--rounds 2] [--iterations 4] [--out benchmarks/results]
+
+With `trainer=ddp_cpu trainer.devices=2` each process plays half of an iteration's actions, in
+environments of its own. The embedded model, the default task without a cache of scores. The
+variants alternate in each round; of each run the first iteration is dropped. A rollout is sampling
+and scoring; of two processes it is the mean. Writes `ranks.csv`; the table has medians.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+
+VARIANTS = {
+    "one process": ("rollout.num_envs=8", "rollout.minibatch_size=32"),
+    "two processes": (
+        *("trainer=ddp_cpu", "trainer.devices=2"),
+        *("rollout.num_envs=4", "rollout.minibatch_size=16"),
+    ),
+}
+SIZES = (
+    *("rollout.actions_per_iteration=64", "rollout.update_epochs=2", "rollout.max_new_tokens=64"),
+    *("environment.sandbox.workers=1", "~callbacks.credit", "trainer.check_val_every_n_epoch=1000"),
+)
+ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
+
+
+def run(variant: str, iterations: int, seed: int, folder: Path) -> pd.DataFrame:
+    """Seconds of every iteration but the first: columns rollout_seconds, iteration_seconds."""
+    overrides = (*SIZES, *VARIANTS[variant], f"trainer.max_epochs={iterations}", f"seed={seed}")
+    command = [sys.executable, "-m", "etpo.train", *overrides, f"hydra.run.dir={folder}"]
+    subprocess.run(command, env=os.environ | ONE_THREAD, check=True, stdout=subprocess.DEVNULL)
+    logged = pd.read_csv(folder / "metrics.csv").iloc[1:]
+    rollout = logged["time/generate_seconds"] + logged["time/score_seconds"]
+    return pd.DataFrame(
+        {"rollout_seconds": rollout, "iteration_seconds": logged["time/iteration_seconds"]}
+    ).round(3)
+
+
+def measure(rounds: int, iterations: int) -> pd.DataFrame:
+    """The seconds of all runs: columns variant, round, rollout_seconds, iteration_seconds."""
+    parts = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(rounds):
+            for name in VARIANTS:
+                seconds = run(name, iterations, number, Path(folder) / f"{name[:3]}{number}")
+                seconds.insert(0, "round", number)
+                seconds.insert(0, "variant", name)
+                parts.append(seconds)
+                print(f"round {number + 1}, {name}:\n{seconds.to_string(index=False)}", flush=True)
+    return pd.concat(parts)
+
+
+def table(measured: pd.DataFrame) -> str:
+    """Medians and their ratios, in Markdown."""
+    columns = ["rollout_seconds", "iteration_seconds"]
+    medians = measured.groupby("variant")[columns].agg(statistics.median)
+    lines = ["| seconds | one process | two processes | ratio |", "| --- | --- | --- | --- |"]
+    for column in columns:
+        one, two = (medians.loc[name, column] for name in VARIANTS)
+        label = column.removesuffix("_seconds")
+        lines.append(f"| {label} | {one:.2f} | {two:.2f} | {one / two:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--iterations", type=int, default=4)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    given = parser.parse_args()
+    measured = measure(given.rounds, given.iterations)
+    given.out.mkdir(parents=True, exist_ok=True)
+    measured.to_csv(given.out / "ranks.csv", index=False)
+    print(f"\n{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n")
+    print(table(measured))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""Two processes take the step of one process with the joined batch, whatever holds the weights."""
+
+import functools
+import importlib.util
+import os
+import socket
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning import Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch.multiprocessing import start_processes
+
+from etpo.algorithms.etpo import ETPO
+from etpo.algorithms.ppo_kl import PPOKL
+from etpo.config import CONF, error_line
+from etpo.errors import ConfigError
+from etpo.models.backbone import Backbone
+from etpo.models.critics import HeadCritic, LoraCritic, TrunkCritic
+from etpo.models.prompting import CompletionTemplate
+from etpo.rollout import datamodule
+from etpo.rollout.collector import collect
+from etpo.rollout.datamodule import RolloutDataModule
+from etpo.rollout.episode import Actions, Rollout, pad_stack
+from etpo.sharding import ShardedStrategy
+
+ENVS, ROUNDS, TOKENS = 2, 4, 5
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+LORA_CRITIC = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+SHARED = {
+    "beta": 0.1,
+    "beta_end_factor": 1.0,
+    "beta_iters": 1,
+    "gamma": 0.9,
+    "leak": 0.0,
+    "max_kl": None,
+    "policy_lr": 0.5,
+    "critic_lr": 0.5,
+    "max_grad_norm": 0.01,  # limits both groups
+    "annotation_batch": 8,
+}
+OWN = {
+    ETPO: {
+        "lambda_": 0.9,
+        "eta": 0.05,
+        "floor": 0.5,
+        "correction": True,
+        "scale_objective": True,
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "tau": 0.5,
+        "critic_loss": "huber",
+        "huber_delta": 1.0,
+    },
+    PPOKL: {"clip": 0.2, "lambda_": 0.5},
+}
+
+
+def build(algorithm, folder, lora=None, critic=HeadCritic):
+    torch.manual_seed(0)
+    return algorithm(
+        lambda: Backbone(str(folder), CompletionTemplate(), lora=lora),
+        functools.partial(critic, hidden_size=8),
+        functools.partial(torch.optim.SGD, momentum=0.9),
+        **(SHARED | OWN[algorithm]),
+    )
+
+
+def rollout_of(module, env, rank):
+    """What process `rank` collects, with drawn rewards; the second one's actions are longer."""
+    generator = torch.Generator().manual_seed(rank)
+    rollout = collect(module.backbone, env, ROUNDS, TOKENS + 3 * rank, generator, seed=rank)
+    rewards = torch.rand(len(rollout.actions.rewards), generator=generator) + rank
+    return rollout._replace(actions=rollout.actions._replace(rewards=rewards))
+
+
+def joined(module, one, other):
+    """The rollout of a process that has the environments of both."""
+
+    def rows(first, second):
+        pair = [f.unflatten(0, (ROUNDS, ENVS)) for f in (first, second)]
+        return torch.cat(pair, dim=1).flatten(0, 1)
+
+    pad = module.backbone.pad_id
+    fills = {"prompt_ids": (pad, True), "prompt_mask": (False, True), "action_ids": (pad, False)}
+    fields = {}
+    for name, first in one.actions._asdict().items():
+        second = getattr(other.actions, name)
+        if first.ndim == 2:
+            value, left = fills.get(name, (0, False))
+            both = pad_stack([first, second], value, left=left)
+            first, second = both.split([len(first), len(second)])
+        fields[name] = rows(first, second)
+    cut = rows(*(torch.arange(len(r.actions.step)) + 100 * i for i, r in enumerate((one, other))))
+    prompts = [
+        r.bootstrap_ids[n][r.bootstrap_mask[n]]
+        for r in (one, other)
+        for n in range(len(r.bootstrap_ids))
+    ]
+    starts = [
+        i + 100 * n
+        for n, r in enumerate((one, other))
+        for i in r.actions.truncated.nonzero()[:, 0].tolist()
+    ]
+    order = [starts.index(i) for i in cut.tolist() if i in starts]
+    ids = pad_stack([prompts[i][None] for i in order], pad, left=True)
+    mask = pad_stack(
+        [torch.ones(1, len(prompts[i]), dtype=torch.bool) for i in order], False, left=True
+    )
+    records = [*one.records, *other.records]
+    return Rollout(Actions(**fields), ids, mask, records, 2 * ENVS, 0, 1.0, 1.0)
+
+
+def fitted(module, env, rollouts, minibatch, tmp_path, **options):
+    """The trained weights after one iteration on `rollouts[rank]`, of every process."""
+    data = RolloutDataModule(
+        env,
+        actions_per_iteration=2 * ENVS * ROUNDS,
+        minibatch_size=minibatch,
+        update_epochs=1,
+        max_new_tokens=TOKENS,
+        num_envs=env.num_envs,
+        seed=0,
+    )
+    trainer = Trainer(
+        max_epochs=1,
+        **({"accelerator": "cpu", "devices": 1, "plugins": None} | options),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        default_root_dir=tmp_path,
+    )
+    datamodule.collect = lambda *args, **kwargs: rollouts[trainer.global_rank]
+    try:
+        trainer.fit(module, data)
+    finally:
+        datamodule.collect = collect
+    return trainer
+
+
+def process(rank, port, strategy, work):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
+    os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    work(devices=2, strategy=strategy())
+
+
+def in_two_processes(strategy, work):
+    """`work(devices=2, strategy=...)` in two processes of which each is a rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start_processes(process, (port, strategy, work), nprocs=2, start_method="fork")
+
+
+def ddp():
+    return "ddp_find_unused_parameters_true"
+
+
+CASES = [
+    (ddp, ETPO, None, HeadCritic),
+    (ddp, PPOKL, None, HeadCritic),
+    (ShardedStrategy, ETPO, None, TrunkCritic),
+    (ShardedStrategy, ETPO, LORA, HeadCritic),
+    (ShardedStrategy, PPOKL, None, HeadCritic),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "algorithm", "lora", "critic"), CASES)
+def test_two_processes_take_the_step_of_one(
+    strategy, algorithm, lora, critic, checkpoint, letter_env, tmp_path
+):
+    folder = checkpoint("llama")
+    make = functools.partial(build, algorithm, folder, lora, critic)
+    probe = make()
+    before = {name: p.detach().clone() for name, p in probe.named_parameters()}
+    rollouts = [rollout_of(probe, letter_env(ENVS), rank) for rank in (0, 1)]
+    assert rollouts[0].actions.action_mask.sum() != rollouts[1].actions.action_mask.sum()
+    one = fitted(
+        probe, letter_env(2 * ENVS), [joined(probe, *rollouts)], 2 * ENVS * ROUNDS, tmp_path
+    )
+    one.save_checkpoint(tmp_path / "one.ckpt")
+    expected = one.strategy.lightning_module_state_dict()
+
+    def work(**options):
+        trainer = fitted(make(), letter_env(ENVS), rollouts, ENVS * ROUNDS, tmp_path, **options)
+        trainer.save_checkpoint(tmp_path / "two.ckpt")  # all processes take part
+        weights = trainer.strategy.lightning_module_state_dict()
+        if trainer.is_global_zero:
+            torch.save(weights, tmp_path / "weights.pt")
+
+    in_two_processes(strategy, work)
+    weights = torch.load(tmp_path / "weights.pt")
+    assert weights.keys() == expected.keys()
+    moved = {n for n, p in before.items() if not torch.equal(p, expected[n])}
+    assert any(n.startswith("backbone.policy") for n in moved)
+    assert any(n.startswith("critic") for n in moved)
+    for name in moved:  # the steps, not the weights that they are small beside
+        step, other = expected[name] - before[name], weights[name] - before[name]
+        torch.testing.assert_close(other, step, rtol=1e-4, atol=1e-7)
+    assert layout_of(tmp_path / "two.ckpt") == layout_of(tmp_path / "one.ckpt")
+
+
+def layout_of(file):
+    """The shapes of a checkpoint's weights, by name, and of its optimizer's moments."""
+    saved = torch.load(file)
+    moments = saved["optimizer_states"][0]["state"]
+    shapes = {name: weight.shape for name, weight in saved["state_dict"].items()}
+    return shapes, sorted(state["momentum_buffer"].shape for state in moments.values())
+
+
+def test_accumulated_gradients_are_those_of_the_large_minibatch(checkpoint, letter_env, tmp_path):
+    results = []
+    for minibatch, batches in ((2 * ENVS * ROUNDS, 1), (ENVS * ROUNDS, 2)):
+        module = build(ETPO, checkpoint("llama"))
+        before = {name: p.detach().clone() for name, p in module.named_parameters()}
+        rollouts = [rollout_of(module, letter_env(2 * ENVS), 0)]
+        env = letter_env(2 * ENVS)
+        fitted(module, env, rollouts, minibatch, tmp_path, accumulate_grad_batches=batches)
+        results.append({n: p.detach() - before[n] for n, p in module.named_parameters()})
+    assert any(step.any() for step in results[0].values())
+    for name, step in results[0].items():
+        torch.testing.assert_close(results[1][name], step, rtol=1e-4, atol=1e-7)
+
+
+def test_mixed_precision_trains(checkpoint, letter_env, tmp_path):
+    module = build(ETPO, checkpoint("llama"))
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    rollouts = [rollout_of(module, letter_env(2 * ENVS), 0)]
+    env = letter_env(2 * ENVS)
+    fitted(module, env, rollouts, ENVS * ROUNDS, tmp_path, precision="bf16-mixed")
+    after = dict(module.named_parameters())
+    assert all(p.isfinite().all() for p in after.values())
+    for part in ("backbone.policy", "critic"):
+        assert any(not torch.equal(p, before[n]) for n, p in after.items() if n.startswith(part))
+
+
+def test_precision_that_rounds_the_buffer_is_refused(checkpoint, letter_env, tmp_path):
+    module = build(ETPO, checkpoint("llama"))
+    with pytest.raises(ConfigError, match="trainer.precision=bf16-true: allowed are 32-true, bf16"):
+        fitted(module, letter_env(2 * ENVS), [], ENVS * ROUNDS, tmp_path, precision="bf16-true")
+
+
+def test_sharded_strategies_are_those_of_the_configuration():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        sharded = compose("train", ["trainer=fsdp"]).trainer.strategy
+        deepspeed = compose("train", ["trainer=deepspeed"]).trainer.strategy
+    assert isinstance(instantiate(sharded), ShardedStrategy)
+    if importlib.util.find_spec("deepspeed") is not None:
+        assert isinstance(instantiate(deepspeed), DeepSpeedStrategy)
+        return
+    with pytest.raises(InstantiationException) as caught:
+        instantiate(deepspeed)
+    message = error_line(caught.value)
+    assert message.startswith("trainer=deepspeed: needs the package deepspeed")
+    assert "\n" not in message
+
+
+def test_critics_that_share_weights_are_not_sharded(checkpoint):
+    module = build(ETPO, checkpoint("llama"), LORA, functools.partial(LoraCritic, lora=LORA_CRITIC))
+    with pytest.raises(ConfigError, match="critic=lora: allowed with trainer=fsdp are"):
+        ShardedStrategy().shard(module.backbone.policy, module.critic)
