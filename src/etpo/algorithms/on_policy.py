@@ -169,6 +169,11 @@ class OnPolicyAlgorithm(LightningModule):
         if isinstance(strategy, ShardedStrategy):
             parts = [*self.children(), *self.backbone.children()]
             strategy.shard(*(part for part in parts if part is not self.backbone))
+            if self.vocabulary_chunk is not None:
+                raise ConfigError(
+                    f"algorithm.vocabulary_chunk={self.vocabulary_chunk}: allowed with "
+                    "trainer=fsdp is null, for a model is gathered as a whole"
+                )
         if isinstance(self.trainer.precision_plugin, HalfPrecision):
             raise ConfigError(
                 f"trainer.precision={self.trainer.precision}: allowed are 32-true, bf16-mixed, for "
