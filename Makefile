@@ -48,7 +48,7 @@ $(VENV)/.bench-installed: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	@touch $@
 
-BENCHMARKS := scoring sampler scaling iteration
+BENCHMARKS := scoring sampler vocabulary scaling ranks iteration
 
 bench: $(VENV)/.bench-installed ## Run all benchmarks (about an hour): tables, CSV and figures in benchmarks/results
 	@for name in $(BENCHMARKS); do \

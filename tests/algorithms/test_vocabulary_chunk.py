@@ -173,3 +173,8 @@ def test_a_model_that_scales_its_logits_is_refused(checkpoint, tmp_path, build_a
     with pytest.raises(ConfigError, match="algorithm.vocabulary_chunk=8: allowed is null.*cohere"):
         build_algorithm(ETPO, scaled, HeadCritic, vocabulary_chunk=8).on_fit_start()
     build_algorithm(ETPO, scaled, HeadCritic, vocabulary_chunk=None).on_fit_start()
+    ids = torch.tensor([[5, 6, 7]])
+    backbone = scaled()
+    whole = backbone(ids, ids > 0, ids)
+    again = backbone(ids, ids > 0, ids, known_features=whole.features)
+    assert torch.equal(whole.log_probs, again.log_probs)

@@ -89,7 +89,7 @@ def joined(module, one, other):
     fields = {}
     for name, first in one.actions._asdict().items():
         second = getattr(other.actions, name)
-        if first.ndim == 2:
+        if first.ndim > 1:
             value, left = fills.get(name, (0, False))
             both = pad_stack([first, second], value, left=left)
             first, second = both.split([len(first), len(second)])
@@ -230,8 +230,9 @@ def test_accumulated_gradients_are_those_of_the_large_minibatch(checkpoint, lett
         torch.testing.assert_close(results[1][name], step, rtol=1e-4, atol=1e-7)
 
 
-def test_mixed_precision_trains(checkpoint, letter_env, tmp_path):
-    module = build(ETPO, checkpoint("llama"))
+@pytest.mark.parametrize("algorithm", [ETPO, PPOKL])
+def test_mixed_precision_trains(algorithm, checkpoint, letter_env, tmp_path):
+    module = build(algorithm, checkpoint("llama"))
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     rollouts = [rollout_of(module, letter_env(2 * ENVS), 0)]
     env = letter_env(2 * ENVS)

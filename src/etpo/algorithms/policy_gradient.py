@@ -181,7 +181,8 @@ class PolicyGradient(OnPolicyAlgorithm):
         if len(rollout.bootstrap_ids):
             prompts = rollout.bootstrap_ids.to(self.device), rollout.bootstrap_mask.to(self.device)
             none_taken = torch.zeros_like(prompts[0][:, :1])
-            values[actions.truncated] = self.evaluate_taken(*prompts, none_taken).values[:, 0]
+            after = self.evaluate_taken(*prompts, none_taken).values[:, 0]
+            values[actions.truncated] = after.to(values.dtype)  # bfloat16 in mixed precision
         return values
 
     def standardised(self, values: Tensor, mask: Tensor) -> Tensor:

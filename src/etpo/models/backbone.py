@@ -238,7 +238,7 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def linear_output(self) -> bool:
         """Whether logits are the output layer's of the features, neither scaled nor capped."""
-        ids = torch.tensor([[self.pad_id] * 2], device=self.device)
+        ids = torch.arange(min(8, self.vocabulary_size), device=self.device)[None]
         inputs = ids, torch.ones_like(ids, dtype=torch.bool), ids
         logits, _ = self.run(language_model, *inputs)
         own = self.output_layer(self.features(*inputs))
