@@ -92,7 +92,8 @@ def prompt_of(size: int, text: str = "") -> str:
 def configured(folder: str, *overrides: str) -> Any:
     """The configuration of `etpo-train` for the model in `folder`; all tokens have probability."""
     with initialize_config_dir(str(CONF), version_base=None):
-        return compose("train", [f"model.name_or_path={folder}", "model.min_p=0", *overrides])
+        model = f"model.name_or_path={folder}", "model.min_p=0", "model.max_prompt_tokens=256"
+        return compose("train", [*model, *overrides])
 
 
 def endless(folder: str) -> Backbone:

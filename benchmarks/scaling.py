@@ -32,7 +32,7 @@ DEFAULTS = {"length": 64, "batch": 64, "vocabulary": 1024}
 POINTS = {
     "length": (32, 64, 128, 256, 512),
     "batch": (16, 32, 64, 128, 256),
-    "vocabulary": (1024, 4096, 16384, 65536),
+    "vocabulary": (1024, 4096, 8192, 16384, 32768),
 }
 MIB = 1024  # ru_maxrss is in KiB on Linux
 
