@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 from common import RESULTS, Iterations, prompt_of, save_model, write
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from etpo.train import keep_freed_memory
 
@@ -96,10 +97,18 @@ def figure(rows: pd.DataFrame) -> Figure:
             panels[:, column], ("seconds", "mib"), ("seconds per iteration", "MiB"), strict=True
         ):
             axes.loglog(own["size"], own[quantity], marker="o")
+            axes.set_xticks(own["size"], [shown(size) for size in own["size"]])
+            axes.minorticks_off()
+            axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
             axes.set_ylabel(label if column == 0 else "")
         panels[0, column].set_title(f"exponent {exponent(own):.2f}")
         panels[1, column].set_xlabel(name)
     return drawing
+
+
+def shown(size: int) -> str:
+    return str(size) if size < 1024 else f"{size // 1024}k"
 
 
 def main() -> None:
