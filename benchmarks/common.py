@@ -143,11 +143,14 @@ class Iterations:
         return list(np.diff(clock.times))
 
 
-def write(out: Path, name: str, rows: pd.DataFrame, table: pd.DataFrame, figure: Figure) -> None:
+def write(
+    out: Path, name: str, rows: pd.DataFrame, table: pd.DataFrame, figure: Figure | None = None
+) -> None:
     """Writes NAME.csv (every measurement) and NAME.png, prints the table and the machine."""
     out.mkdir(parents=True, exist_ok=True)
     rows.to_csv(out / f"{name}.csv", index=False)
-    figure.savefig(out / f"{name}.png", dpi=120)
+    if figure is not None:
+        figure.savefig(out / f"{name}.png", dpi=120)
     print(
         f"\n{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         f"Python {platform.python_version()}, torch {torch.__version__}\n"

@@ -10,14 +10,13 @@ and scoring; of two processes it is the mean. Writes `ranks.csv`; the table has 
 
 import argparse
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pandas as pd
+from common import RESULTS, write
 
 VARIANTS = {
     "one process": ("rollout.num_envs=8", "rollout.minibatch_size=32"),
@@ -59,29 +58,21 @@ def measure(rounds: int, iterations: int) -> pd.DataFrame:
     return pd.concat(parts)
 
 
-def table(measured: pd.DataFrame) -> str:
-    """Medians and their ratios, in Markdown."""
-    columns = ["rollout_seconds", "iteration_seconds"]
-    medians = measured.groupby("variant")[columns].agg(statistics.median)
-    lines = ["| seconds | one process | two processes | ratio |", "| --- | --- | --- | --- |"]
-    for column in columns:
-        one, two = (medians.loc[name, column] for name in VARIANTS)
-        label = column.removesuffix("_seconds")
-        lines.append(f"| {label} | {one:.2f} | {two:.2f} | {one / two:.2f} |")
-    return "\n".join(lines)
+def table(measured: pd.DataFrame) -> pd.DataFrame:
+    """Median seconds of both and their ratio."""
+    medians = measured.groupby("variant")[["rollout_seconds", "iteration_seconds"]].median().T
+    medians["ratio"] = medians["one process"] / medians["two processes"]
+    return medians.rename_axis(index="of", columns=None).reset_index()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--iterations", type=int, default=4)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     measured = measure(given.rounds, given.iterations)
-    given.out.mkdir(parents=True, exist_ok=True)
-    measured.to_csv(given.out / "ranks.csv", index=False)
-    print(f"\n{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n")
-    print(table(measured))
+    write(given.out, "ranks", measured, table(measured))
 
 
 if __name__ == "__main__":

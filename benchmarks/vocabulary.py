@@ -17,12 +17,10 @@ import re
 import time
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from common import RESULTS, write
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -187,9 +185,10 @@ def ratios(measured: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index()
 
 
-def figure(table: pd.DataFrame, file: Path) -> None:
+def figure(table: pd.DataFrame) -> Figure:
     """Memory and time of both forms over the vocabulary, an operator a colour."""
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
+    drawing = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = drawing.subplots(1, 2)
     for axis, field, label in zip(axes, ("mib", "seconds"), ("peak, MiB", "step, s"), strict=True):
         for colour, (name, rows) in enumerate(table.groupby("operator", sort=False)):
             for form, line in (("plain", "--"), ("chunks", "-")):
@@ -204,7 +203,7 @@ def figure(table: pd.DataFrame, file: Path) -> None:
         axis.set(xscale="log", yscale="log", xlabel="vocabulary", ylabel=label)
     axes[0].set_title("dashed: all tokens at once; solid: in chunks", fontsize="small")
     axes[0].legend(fontsize="x-small")
-    fig.savefig(file, dpi=150)
+    return drawing
 
 
 def main() -> None:
@@ -217,18 +216,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     measured = measure(given)
-    given.out.mkdir(parents=True, exist_ok=True)
-    measured.to_csv(given.out / "vocabulary.csv", index=False)
     table = ratios(measured)
-    figure(table, given.out / "vocabulary.png")
-    threads = f"{torch.get_num_threads()} threads" if given.device == "cpu" else given.device
-    print(
-        f"\n{given.tokens} tokens, hidden size {given.size}, chunks of {given.chunk}; {threads}\n"
-    )
-    print(table.to_string(index=False, float_format=lambda x: f"{x:.3g}"))
+    write(given.out, "vocabulary", measured, table, figure(table))
 
 
 if __name__ == "__main__":
