@@ -15,6 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -46,6 +47,7 @@ FAMILIES = {
     ),
     "qwen-instruct": (Qwen2Config, ["<|im_start|>", "<|im_end|>"]),
     "deepseek": (LlamaConfig, ["<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"]),
+    "cohere": (CohereConfig, []),  # multiplies its output layer's logits by `logit_scale`
     "starcoder": (
         Starcoder2Config,
         ["<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<file_sep>"],

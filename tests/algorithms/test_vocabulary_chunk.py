@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CohereConfig
 
 from etpo.algorithms.archer import ArCHer
 from etpo.algorithms.etpo import ETPO
@@ -153,23 +152,8 @@ def test_a_window_of_earlier_iterations_needs_whole_distributions(build_etpo):
         build_etpo(variant=WindowETPO, window=2, vocabulary_chunk=8)
 
 
-def test_a_model_that_scales_its_logits_is_refused(checkpoint, tmp_path, build_algorithm):
-    """Cohere multiplies what its output layer says by `logit_scale`."""
-    backbone = Backbone(str(checkpoint("llama")), CompletionTemplate())
-    backbone.tokenizer.save_pretrained(tmp_path)
-    config = CohereConfig(
-        vocab_size=len(backbone.tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        logit_scale=0.5,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    scaled = functools.partial(Backbone, str(tmp_path), CompletionTemplate())
+def test_a_model_that_scales_its_logits_is_refused(checkpoint, build_algorithm):
+    scaled = functools.partial(Backbone, str(checkpoint("cohere")), CompletionTemplate())
     with pytest.raises(ConfigError, match="algorithm.vocabulary_chunk=8: allowed is null.*cohere"):
         build_algorithm(ETPO, scaled, HeadCritic, vocabulary_chunk=8).on_fit_start()
     build_algorithm(ETPO, scaled, HeadCritic, vocabulary_chunk=None).on_fit_start()
