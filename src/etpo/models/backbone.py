@@ -280,15 +280,23 @@ class Backbone(nn.Module):
             return forward_actions(functools.partial(what, model), self.policy.config, *inputs)
 
     def distribution(
-        self, logits: Tensor, action_ids: Tensor, reference: bool, support: Tensor | None
+        self,
+        logits: Tensor,
+        action_ids: Tensor | None = None,
+        reference: bool = False,
+        support: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`log_probs` [..., V] and `log_kept` [...] of raw logits [..., >= V]; as `forward`."""
+        """`log_probs` [..., V] and `log_kept` [...] of raw logits [..., >= V]; as `forward`.
+
+        action_ids: [...], None where no token is taken yet.
+        """
         log_probs = self.normalise(logits)
         if reference or self.min_p == 0:
             return log_probs, torch.zeros_like(log_probs[..., 0])
         if support is None:
-            # the sampler's rounding may have been another
-            support = self.supported(log_probs).scatter(-1, action_ids.unsqueeze(-1), True)
+            support = self.supported(log_probs)
+            if action_ids is not None:  # the sampler's rounding may have been another
+                support = support.scatter(-1, action_ids.unsqueeze(-1), True)
         kept = log_probs.masked_fill(~support, float("-inf"))
         return kept.log_softmax(-1), kept.logsumexp(-1)
 

@@ -62,9 +62,7 @@ def sample(
     features = states.new_zeros(*size, states.shape[-1])
     running = torch.ones_like(rows, dtype=torch.bool)
     for step in range(max_new_tokens):
-        log_pi = backbone.normalise(logits[:, -1])
-        if backbone.min_p > 0:
-            log_pi = log_pi.masked_fill(~backbone.supported(log_pi), float("-inf")).log_softmax(-1)
+        log_pi, _ = backbone.distribution(logits[:, -1])
         if generator is None:
             token = log_pi.argmax(-1)
         else:
