@@ -59,10 +59,10 @@ OWN = {
 }
 
 
-def build(algorithm, folder, lora=None, critic=HeadCritic):
+def build(algorithm, folder, lora=None, critic=HeadCritic, dtype="float32"):
     torch.manual_seed(0)
     return algorithm(
-        lambda: Backbone(str(folder), CompletionTemplate(), lora=lora),
+        lambda: Backbone(str(folder), CompletionTemplate(), lora=lora, dtype=dtype),
         functools.partial(critic, hidden_size=8),
         functools.partial(torch.optim.SGD, momentum=0.9),
         **(SHARED | OWN[algorithm]),
@@ -114,8 +114,8 @@ def joined(module, one, other):
     return Rollout(Actions(**fields), ids, mask, records, 2 * ENVS, 0, 1.0, 1.0)
 
 
-def fitted(module, env, rollouts, minibatch, tmp_path, **options):
-    """The trained weights after one iteration on `rollouts[rank]`, of every process."""
+def fitted(module, env, rollouts, minibatch, tmp_path, ckpt_path=None, **options):
+    """The trainer after its iterations, one if not told, each on `rollouts[rank]`."""
     data = RolloutDataModule(
         env,
         actions_per_iteration=2 * ENVS * ROUNDS,
@@ -126,8 +126,7 @@ def fitted(module, env, rollouts, minibatch, tmp_path, **options):
         seed=0,
     )
     trainer = Trainer(
-        max_epochs=1,
-        **({"accelerator": "cpu", "devices": 1, "plugins": None} | options),
+        **({"accelerator": "cpu", "devices": 1, "plugins": None, "max_epochs": 1} | options),
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -138,7 +137,7 @@ def fitted(module, env, rollouts, minibatch, tmp_path, **options):
     )
     datamodule.collect = lambda *args, **kwargs: rollouts[trainer.global_rank]
     try:
-        trainer.fit(module, data)
+        trainer.fit(module, data, ckpt_path=ckpt_path)
     finally:
         datamodule.collect = collect
     return trainer
@@ -164,21 +163,21 @@ def ddp():
 
 
 CASES = [
-    (ddp, ETPO, None, HeadCritic),
-    (ddp, PPOKL, None, HeadCritic),
-    (ShardedStrategy, ETPO, None, TrunkCritic),
-    (ShardedStrategy, ETPO, LORA, HeadCritic),
-    (ShardedStrategy, PPOKL, None, HeadCritic),
+    (ddp, ETPO, "llama", None, HeadCritic),
+    (ddp, PPOKL, "llama", None, HeadCritic),
+    (ShardedStrategy, ETPO, "llama", None, TrunkCritic),
+    (ShardedStrategy, ETPO, "llama", LORA, HeadCritic),
+    (ShardedStrategy, PPOKL, "llama", None, HeadCritic),
+    (ShardedStrategy, ETPO, "starcoder", None, HeadCritic),  # its embeddings are tied
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "algorithm", "lora", "critic"), CASES)
+@pytest.mark.parametrize(("strategy", "algorithm", "family", "lora", "critic"), CASES)
 def test_two_processes_take_the_step_of_one(
-    strategy, algorithm, lora, critic, checkpoint, letter_env, tmp_path
+    strategy, algorithm, family, lora, critic, checkpoint, letter_env, tmp_path
 ):
-    folder = checkpoint("llama")
-    make = functools.partial(build, algorithm, folder, lora, critic)
+    make = functools.partial(build, algorithm, checkpoint(family), lora, critic)
     probe = make()
     before = {name: p.detach().clone() for name, p in probe.named_parameters()}
     rollouts = [rollout_of(probe, letter_env(ENVS), rank) for rank in (0, 1)]
@@ -206,6 +205,57 @@ def test_two_processes_take_the_step_of_one(
         step, other = expected[name] - before[name], weights[name] - before[name]
         torch.testing.assert_close(other, step, rtol=1e-4, atol=1e-7)
     assert layout_of(tmp_path / "two.ckpt") == layout_of(tmp_path / "one.ckpt")
+
+
+@pytest.mark.slow
+def test_a_sharded_adapter_lies_on_weights_in_bfloat16(checkpoint, letter_env, tmp_path):
+    """It stays in float32 and takes the step of one process, as far as bfloat16 lets it."""
+    make = functools.partial(build, ETPO, checkpoint("llama"), LORA, dtype="bfloat16")
+    probe = make()
+    before = {n: p.detach().clone() for n, p in probe.named_parameters() if p.requires_grad}
+    rollouts = [rollout_of(probe, letter_env(ENVS), rank) for rank in (0, 1)]
+    env = letter_env(2 * ENVS)
+    fitted(probe, env, [joined(probe, *rollouts)], 2 * ENVS * ROUNDS, tmp_path)
+
+    def work(**options):
+        trainer = fitted(make(), letter_env(ENVS), rollouts, ENVS * ROUNDS, tmp_path, **options)
+        weights = trainer.strategy.lightning_module_state_dict()
+        if trainer.is_global_zero:
+            torch.save(weights, tmp_path / "weights.pt")
+
+    in_two_processes(ShardedStrategy, work)
+    weights = torch.load(tmp_path / "weights.pt")
+    for part in ("backbone.policy", "critic"):
+        names = [n for n in before if n.startswith(part)]
+        one = torch.cat([(probe.get_parameter(n) - before[n]).flatten() for n in names])
+        two = torch.cat([(weights[n] - before[n]).flatten() for n in names])
+        assert one.dtype == two.dtype == torch.float32
+        assert torch.cosine_similarity(one, two, dim=0) > 0.99
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_from_its_checkpoint(checkpoint, letter_env, tmp_path):
+    """With the weights, the target critic's and the optimizer's momentum of its last iteration."""
+    make = functools.partial(build, ETPO, checkpoint("llama"), LORA)
+    rollouts = [rollout_of(make(), letter_env(ENVS), rank) for rank in (0, 1)]
+
+    def work(**options):
+        saved = {}
+        for name, iterations, start in (("whole", 2, None), ("half", 1, None), ("rest", 2, "half")):
+            path = start and tmp_path / f"{start}.ckpt"
+            budget = {"ckpt_path": path, "max_epochs": iterations}
+            args = make(), letter_env(ENVS), rollouts, ENVS * ROUNDS, tmp_path
+            trainer = fitted(*args, **budget, **options | {"strategy": ShardedStrategy()})
+            trainer.save_checkpoint(tmp_path / f"{name}.ckpt")
+            saved[name] = trainer.strategy.lightning_module_state_dict()
+        if trainer.is_global_zero:
+            torch.save(saved, tmp_path / "weights.pt")
+
+    in_two_processes(ShardedStrategy, work)
+    whole, half, rest = torch.load(tmp_path / "weights.pt").values()
+    assert any(not torch.equal(weight, half[name]) for name, weight in whole.items())
+    for name, weight in whole.items():
+        torch.testing.assert_close(rest[name], weight, rtol=0, atol=0)
 
 
 def layout_of(file):
