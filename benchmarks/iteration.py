@@ -1,7 +1,7 @@
 """A whole iteration of ETPO against a step of TRL's GRPOTrainer on the same work, in one run.
 
     pip install -e ".[bench]"
-    python benchmarks/iteration.py [--models 0.9M 25M] [--rounds 3] [--steps 3]
+    python benchmarks/iteration.py [--models 0.9M 25M] [--rounds 3] [--steps 2]
 
 Both sample 64 completions of 120 tokens on one prompt of 165 tokens from the same fresh Llama, look
 at a frozen reference, and update once; ETPO also has its critic over the vocabulary. float32, all
@@ -130,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     warnings.filterwarnings("ignore")

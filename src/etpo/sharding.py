@@ -20,7 +20,7 @@ def deepspeed_strategy(stage: int = 2, **settings: Any) -> Strategy:
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
-            'trainer=deepspeed: needs the package deepspeed: pip install "etpo[deepspeed]"; '
+            'trainer=deepspeed: needs the package deepspeed: pip install -e ".[deepspeed]"; '
             "allowed without it are cpu, gpu, ddp, ddp_cpu, fsdp"
         )
     check_integer("trainer.strategy.stage", stage, 1, 2)

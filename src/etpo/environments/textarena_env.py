@@ -1,6 +1,6 @@
 """The single-player games of TextArena (arXiv 2504.11442) as gymnasium environments.
 
-They need the package `textarena`: `pip install "etpo[textarena]"`.
+They need the package `textarena`: `pip install -e ".[textarena]"`.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ class TextArenaEnv(gymnasium.Env):
         try:
             import textarena
         except ImportError as error:
-            raise ImportError('TextArena is missing: pip install "etpo[textarena]"') from error
+            raise ImportError('TextArena is missing: pip install -e ".[textarena]"') from error
         known = textarena.envs.registration.ENV_REGISTRY
         if game not in known:
             raise ConfigError(
