@@ -10,7 +10,7 @@ def test_a_failed_write_leaves_the_last_whole_checkpoint(tmp_path, monkeypatch):
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
 
     def interrupted(checkpoint, file):
-        file.write_bytes(b"half")
+        file.write(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", interrupted)

@@ -8,6 +8,7 @@ import torch
 from etpo.errors import ConfigError
 from etpo.models.backbone import Backbone
 from etpo.models.critics import (
+    DuelingHead,
     HeadCritic,
     LanguageModelCritic,
     LoraCritic,
@@ -112,6 +113,53 @@ def test_an_adapter_moves_the_critic_and_neither_policy_nor_reference(backbone):
     assert (critic(*inputs)[1] - first).abs().max() > 1e-2
     after = [backbone(*inputs[:3], reference=r).log_probs for r in (False, True)]
     assert all(map(torch.equal, before, after))
+
+
+def test_an_adapter_on_bfloat16_weights_is_trained_in_float32(checkpoint):
+    lora = LORA | {"task_type": "CAUSAL_LM"}
+    folder = str(checkpoint("qwen"))
+    backbone = Backbone(folder, CompletionTemplate(), dtype="bfloat16", lora=lora)
+    critic = ADAPTED(backbone, hidden_size=16)
+    types = {p.requires_grad: p.dtype for p in critic.trunk.parameters()}
+    assert types == {True: torch.float32, False: torch.bfloat16}
+    value, advantage = critic(*inputs_of(backbone))
+    assert value.dtype == advantage.dtype == torch.float32
+
+
+@pytest.mark.parametrize("head", [DuelingHead, ValueHead])
+def test_heads_compute_in_float32_in_mixed_precision(head):
+    torch.manual_seed(0)
+    layers = head(8, 5, 16)
+    for parameter in layers.parameters():
+        torch.nn.init.normal_(parameter)
+    features = torch.randn(2, 3, 8)
+    expected = layers(features)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = layers(features)
+    for one, other in zip([*outputs], [*expected], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("critic_class", [TrunkCritic, ADAPTED, LanguageModelCritic])
+def test_a_critic_computes_activations_again_where_the_model_does(checkpoint, critic_class):
+    gradients, calls = [], []
+    for checkpointed in (False, True):
+        folder = str(checkpoint("qwen"))
+        backbone = Backbone(folder, CompletionTemplate(), gradient_checkpointing=checkpointed)
+        torch.manual_seed(0)
+        critic = critic_class(backbone)
+        for parameter in critic.parameters():
+            if parameter.requires_grad and not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.1)
+        said = [output for output in critic(*inputs_of(backbone)) if output is not None]
+        loss = sum(output.square().sum() for output in said)
+        mlp = next(m for name, m in critic.named_modules() if name.endswith("layers.0.mlp"))
+        mlp.register_forward_pre_hook(lambda *_, of=checkpointed: calls.append(of))
+        trained = [p for p in critic.parameters() if p.requires_grad]
+        gradients.append(torch.autograd.grad(loss, trained))
+    assert calls == [True]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
 
 
 def test_bad_settings_are_config_errors(checkpoint):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from etpo.models.backbone import Backbone, position_ids
+from etpo.models.backbone import Backbone
 from etpo.models.critics import TrunkCritic
 from etpo.models.prompting import CompletionTemplate
-from etpo.models.shared_prompt import encode_prompts, forward_actions
+from etpo.models.shared_prompt import encode_prompts, forward_actions, position_ids
 
 OBSERVATIONS = [
     {"instruction": "", "prefix": p, "suffix": ""}

@@ -1,3 +1,5 @@
+import weakref
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -42,6 +44,21 @@ def test_buffer_serves_every_action_once_per_epoch_and_refills():
     assert len(fills) == 2
 
 
+def test_the_iterations_actions_are_freed_with_the_last_minibatch():
+    filled = []
+
+    def fill():
+        batch = Batch(torch.arange(6), torch.zeros(6))
+        filled.append(weakref.ref(batch.double))
+        return batch, torch.Generator()
+
+    minibatches = iter(OnPolicyBuffer(fill, batches_per_epoch=2, minibatch_size=3, epochs=1))
+    next(minibatches)
+    assert filled[0]() is not None
+    next(minibatches)
+    assert filled[0]() is None
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -71,6 +88,14 @@ def test_sizes_must_fit_all_processes(letter_env):
     data.check(world_size=4)
     with pytest.raises(ConfigError, match="multiples of 64 .*on 8 processes"):
         RolloutDataModule(letter_env(8), **(SIZES | {"num_envs": 8})).check(world_size=8)
+
+
+def test_steps_end_with_a_pass(letter_env):
+    data = RolloutDataModule(letter_env(4), **SIZES)
+    data.trainer = SimpleNamespace(world_size=2, accumulate_grad_batches=4)
+    message = "accumulate_grad_batches=4: allowed are divisors of 2, a process's minibatches"
+    with pytest.raises(ConfigError, match=message):
+        data.setup("fit")
 
 
 def test_derived_seeds_differ_and_repeat():

@@ -59,13 +59,13 @@ OWN = {
 }
 
 
-def build(algorithm, folder, lora=None, critic=HeadCritic, dtype="float32"):
+def build(algorithm, folder, lora=None, critic=HeadCritic, dtype="float32", **changes):
     torch.manual_seed(0)
     return algorithm(
         lambda: Backbone(str(folder), CompletionTemplate(), lora=lora, dtype=dtype),
         functools.partial(critic, hidden_size=8),
         functools.partial(torch.optim.SGD, momentum=0.9),
-        **(SHARED | OWN[algorithm]),
+        **(SHARED | OWN[algorithm] | changes),
     )
 
 
@@ -162,22 +162,24 @@ def ddp():
     return "ddp_find_unused_parameters_true"
 
 
+UNLIMITED = {"max_grad_norm": 1e9, "policy_lr": 1e-3}  # else a factor of the loss does not show
 CASES = [
-    (ddp, ETPO, "llama", None, HeadCritic),
-    (ddp, PPOKL, "llama", None, HeadCritic),
-    (ShardedStrategy, ETPO, "llama", None, TrunkCritic),
-    (ShardedStrategy, ETPO, "llama", LORA, HeadCritic),
-    (ShardedStrategy, PPOKL, "llama", None, HeadCritic),
-    (ShardedStrategy, ETPO, "starcoder", None, HeadCritic),  # its embeddings are tied
+    (ddp, ETPO, "llama", None, HeadCritic, {}),
+    (ddp, ETPO, "llama", None, HeadCritic, UNLIMITED),
+    (ddp, PPOKL, "llama", None, HeadCritic, UNLIMITED),
+    (ShardedStrategy, ETPO, "llama", None, TrunkCritic, {}),
+    (ShardedStrategy, ETPO, "llama", LORA, HeadCritic, {}),
+    (ShardedStrategy, PPOKL, "llama", None, HeadCritic, {}),
+    (ShardedStrategy, ETPO, "starcoder", None, HeadCritic, {}),  # its embeddings are tied
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "algorithm", "family", "lora", "critic"), CASES)
+@pytest.mark.parametrize(("strategy", "algorithm", "family", "lora", "critic", "changes"), CASES)
 def test_two_processes_take_the_step_of_one(
-    strategy, algorithm, family, lora, critic, checkpoint, letter_env, tmp_path
+    strategy, algorithm, family, lora, critic, changes, checkpoint, letter_env, tmp_path
 ):
-    make = functools.partial(build, algorithm, checkpoint(family), lora, critic)
+    make = functools.partial(build, algorithm, checkpoint(family), lora, critic, **changes)
     probe = make()
     before = {name: p.detach().clone() for name, p in probe.named_parameters()}
     rollouts = [rollout_of(probe, letter_env(ENVS), rank) for rank in (0, 1)]
@@ -302,7 +304,9 @@ def test_precision_that_rounds_the_buffer_is_refused(checkpoint, letter_env, tmp
 def test_sharded_strategies_are_those_of_the_configuration():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         sharded = compose("train", ["trainer=fsdp"]).trainer.strategy
-        deepspeed = compose("train", ["trainer=deepspeed"]).trainer.strategy
+        trainer = compose("train", ["trainer=deepspeed"]).trainer
+    assert trainer.precision == "32-true"
+    deepspeed = trainer.strategy
     assert isinstance(instantiate(sharded), ShardedStrategy)
     if importlib.util.find_spec("deepspeed") is not None:
         assert isinstance(instantiate(deepspeed), DeepSpeedStrategy)

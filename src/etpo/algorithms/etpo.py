@@ -145,7 +145,7 @@ class ETPO(OnPolicyAlgorithm):
         actions = Actions(*(field.to(self.device) for field in rollout.actions))
         if self.vocabulary_chunk is not None:
             self.hold_old_head()
-        old = self.in_slices(self.evaluate_prefixes, actions)
+        old = self.in_slices(self.evaluate_prefixes, *self.read_by_policy(actions))
         returns = self.lambda_returns(actions, old.value, old.q_taken, rollout)
         layout = episode_layout(actions.action_mask, rollout.num_envs)
         errors = pack(returns - old.q_taken, layout)
@@ -155,8 +155,12 @@ class ETPO(OnPolicyAlgorithm):
         baseline = baselines.view(-1, len(errors))[self.global_rank]
         advantages = unpack(errors - baseline[:, None], layout, like=returns)
         if self.scale_objective:
-            square = advantages[actions.action_mask].square().mean()
-            self.scale = float(objectives.objective_scale(self.mean_over_ranks(square)))
+            mask = actions.action_mask
+            count, square = (
+                self.mean_over_ranks(moment)
+                for moment in (mask.sum(), advantages[mask].square().sum())
+            )
+            self.scale = float(objectives.objective_scale(square / count))
         lengths = actions.action_mask.sum(1).float()
         self.mean_length = float(self.mean_over_ranks(lengths.mean()))
         self.rollout_metrics = rollout_metrics(rollout) | {
@@ -282,7 +286,8 @@ class ETPO(OnPolicyAlgorithm):
         if len(rollout.bootstrap_ids):
             prompts = rollout.bootstrap_ids.to(self.device), rollout.bootstrap_mask.to(self.device)
             none_taken = torch.zeros_like(prompts[0][:, :1])
-            bootstrap[actions.truncated] = self.evaluate_prefixes(*prompts, none_taken).value[:, 0]
+            after = self.in_slices(self.evaluate_prefixes, *prompts, none_taken)
+            bootstrap[actions.truncated] = after.value[:, 0]
         returns = soft_bellman.lambda_returns(
             steps.rewards,
             steps.discounts,

@@ -112,16 +112,28 @@ class OnPolicyAlgorithm(LightningModule):
         layer = copy_sharing_frozen(self.backbone.output_layer).requires_grad_(False)
         self.old_head = functools.partial(self.backbone.head, layer=layer)
 
-    def in_slices(self, evaluate: Callable[..., NamedTuple], actions: Actions) -> Any:
-        """`evaluate(prompt_ids, prompt_mask, action_ids, policy_features)` of all actions.
+    def read_by_policy(self, actions: Actions) -> tuple[Tensor, ...]:
+        """Prompts, masks and actions, and the features that the tokens were drawn from.
 
-        `annotation_batch` at a time, with the features that their tokens were drawn from. It
-        returns a NamedTuple of tensors whose first dimension is the action; so does this.
+        Without the last where bfloat16 rounds them otherwise than a training step's forward would:
+        KL(pi_old || pi) and the probability ratios would start at noise.
         """
-        inputs = actions.prompt_ids, actions.prompt_mask, actions.action_ids, actions.features
-        slices = zip(*(torch.split(f, self.annotation_batch) for f in inputs), strict=True)
+        inputs = actions.prompt_ids, actions.prompt_mask, actions.action_ids
+        rounded = torch.is_autocast_enabled(self.device.type)
+        if rounded or actions.features.dtype != torch.float32:
+            return inputs
+        return *inputs, actions.features
+
+    def in_slices(self, evaluate: Callable[..., NamedTuple], *inputs: Tensor) -> Any:
+        """`evaluate` of inputs [B, ...], `annotation_batch` rows at a time.
+
+        It returns a NamedTuple of tensors whose first dimension is the row; so does this.
+        """
+        slices = zip(*(torch.split(each, self.annotation_batch) for each in inputs), strict=True)
         parts: list[Any] = [evaluate(*part) for part in slices]
-        return type(parts[0])(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+        kind, columns = type(parts[0]), list(zip(*parts, strict=True))
+        del parts  # so that a joined field's parts are freed before the next is joined
+        return kind(*(torch.cat(columns.pop(0)) for _ in range(len(columns))))
 
     def annotate(self, rollout: Rollout) -> Any:
         """A NamedTuple of tensors whose first dimension is the action, without gradient.
@@ -178,6 +190,11 @@ class OnPolicyAlgorithm(LightningModule):
             raise ConfigError(
                 f"trainer.precision={self.trainer.precision}: allowed are 32-true, bf16-mixed, for "
                 "it would round log-probabilities; model.dtype=bfloat16 gives weights in bfloat16"
+            )
+        if isinstance(strategy, DeepSpeedStrategy) and self.trainer.precision != "32-true":
+            raise ConfigError(
+                f"trainer.precision={self.trainer.precision}: allowed with trainer=deepspeed is "
+                "32-true, for DeepSpeed would round the buffer"
             )
         if isinstance(strategy, DeepSpeedStrategy) and self.max_kl is not None:
             raise ConfigError(

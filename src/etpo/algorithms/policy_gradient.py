@@ -86,7 +86,7 @@ class PolicyGradient(OnPolicyAlgorithm):
         actions = Actions(*(field.to(self.device) for field in rollout.actions))
         if self.vocabulary_chunk is not None:
             self.hold_old_head()
-        taken = self.in_slices(self.evaluate_taken, actions)
+        taken = self.in_slices(self.evaluate_taken, *self.read_by_policy(actions))
         mask = actions.action_mask
         credited, returns = self.credit(actions, taken, rollout)
         log_ratio = (taken.log_pi - taken.log_ref) * mask
@@ -181,8 +181,8 @@ class PolicyGradient(OnPolicyAlgorithm):
         if len(rollout.bootstrap_ids):
             prompts = rollout.bootstrap_ids.to(self.device), rollout.bootstrap_mask.to(self.device)
             none_taken = torch.zeros_like(prompts[0][:, :1])
-            after = self.evaluate_taken(*prompts, none_taken).values[:, 0]
-            values[actions.truncated] = after.to(values.dtype)  # bfloat16 in mixed precision
+            after = self.in_slices(self.evaluate_taken, *prompts, none_taken)
+            values[actions.truncated] = after.values[:, 0]
         return values
 
     def standardised(self, values: Tensor, mask: Tensor) -> Tensor:

@@ -17,12 +17,13 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StopStringCriteria,
 )
 
 from etpo.environments.text_env import TextObservation
 from etpo.errors import ConfigError, check_integer, check_range
 from etpo.models.prompting import PromptTemplate
-from etpo.models.shared_prompt import forward_actions, position_ids
+from etpo.models.shared_prompt import checkpoint_layers, forward_actions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
@@ -103,17 +104,17 @@ class Backbone(nn.Module):
         self.max_prompt_tokens = max_prompt_tokens
         self.stop_strings = list(stop_strings)
         self.tokenizer = load_tokenizer(name_or_path)
+        # ids [B, T], None -> bool [B]
+        self.ends_with_stop_string = (
+            StopStringCriteria(self.tokenizer, self.stop_strings) if self.stop_strings else None
+        )
         self.stop_ids = stop_ids(self.tokenizer, stop_tokens)
         probe = TextObservation(instruction="a", prefix="a", suffix="a")
         prompt.encode(self.tokenizer, probe, max_prompt_tokens)  # raises before weights are loaded
         model = load_model(name_or_path, DTYPES[dtype], attn_implementation)
         model.generation_config = None
         self.reference = None if lora else copy.deepcopy(model).requires_grad_(False)
-        if gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.checkpointed_layers = [
-            layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)
-        ]
+        self.checkpointed = checkpoint_layers(model) if gradient_checkpointing else []
         self.policy = get_peft_model(model, LoraConfig(**lora)) if lora else model
         largest = max(self.tokenizer.get_vocab().values())
         self.vocabulary_size = min(model.config.get_text_config().vocab_size, largest + 1)
@@ -180,7 +181,7 @@ class Backbone(nn.Module):
         Prompts [B, P] are padded on the left, actions on the right. No gradient reaches the
         reference. Equal prompts are computed once, unless activations are checkpointed. `support`
         (bool [B, L, V]): the tokens that may have probability, in place of what `min_p` leaves now.
-        The token that was taken always may. `known_features` ([B, L, D]): what the model's last
+        The token that was taken always may. `known_features` ([B, L, D]): what the policy's last
         hidden states are, so that its layers need not run.
         """
         if known_features is not None and self.linear_output:
@@ -242,7 +243,7 @@ class Backbone(nn.Module):
         inputs = ids, torch.ones_like(ids, dtype=torch.bool), ids
         logits, _ = self.run(language_model, *inputs)
         own = self.output_layer(self.features(*inputs))
-        near = 4 * torch.finfo(logits.dtype).eps
+        near = max(1e-3, 4 * torch.finfo(logits.dtype).eps)  # scales and caps change far more
         return own.shape == logits.shape and torch.allclose(
             own, logits, rtol=near, atol=near * float(logits.abs().max())
         )
@@ -275,9 +276,8 @@ class Backbone(nn.Module):
         """What `what`, `language_model` or `trunk`, says at the L prefixes of action_ids [B, L]."""
         inputs = prompt_ids, prompt_mask, action_ids
         with self.side(reference) as model:
-            if self.checkpointed_layers and torch.is_grad_enabled():
-                return self.checkpointed(what, *inputs)
-            return forward_actions(functools.partial(what, model), self.policy.config, *inputs)
+            run = functools.partial(what, model)
+            return forward_actions(run, self.policy.config, *inputs, self.checkpointed)
 
     def distribution(
         self,
@@ -300,35 +300,12 @@ class Backbone(nn.Module):
         kept = log_probs.masked_fill(~support, float("-inf"))
         return kept.log_softmax(-1), kept.logsumexp(-1)
 
-    def checkpointed(
-        self,
-        what: Callable[..., tuple[Tensor, ...]],
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        action_ids: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """What `what` says of the policy, its layers computed again in the backward pass."""
-        length = action_ids.shape[1]
-        mask = torch.nn.functional.pad(prompt_mask, (0, length - 1), value=True)
-        for layer in self.checkpointed_layers:
-            layer.training = True  # else it keeps its activations; the modules in it stay as is
-        try:
-            return what(
-                self.policy,
-                last=length,
-                input_ids=torch.cat([prompt_ids, action_ids[:, :-1]], dim=1),
-                attention_mask=mask.long(),
-                position_ids=position_ids(mask),
-                use_cache=False,
-            )
-        finally:
-            for layer in self.checkpointed_layers:
-                layer.training = False
-
     def normalise(self, logits: Tensor) -> Tensor:
         """float32 log-probabilities [..., V] of raw logits [..., >= V], over all tokens."""
-        logits = logits[..., : self.vocabulary_size].float()
-        return torch.log_softmax(logits / self.temperature, dim=-1)
+        logits = logits[..., : self.vocabulary_size]
+        if self.temperature != 1:
+            logits = logits.float() / self.temperature
+        return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
 
     def supported(self, log_probs: Tensor) -> Tensor:
         """The tokens that a positive `min_p` leaves: [..., V] -> bool [..., V]."""
@@ -337,8 +314,16 @@ class Backbone(nn.Module):
 
 def language_model(model: nn.Module, last: int, **inputs: Any) -> tuple[Tensor, Tensor]:
     """Logits and features of a causal LM at the last `last` positions; 0: at all."""
-    output = model(**inputs, logits_to_keep=last, output_hidden_states=True)
-    return output.logits, output.hidden_states[-1][:, -last:]
+    features: list[Tensor] = []
+    # what its output layer reads; `output_hidden_states` would hold those of all layers
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, read: features.append(read[0])
+    )
+    try:
+        logits = model(**inputs, logits_to_keep=last).logits
+    finally:
+        hook.remove()
+    return logits, features[0]
 
 
 def trunk(model: nn.Module, last: int, **inputs: Any) -> tuple[Tensor]:

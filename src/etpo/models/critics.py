@@ -1,7 +1,7 @@
 """Critics: a dueling head over the vocabulary or a scalar one, and what feeds it."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -10,13 +10,43 @@ from torch import Tensor, nn
 
 from etpo.errors import ConfigError
 from etpo.models.backbone import Backbone
-from etpo.models.shared_prompt import forward_actions
+from etpo.models.shared_prompt import checkpoint_layers, forward_actions
 
 Copied = TypeVar("Copied", bound=nn.Module)
 WITH_HEAD = ("full", "lora", "frozen_trunk")
 
 
-class DuelingHead(nn.Module):
+def zeroed(layer: nn.Linear) -> nn.Linear:
+    """The layer with weights and bias of exactly zero."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ValueHead(nn.Module):
+    """Features [..., D] -> value [...], exactly zero at the start.
+
+    float32 in mixed precision too: in bfloat16 values near 1 come in steps of 0.004. The size of
+    the vocabulary does not matter to it.
+    """
+
+    def __init__(self, feature_size: int, vocabulary_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.LayerNorm(feature_size), nn.Linear(feature_size, hidden_size), nn.GELU()
+        )
+        self.value = zeroed(nn.Linear(hidden_size, 1))
+
+    def forward(self, features: Tensor) -> Any:
+        with torch.autocast(features.device.type, enabled=False):
+            return self.of_hidden(self.body(features.float()))
+
+    def of_hidden(self, hidden: Tensor) -> Any:
+        """Of the body's outputs [..., hidden_size], what `forward` says."""
+        return self.value(hidden).squeeze(-1)
+
+
+class DuelingHead(ValueHead):
     """Features [..., D] -> (value [...], advantage [..., V]), both float32.
 
     Q(x, w) = value + advantage(w) - E_pi[advantage]; both outputs start at exactly zero, so that
@@ -24,44 +54,18 @@ class DuelingHead(nn.Module):
     """
 
     def __init__(self, feature_size: int, vocabulary_size: int, hidden_size: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.LayerNorm(feature_size), nn.Linear(feature_size, hidden_size), nn.GELU()
-        )
-        self.value = nn.Linear(hidden_size, 1)
-        self.advantage = nn.Linear(hidden_size, vocabulary_size)
-        for layer in (self.value, self.advantage):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        super().__init__(feature_size, vocabulary_size, hidden_size)
+        self.advantage = zeroed(nn.Linear(hidden_size, vocabulary_size))
 
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self.body(features.float())
-        return self.value(hidden).squeeze(-1), self.advantage(hidden)
-
-
-class ValueHead(nn.Module):
-    """Features [..., D] -> value [...], float32, exactly zero at the start.
-
-    Takes the arguments of `DuelingHead`; the vocabulary does not matter to it.
-    """
-
-    def __init__(self, feature_size: int, vocabulary_size: int, hidden_size: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.LayerNorm(feature_size), nn.Linear(feature_size, hidden_size), nn.GELU()
-        )
-        self.value = nn.Linear(hidden_size, 1)
-        nn.init.zeros_(self.value.weight)
-        nn.init.zeros_(self.value.bias)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.value(self.body(features.float())).squeeze(-1)
+    def of_hidden(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return super().of_hidden(hidden), self.advantage(hidden)
 
 
 class Critic(nn.Module):
     """What says something of every prefix: `head` of `features`."""
 
     head: Callable[[Tensor], Any]  # features [..., D] -> what `forward` says
+    checkpointed: Sequence[nn.Module]  # layers, as of `forward_actions`
 
     def features(
         self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor, features: Tensor
@@ -106,6 +110,7 @@ class TrunkCritic(Critic):
     ) -> None:
         super().__init__()
         self.trunk = copy.deepcopy(pretrained(backbone).base_model).requires_grad_(True).float()
+        self.checkpointed = checkpoint_layers(self.trunk) if backbone.checkpointed else []
         self.head = head(backbone.feature_size, backbone.vocabulary_size, hidden_size)
 
     def train(self, mode: bool = True) -> "TrunkCritic":
@@ -122,13 +127,14 @@ class TrunkCritic(Critic):
             return output if isinstance(output, tuple) else (output,)
 
         inputs = prompt_ids, prompt_mask, action_ids
-        outputs = forward_actions(run, self.trunk.config, *inputs)
+        outputs = forward_actions(run, self.trunk.config, *inputs, self.checkpointed)
         return outputs if len(outputs) > 1 else outputs[0]
 
     def features(
         self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor, features: Tensor
     ) -> Tensor:
-        return last_states(self.trunk, prompt_ids, prompt_mask, action_ids)
+        inputs = prompt_ids, prompt_mask, action_ids
+        return last_states(self.trunk, *inputs, self.checkpointed)
 
 
 class LoraCritic(TrunkCritic):
@@ -151,6 +157,10 @@ class LoraCritic(TrunkCritic):
             self.trunk = inject_adapter_in_model(LoraConfig(**lora), trunk)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"critic.lora: {' '.join(str(error).split())[:160]}") from error
+        for parameter in self.trunk.parameters():
+            if parameter.requires_grad:  # peft gives it the type of the weights that it lies on
+                parameter.data = parameter.data.float()
+        self.checkpointed = checkpoint_layers(trunk) if backbone.checkpointed else []
         self.head = head(backbone.feature_size, backbone.vocabulary_size, hidden_size)
 
 
@@ -165,6 +175,7 @@ class LanguageModelCritic(Critic):
         if head is not DuelingHead:
             raise ConfigError(f"critic=lm_copy: allowed are {', '.join(WITH_HEAD)}")
         self.model = copy.deepcopy(pretrained(backbone)).requires_grad_(True).float()
+        self.checkpointed = checkpoint_layers(self.model) if backbone.checkpointed else []
         self.vocabulary_size = backbone.vocabulary_size
 
     def train(self, mode: bool = True) -> "LanguageModelCritic":
@@ -180,13 +191,14 @@ class LanguageModelCritic(Critic):
             return (self.model(**inputs, logits_to_keep=last).logits,)
 
         inputs = prompt_ids, prompt_mask, action_ids
-        (logits,) = forward_actions(run, self.model.config, *inputs)
+        (logits,) = forward_actions(run, self.model.config, *inputs, self.checkpointed)
         return None, logits[..., : self.vocabulary_size].float()
 
     def features(
         self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor, features: Tensor
     ) -> Tensor:
-        return last_states(self.model.base_model, prompt_ids, prompt_mask, action_ids)
+        inputs = prompt_ids, prompt_mask, action_ids
+        return last_states(self.model.base_model, *inputs, self.checkpointed)
 
     def head(self, features: Tensor) -> tuple[None, Tensor]:
         """Features [..., D] -> no value, and Q [..., V]."""
@@ -198,14 +210,19 @@ class LanguageModelCritic(Critic):
 
 
 def last_states(
-    trunk: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor
+    trunk: nn.Module,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    action_ids: Tensor,
+    checkpointed: Sequence[nn.Module],
 ) -> Tensor:
     """The last hidden states of a language model at the L prefixes of action_ids [B, L]."""
 
     def run(last: int, **inputs: Tensor) -> tuple[Tensor]:
         return (trunk(**inputs).last_hidden_state[:, -last:],)
 
-    (states,) = forward_actions(run, trunk.config, prompt_ids, prompt_mask, action_ids)
+    inputs = prompt_ids, prompt_mask, action_ids
+    (states,) = forward_actions(run, trunk.config, *inputs, checkpointed)
     return states
 
 

@@ -4,12 +4,12 @@ Works with any causal LM of transformers that keeps keys and values in a `Dynami
 flow through the cache into the prompt.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 # run(last=n, input_ids=..., ...) -> tensors [b, n, ...] over the last n positions; 0: over all
 Run = Callable[..., tuple[Tensor, ...]]
@@ -57,14 +57,22 @@ def encode_prompts(
 
 
 def forward_actions(
-    run: Run, config: PreTrainedConfig, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor
+    run: Run,
+    config: PreTrainedConfig,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    action_ids: Tensor,
+    checkpointed: Sequence[nn.Module] = (),
 ) -> tuple[Tensor, ...]:
     """What `run` says at the L prefixes of action_ids [B, L]: tensors [B, L, ...].
 
     The first prefix is the prompt; the last one lacks the last token, which is not read. Prompts
     [B, P] are padded on the left, actions on the right, so that no prefix sees padding. Each of
     the distinct rows is run once: a trained policy writes the same action many times.
+    checkpointed: layers of `checkpoint_layers`; with them nothing is shared.
     """
+    if checkpointed:
+        return forward_whole(run, checkpointed, prompt_ids, prompt_mask, action_ids)
     size = prompt_ids.shape[1]
     read = torch.cat([prompt_ids, prompt_mask.long(), action_ids[:, :-1]], dim=1)
     distinct, rows = torch.unique(read, dim=0, return_inverse=True)
@@ -83,3 +91,38 @@ def forward_actions(
         )
         parts = tuple(torch.cat(pair, dim=1) for pair in zip(parts, following, strict=True))
     return tuple(part.index_select(0, rows) for part in parts)
+
+
+def forward_whole(
+    run: Run,
+    layers: Sequence[nn.Module],
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    action_ids: Tensor,
+) -> tuple[Tensor, ...]:
+    """As `forward_actions`, prompt and action in one sequence per row.
+
+    layers: of `checkpoint_layers`; where there are gradients they compute their activations again
+    in the backward pass.
+    """
+    length = action_ids.shape[1]
+    mask = torch.nn.functional.pad(prompt_mask, (0, length - 1), value=True)
+    for layer in layers:
+        layer.training = True  # else it keeps its activations; the modules in it stay as they are
+    try:
+        return run(
+            last=length,
+            input_ids=torch.cat([prompt_ids, action_ids[:, :-1]], dim=1),
+            attention_mask=mask.long(),
+            position_ids=position_ids(mask),
+            use_cache=False,
+        )
+    finally:
+        for layer in layers:
+            layer.training = False
+
+
+def checkpoint_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Has the layers, which it returns, compute activations again in `forward_whole`'s backward."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]

@@ -96,6 +96,12 @@ class RolloutDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         self.check(self.running.world_size)
+        batches, joined = self.batches_per_pass, self.running.accumulate_grad_batches
+        if batches % joined:
+            raise ConfigError(
+                f"trainer.accumulate_grad_batches={joined}: allowed are divisors of {batches}, a "
+                "process's minibatches of one pass over the actions"
+            )
         backbone = self.policy.backbone
         used = backbone.max_prompt_tokens + self.max_new_tokens
         if used > backbone.context_size:
@@ -128,9 +134,13 @@ class RolloutDataModule(LightningDataModule):
     def actions_per_rank(self) -> int:
         return self.actions_per_iteration // self.running.world_size
 
+    @property
+    def batches_per_pass(self) -> int:
+        return self.actions_per_rank // self.minibatch_size
+
     def train_dataloader(self) -> DataLoader[Any]:
-        batches = self.actions_per_rank // self.minibatch_size
-        buffer = OnPolicyBuffer(self.fill, batches, self.minibatch_size, self.update_epochs)
+        sizes = self.batches_per_pass, self.minibatch_size, self.update_epochs
+        buffer = OnPolicyBuffer(self.fill, *sizes)
         return DataLoader(buffer, batch_size=None)
 
     def val_dataloader(self) -> DataLoader[Any]:

@@ -53,7 +53,10 @@ class OnPolicyBuffer(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         batch, generator = self.fill()
-        for _ in range(self.epochs):
-            order = torch.randperm(len(batch[0]), generator=generator)
-            for rows in torch.split(order, self.minibatch_size):
-                yield type(batch)(*(field[rows.to(field.device)] for field in batch))
+        order = [torch.randperm(len(batch[0]), generator=generator) for _ in range(self.epochs)]
+        minibatches = [rows for each in order for rows in torch.split(each, self.minibatch_size)]
+        for number, rows in enumerate(minibatches, start=1):
+            minibatch = type(batch)(*(field[rows.to(field.device)] for field in batch))
+            if number == len(minibatches):
+                del batch  # else it lies there until the next iteration is full
+            yield minibatch

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import StopStringCriteria
 
 from etpo.models.backbone import Backbone, PromptBatch, language_model
 from etpo.models.decoding import decoding_cache
@@ -43,17 +42,13 @@ def sample(
     device = backbone.device
     mask = prompts.mask.to(device)
     stop_ids = torch.tensor(backbone.stop_ids, device=device)
-    stop_strings = (
-        StopStringCriteria(backbone.tokenizer, backbone.stop_strings)
-        if backbone.stop_strings
-        else None
-    )
     run = functools.partial(language_model, backbone.policy)
     config = backbone.policy.config
     encoded = encode_prompts(run, config, prompts.ids.to(device), mask)
     cache = decoding_cache(config, encoded, max_new_tokens)
     rows = cache.order  # the actions that are computed
     logits, states = (part[encoded.rows[rows]] for part in encoded.parts)
+    del encoded  # the cache has a copy
     mask = mask[rows]
     size = len(rows), max_new_tokens
     ids = torch.full(size, backbone.pad_id, device=device)
@@ -75,8 +70,8 @@ def sample(
         features[rows, step] = states[:, -1].where(running[:, None], 0.0)
         mask = torch.cat([mask, running[:, None]], dim=1)
         running = running & ~torch.isin(token, stop_ids)
-        if stop_strings is not None:
-            running = running & ~stop_strings(ids[rows, : step + 1], None)
+        if backbone.ends_with_stop_string is not None:
+            running = running & ~backbone.ends_with_stop_string(ids[rows, : step + 1], None)
         if on_token is not None:
             on_token(step + 1)
         remaining = int(running.sum())
@@ -101,8 +96,8 @@ def sample(
 def inverse_cdf(log_p: Tensor, noise: Tensor) -> Tensor:
     """The token whose share of [0, 1) holds `noise`: [B, V] log-probabilities, [B] -> int64 [B].
 
-    `noise` is float64 in [0, 1). In float64 noise * total < total, so that no token without
-    probability is ever drawn.
+    `noise` is float64 in [0, 1). In float64 noise * total < total, so that none without probability
+    is drawn after the last one that has some.
     """
     cdf = log_p.double().exp().cumsum(-1)
     return torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True)[:, 0]
