@@ -38,6 +38,7 @@ FAMILY = {
     "codellama/CodeLlama-7b-hf": "codellama",
     "Qwen/Qwen2.5-Coder-0.5B": "qwen",
     "Qwen/Qwen2.5-Coder-1.5B": "qwen",
+    "Qwen/Qwen2.5-Coder-7B": "qwen",
 }
 
 
