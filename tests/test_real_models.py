@@ -165,19 +165,23 @@ def test_what_is_sampled_is_what_is_trained(
     assert (reference - recomputed)[taken.mask].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("option", ["causal_lm", "qwen2.5-coder-1.5b"])
-def test_a_checkpoint_is_evaluated_with_its_own_weights(
-    option, tmp_path, checkpoint, command, graded_by_length, monkeypatch
+@pytest.mark.parametrize(
+    ("option", "precision"), [("causal_lm", "32-true"), ("qwen2.5-coder-1.5b", "bf16-mixed")]
+)
+def test_a_checkpoint_is_evaluated_with_its_own_weights_and_precision(
+    option, precision, tmp_path, checkpoint, command, graded_by_length, monkeypatch
 ):
     name = checkpoint(FAMILY[option])
     arguments = (f"model={option}", f"model.name_or_path={name}", "model.dtype=float32")
-    ended = command(train.main, *arguments, *TINY_BUDGET, f"hydra.run.dir={tmp_path / 'run'}")
+    arguments += (f"trainer.precision={precision}", f"hydra.run.dir={tmp_path / 'run'}")
+    ended = command(train.main, *arguments, *TINY_BUDGET)
     assert ended.status == 0, ended.err
     file = tmp_path / "run" / "checkpoints" / "last.ckpt"
     loaded, first_attempts = [], evaluate.first_attempts
 
     def observed(backbone, *rest):
         loaded.append(backbone)
+        assert torch.is_autocast_enabled("cpu") == (precision == "bf16-mixed")
         return first_attempts(backbone, *rest)
 
     monkeypatch.setattr(evaluate, "first_attempts", observed)

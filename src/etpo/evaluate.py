@@ -98,13 +98,15 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     module: ETPO = instantiate(run.algorithm, backbone=instantiate(run.model))
     load_weights(module, state, cfg.ckpt_path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module.to(device)
+    module.backbone.to(device)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     limit = run.rollout.max_new_tokens
     result: dict[str, Any] = {"ckpt_path": str(cfg.ckpt_path), "dataset": environment.dataset.name}
+    mixed = torch.autocast(device.type, torch.bfloat16, run.trainer.precision == "bf16-mixed")
     try:
         for name, count, source in (("greedy", 1, None), ("sampled", cfg.samples, generator)):
-            actions = first_attempts(module.backbone, environment, count, limit, source)
+            with mixed:
+                actions = first_attempts(module.backbone, environment, count, limit, source)
             programs = [environment.program_from_action(action) for action in actions]
             held_out = environment.held_out(programs)
             result[name] = score_table(programs, environment.scorer.score, held_out)
