@@ -18,10 +18,11 @@ from etpo.errors import ConfigError
 from .conftest import GOOD_PROGRAM, assert_scores_well, make_splits
 
 TRAINER = """
-import json, os, sys, time
+import json, os, signal, sys, time
 import numpy as np
 from etpo.environments.sandbox import Sandbox, Split
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
 x = np.random.RandomState(0).normal(size=(60, 3))
 split = Split(x, (x[:, 0] > 0).astype(int), x)
 sandbox = Sandbox(workers=2, deadline={deadline})
