@@ -155,12 +155,8 @@ class ETPO(OnPolicyAlgorithm):
         baseline = baselines.view(-1, len(errors))[self.global_rank]
         advantages = unpack(errors - baseline[:, None], layout, like=returns)
         if self.scale_objective:
-            mask = actions.action_mask
-            count, square = (
-                self.mean_over_ranks(moment)
-                for moment in (mask.sum(), advantages[mask].square().sum())
-            )
-            self.scale = float(objectives.objective_scale(square / count))
+            square = self.mean_over_tokens(advantages.square(), actions.action_mask)
+            self.scale = float(objectives.objective_scale(square))
         lengths = actions.action_mask.sum(1).float()
         self.mean_length = float(self.mean_over_ranks(lengths.mean()))
         self.rollout_metrics = rollout_metrics(rollout) | {
@@ -284,9 +280,7 @@ class ETPO(OnPolicyAlgorithm):
         steps = episode_steps(actions, actions.action_mask, rollout.num_envs, self.gamma)
         bootstrap = torch.zeros_like(actions.rewards)
         if len(rollout.bootstrap_ids):
-            prompts = rollout.bootstrap_ids.to(self.device), rollout.bootstrap_mask.to(self.device)
-            none_taken = torch.zeros_like(prompts[0][:, :1])
-            after = self.in_slices(self.evaluate_prefixes, *prompts, none_taken)
+            after = self.at_next_prompts(self.evaluate_prefixes, rollout)
             bootstrap[actions.truncated] = after.value[:, 0]
         returns = soft_bellman.lambda_returns(
             steps.rewards,

@@ -135,6 +135,11 @@ class OnPolicyAlgorithm(LightningModule):
         del parts  # so that a joined field's parts are freed before the next is joined
         return kind(*(torch.cat(columns.pop(0)) for _ in range(len(columns))))
 
+    def at_next_prompts(self, evaluate: Callable[..., NamedTuple], rollout: Rollout) -> Any:
+        """`evaluate` in slices, at the true next prompts of truncated actions."""
+        prompts = rollout.bootstrap_ids.to(self.device), rollout.bootstrap_mask.to(self.device)
+        return self.in_slices(evaluate, *prompts, torch.zeros_like(prompts[0][:, :1]))
+
     def annotate(self, rollout: Rollout) -> Any:
         """A NamedTuple of tensors whose first dimension is the action, without gradient.
 
@@ -274,6 +279,10 @@ class OnPolicyAlgorithm(LightningModule):
         gathered: Any = self.all_gather(value.float())
         mean: Tensor = gathered.mean()
         return mean
+
+    def mean_over_tokens(self, values: Tensor, mask: Tensor) -> Tensor:
+        """The mean of `values` [B, L] over what `mask` [B, L] marks, in all processes: []."""
+        return self.mean_over_ranks(values[mask].sum()) / self.mean_over_ranks(mask.sum())
 
     def of_all_ranks(self, rows: Tensor) -> Tensor:
         """Every process's `rows` [N, K], padded with 0 to the widest: [ranks * N, K], by rank."""

@@ -179,9 +179,7 @@ class PolicyGradient(OnPolicyAlgorithm):
         """The critic's value of the true next prompt of truncated actions, 0 of others: [B]."""
         values = torch.zeros_like(actions.rewards)
         if len(rollout.bootstrap_ids):
-            prompts = rollout.bootstrap_ids.to(self.device), rollout.bootstrap_mask.to(self.device)
-            none_taken = torch.zeros_like(prompts[0][:, :1])
-            after = self.in_slices(self.evaluate_taken, *prompts, none_taken)
+            after = self.at_next_prompts(self.evaluate_taken, rollout)
             values[actions.truncated] = after.values[:, 0]
         return values
 
@@ -190,12 +188,9 @@ class PolicyGradient(OnPolicyAlgorithm):
 
         With a smaller term the rounding errors of equal values would become advantages of 1.
         """
-        count, total, square = (
-            self.mean_over_ranks(moment)
-            for moment in (mask.sum(), values[mask].sum(), values[mask].square().sum())
-        )
-        mean = total / count
-        deviation = (square / count - mean.square()).clamp(min=0).sqrt()
+        mean = self.mean_over_tokens(values, mask)
+        square = self.mean_over_tokens(values.square(), mask)
+        deviation = (square - mean.square()).clamp(min=0).sqrt()
         return (values - mean) / (deviation + 1e-4)
 
     def valued(self, batch: TakenBatch) -> Tensor:

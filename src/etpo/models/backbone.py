@@ -23,7 +23,7 @@ from transformers import (
 from etpo.environments.text_env import TextObservation
 from etpo.errors import ConfigError, check_integer, check_range
 from etpo.models.prompting import PromptTemplate
-from etpo.models.shared_prompt import checkpoint_layers, forward_actions
+from etpo.models.shared_prompt import checkpointed_layers, forward_actions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
@@ -113,8 +113,10 @@ class Backbone(nn.Module):
         prompt.encode(self.tokenizer, probe, max_prompt_tokens)  # raises before weights are loaded
         model = load_model(name_or_path, DTYPES[dtype], attn_implementation)
         model.generation_config = None
+        if gradient_checkpointing:  # before any copy is made
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         self.reference = None if lora else copy.deepcopy(model).requires_grad_(False)
-        self.checkpointed = checkpoint_layers(model) if gradient_checkpointing else []
+        self.checkpointed = checkpointed_layers(model)
         self.policy = get_peft_model(model, LoraConfig(**lora)) if lora else model
         largest = max(self.tokenizer.get_vocab().values())
         self.vocabulary_size = min(model.config.get_text_config().vocab_size, largest + 1)

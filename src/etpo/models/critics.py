@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from etpo.errors import ConfigError
 from etpo.models.backbone import Backbone
-from etpo.models.shared_prompt import checkpoint_layers, forward_actions
+from etpo.models.shared_prompt import checkpointed_layers, forward_actions
 
 Copied = TypeVar("Copied", bound=nn.Module)
 WITH_HEAD = ("full", "lora", "frozen_trunk")
@@ -65,7 +65,6 @@ class Critic(nn.Module):
     """What says something of every prefix: `head` of `features`."""
 
     head: Callable[[Tensor], Any]  # features [..., D] -> what `forward` says
-    checkpointed: Sequence[nn.Module]  # layers, as of `forward_actions`
 
     def features(
         self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor, features: Tensor
@@ -110,7 +109,7 @@ class TrunkCritic(Critic):
     ) -> None:
         super().__init__()
         self.trunk = copy.deepcopy(pretrained(backbone).base_model).requires_grad_(True).float()
-        self.checkpointed = checkpoint_layers(self.trunk) if backbone.checkpointed else []
+        self.checkpointed = checkpointed_layers(self.trunk)
         self.head = head(backbone.feature_size, backbone.vocabulary_size, hidden_size)
 
     def train(self, mode: bool = True) -> "TrunkCritic":
@@ -160,7 +159,7 @@ class LoraCritic(TrunkCritic):
         for parameter in self.trunk.parameters():
             if parameter.requires_grad:  # peft gives it the type of the weights that it lies on
                 parameter.data = parameter.data.float()
-        self.checkpointed = checkpoint_layers(trunk) if backbone.checkpointed else []
+        self.checkpointed = checkpointed_layers(self.trunk)
         self.head = head(backbone.feature_size, backbone.vocabulary_size, hidden_size)
 
 
@@ -175,7 +174,7 @@ class LanguageModelCritic(Critic):
         if head is not DuelingHead:
             raise ConfigError(f"critic=lm_copy: allowed are {', '.join(WITH_HEAD)}")
         self.model = copy.deepcopy(pretrained(backbone)).requires_grad_(True).float()
-        self.checkpointed = checkpoint_layers(self.model) if backbone.checkpointed else []
+        self.checkpointed = checkpointed_layers(self.model)
         self.vocabulary_size = backbone.vocabulary_size
 
     def train(self, mode: bool = True) -> "LanguageModelCritic":

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig
 
 # run(last=n, input_ids=..., ...) -> tensors [b, n, ...] over the last n positions; 0: over all
 Run = Callable[..., tuple[Tensor, ...]]
@@ -69,7 +69,7 @@ def forward_actions(
     The first prefix is the prompt; the last one lacks the last token, which is not read. Prompts
     [B, P] are padded on the left, actions on the right, so that no prefix sees padding. Each of
     the distinct rows is run once: a trained policy writes the same action many times.
-    checkpointed: layers of `checkpoint_layers`; with them nothing is shared.
+    checkpointed: `checkpointed_layers` of the model; with them nothing is shared.
     """
     if checkpointed:
         return forward_whole(run, checkpointed, prompt_ids, prompt_mask, action_ids)
@@ -102,8 +102,8 @@ def forward_whole(
 ) -> tuple[Tensor, ...]:
     """As `forward_actions`, prompt and action in one sequence per row.
 
-    layers: of `checkpoint_layers`; where there are gradients they compute their activations again
-    in the backward pass.
+    layers: `checkpointed_layers` of the model; where there are gradients they compute their
+    activations again in the backward pass.
     """
     length = action_ids.shape[1]
     mask = torch.nn.functional.pad(prompt_mask, (0, length - 1), value=True)
@@ -122,7 +122,6 @@ def forward_whole(
             layer.training = False
 
 
-def checkpoint_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Has the layers, which it returns, compute activations again in `forward_whole`'s backward."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that compute activations again in the backward pass of `forward_whole`."""
     return [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
