@@ -24,6 +24,7 @@ ETPO_SETTINGS = {
     "beta_iters": 1,
     "gamma": 0.9,
     "lambda_": 0.9,
+    "lambda_iters": None,
     "eta": 0.05,
     "floor": 0.0,
     "correction": True,

@@ -2,6 +2,7 @@ import pytest
 import torch
 from lightning import Callback
 
+from etpo.algorithms import soft_bellman
 from etpo.algorithms.etpo import ETPO
 from etpo.errors import ConfigError
 from etpo.models.critics import HeadCritic, TrunkCritic
@@ -191,6 +192,22 @@ def test_trust_region_leaves_a_stopped_policy_without_gradient(build_etpo, lette
     assert all(watch.critic_moved)
 
 
+@pytest.mark.parametrize(("iters", "expected"), [(2, [0.5, 0.75, 1, 1]), (None, [0.5] * 4)])
+def test_lambda_moves_to_one_over_the_iterations(
+    iters, expected, build_etpo, letter_env, fit, monkeypatch
+):
+    used = []
+
+    def spy(*inputs):
+        used.append(inputs[4])
+        return lambda_returns(*inputs)
+
+    lambda_returns = soft_bellman.lambda_returns
+    monkeypatch.setattr(soft_bellman, "lambda_returns", spy)
+    fit(build_etpo(lambda_=0.5, lambda_iters=iters), letter_env(4), 4)
+    assert used == pytest.approx(expected)
+
+
 def test_beta_moves_linearly_over_the_iterations(build_etpo, letter_env, fit):
     class Betas(Callback):
         def __init__(self):
@@ -232,6 +249,7 @@ def test_checkpoints_leave_out_the_frozen_reference(build_etpo, letter_env, fit)
         ("beta", -0.1, "algorithm.beta=-0.1: allowed is a number, 0 or more"),
         ("beta_end_factor", -1, "algorithm.beta_end_factor=-1: allowed is a number, 0 or more"),
         ("beta_iters", 0, "algorithm.beta_iters=0: allowed is 1 or more, an integer"),
+        ("lambda_iters", 0, "algorithm.lambda_iters=0: allowed is 1 or more, an integer"),
         ("gamma", 1.5, "algorithm.gamma=1.5: allowed is a number, 0 or more and at most 1"),
         ("tau", 0, "algorithm.tau=0: allowed is a number, above 0 and at most 1"),
         ("clip_low", 2, "algorithm.clip_low=2: allowed is a number, above 0 and at most 1"),

@@ -45,6 +45,7 @@ SHARED = {
 OWN = {
     ETPO: {
         "lambda_": 0.9,
+        "lambda_iters": None,
         "eta": 0.05,
         "floor": 0.5,
         "correction": True,

@@ -2,8 +2,9 @@
 
 What differs from the paper (arXiv 2402.06700), each a config value under `algorithm`:
 
-1. Targets are TD(lambda) with the critic as control variate; `lambda_=0` is the paper's one-step
-   update (eq. 12-13), which moves a reward back by one token per iteration.
+1. Targets are TD(lambda) with the critic as control variate, and lambda goes to 1, for which they
+   owe nothing to the critic; `lambda_=0` with `lambda_iters=null` is the paper's one-step update
+   (eq. 12-13), which moves a reward back by one token per iteration.
 2. The critic is a dueling head on a copy of the language model (`critic=full`), on the frozen one
    with an adapter (`lora`) or without (`frozen_trunk`); `lm_copy` is the paper's.
 3. The policy objective is doubly robust: the exact full-vocabulary term plus a clipped correction
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from etpo.algorithms import chunked, objectives, soft_bellman
 from etpo.algorithms.on_policy import Head, OnPolicyAlgorithm, TokenValues, at_taken
-from etpo.errors import ConfigError, check_range
+from etpo.errors import ConfigError, check_integer, check_range
 from etpo.models.backbone import Backbone
 from etpo.models.critics import Critic, polyak_update, target_of
 from etpo.rollout.episode import (
@@ -82,7 +83,8 @@ class ETPO(OnPolicyAlgorithm):
     """Entropy-regularised token-level policy optimisation.
 
     critic: builds the token critic from the backbone.
-    gamma: discount between actions, in [0, 1]. lambda_: in [0, 1].
+    gamma: discount between actions, in [0, 1]. lambda_: of the first iteration, in [0, 1]; it moves
+    linearly to 1 over lambda_iters iterations (>= 1), or stays where that is None.
     eta: weight of KL(pi || pi_old), >= 0. floor: tokens with pi_old below it take min(Q, V), in
     [0, 1]. correction: doubly robust objective. scale_objective: divide it by the rms of the
     advantages. clip_low, clip_high: how far below and above 1 the correction's probability ratio
@@ -100,6 +102,7 @@ class ETPO(OnPolicyAlgorithm):
         *args: Any,
         gamma: float,
         lambda_: float,
+        lambda_iters: int | None,
         eta: float,
         floor: float,
         correction: bool,
@@ -127,17 +130,28 @@ class ETPO(OnPolicyAlgorithm):
         for key, flag in (("correction", correction), ("scale_objective", scale_objective)):
             if not isinstance(flag, bool):
                 raise ConfigError(f"algorithm.{key}={flag}: allowed are true, false")
+        if lambda_iters is not None:
+            check_integer("algorithm.lambda_iters", lambda_iters, 1)
         if critic_loss not in ("huber", "mse"):
             raise ConfigError(f"algorithm.critic_loss={critic_loss}: allowed are huber, mse")
         super().__init__(backbone, *args, **shared)
         self.critic = critic(self.backbone)
         self.target_critic = target_of(self.critic)
-        self.gamma, self.lambda_, self.eta = gamma, lambda_, eta
+        self.gamma, self.eta = gamma, eta
+        self.first_lambda, self.lambda_iters = lambda_, lambda_iters
         self.floor, self.correction = floor, correction
         self.clip_low, self.clip_high = clip_low, clip_high
         self.tau, self.critic_loss, self.huber_delta = tau, critic_loss, huber_delta
         self.mean_length = 1.0
         self.scale_objective, self.scale = scale_objective, 1.0
+
+    @property
+    def lambda_(self) -> float:
+        """lambda of this iteration's targets."""
+        if self.lambda_iters is None:
+            return self.first_lambda
+        progress = min(self.current_epoch / self.lambda_iters, 1.0)
+        return self.first_lambda + (1 - self.first_lambda) * progress
 
     @torch.no_grad()
     def annotate(self, rollout: Rollout) -> TokenBatch:
