@@ -2,9 +2,9 @@
 
 What differs from the paper (arXiv 2402.06700), each a config value under `algorithm`:
 
-1. Targets are TD(lambda) with the critic as control variate, and lambda goes to 1, for which they
-   owe nothing to the critic; `lambda_=0` with `lambda_iters=null` is the paper's one-step update
-   (eq. 12-13), which moves a reward back by one token per iteration.
+1. Targets are TD(lambda) with the critic as control variate, and lambda goes to 1, where they are
+   unbiased whatever the critic says; `lambda_=0` with `lambda_iters=null` is the paper's one-step
+   update (eq. 12-13), which moves a reward back by one token per iteration.
 2. The critic is a dueling head on a copy of the language model (`critic=full`), on the frozen one
    with an adapter (`lora`) or without (`frozen_trunk`); `lm_copy` is the paper's.
 3. The policy objective is doubly robust: the exact full-vocabulary term plus a clipped correction
