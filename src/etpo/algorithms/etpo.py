@@ -150,8 +150,7 @@ class ETPO(OnPolicyAlgorithm):
         """lambda of this iteration's targets."""
         if self.lambda_iters is None:
             return self.first_lambda
-        progress = min(self.current_epoch / self.lambda_iters, 1.0)
-        return self.first_lambda + (1 - self.first_lambda) * progress
+        return self.moved(self.first_lambda, 1.0, self.lambda_iters)
 
     @torch.no_grad()
     def annotate(self, rollout: Rollout) -> TokenBatch:

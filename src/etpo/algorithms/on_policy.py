@@ -103,8 +103,11 @@ class OnPolicyAlgorithm(LightningModule):
     @property
     def beta(self) -> float:
         """The KL coefficient of this iteration."""
-        progress = min(self.current_epoch / self.beta_iters, 1.0)
-        return self.first_beta + (self.last_beta - self.first_beta) * progress
+        return self.moved(self.first_beta, self.last_beta, self.beta_iters)
+
+    def moved(self, first: float, last: float, iters: int) -> float:
+        """Where a value is in this iteration that goes linearly from `first` to `last`."""
+        return first + (last - first) * min(self.current_epoch / iters, 1.0)
 
     def hold_old_head(self) -> None:
         """Has `old_head` stay the policy's head of now, pi_old's, while its output layer moves."""
