@@ -39,6 +39,7 @@ def report(cfg: DictConfig) -> Report:
     out = out_folder(cfg, folders)
     best_known = known_rewards(cfg.best_known, set(raw.summary["dataset"]))
     methods = method_order(raw.summary["method"], cfg.compare_with)
+    shown = shown_methods(cfg.curves_of, methods)
     references = read_references(cfg.references)
     references = references[references["dataset"].isin(raw.summary["dataset"])]
 
@@ -52,7 +53,7 @@ def report(cfg: DictConfig) -> Report:
     table.round(DECIMALS).to_csv(out / "table.csv", index=False, lineterminator="\n")
     (out / "table.md").write_text(to_markdown(table, scale, notes), encoding="utf-8")
     (out / "table.tex").write_text(to_latex(table), encoding="utf-8")
-    curves = learning_curves(raw.runs, methods, references)
+    curves = learning_curves(raw.runs, shown, references)
     summary = bars(table, scores, methods)
     save(curves, out / "curves")
     save(summary, out / "bars")
@@ -92,6 +93,17 @@ def out_folder(cfg: DictConfig, folders: list[Path]) -> Path:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out={out}: allowed is a folder")
     return out
+
+
+def shown_methods(curves_of: ListConfig | str | None, methods: list[str]) -> list[str]:
+    """The methods of the curves, in order. Raises ConfigError for an unknown one."""
+    if curves_of is None:
+        return methods
+    shown = [curves_of] if isinstance(curves_of, str) else list(curves_of)
+    for method in shown:
+        if method not in methods:
+            raise ConfigError(f"curves_of={method}: allowed methods: {', '.join(methods)}")
+    return shown
 
 
 def known_rewards(best_known: DictConfig | None, datasets: set[str]) -> dict[str, float]:

@@ -224,6 +224,15 @@ def test_methods_are_compared_with_the_one_that_is_named(made):
     assert halved == pytest.approx(float(rows["balance_scale", "etpo"]["area"]) / 2, abs=1e-6)
 
 
+def test_the_curves_show_the_methods_that_are_named(made):
+    out, _ = made("curves_of=[ppo_kl]")
+    text = (out / "curves.svg").read_text()
+    assert "<!-- ppo_kl" in text
+    assert "<!-- etpo" not in text
+    assert "<!-- etpo" in (out / "bars.svg").read_text()
+    assert ("tic_tac_toe", "etpo") in rows_of(out / "table.csv")
+
+
 def test_the_figures_show_every_method(made):
     out, _ = made()
     for name in ("curves", "bars"):
@@ -249,6 +258,7 @@ def test_the_figures_show_every_method(made):
         (("runs={wrong}",), "runs={wrong}: runs.csv lacks the column method"),
         (("study={study}", "out={file}"), "out={file}: allowed is a folder"),
         (("study={study}", "compare_with=ppo"), "compare_with=ppo: allowed: etpo, ppo_kl"),
+        (("study={study}", "curves_of=[etpo,ppo]"), "curves_of=ppo: allowed methods: etpo, ppo_kl"),
         (("study={study}", "references=none.csv"), "references=none.csv: no such file"),
         (("study={study}", "references={file}"), "references={file}: allowed is a table"),
         (("study={study}", "best_known={{cmc: 1}}"), "best_known.cmc=1: allowed data sets"),
