@@ -70,6 +70,22 @@ def test_the_window_keeps_the_last_iterations(build, letter_env, fit):
     assert [returns is fresh.returns for returns in fitted[::2]] == [True, True]
 
 
+@pytest.mark.parametrize("steps", [1, 3, 4])
+def test_the_window_drops_the_oldest_iteration(build, letter_env, fit, steps):
+    module = build(WindowETPO, window=3)
+    rollout = fit(module, letter_env(4), 1).rollout
+    module.log_mean = lambda *_: None
+    annotated = []
+    for _ in range(5):
+        annotated.append(module.annotate(rollout))
+        for _ in range(steps):
+            module.critic_step(annotated[-1])
+    assert [
+        batch.returns is kept.returns
+        for batch, kept in zip(annotated[-3:], module.earlier, strict=True)
+    ] == [True] * 3
+
+
 def test_the_policy_rests_while_the_critic_warms_up(build, letter_env, fit):
     module = build(WarmUpETPO, warm_up=2)
     parts = module.backbone.policy, module.critic

@@ -75,6 +75,7 @@ class WindowETPO(ETPO):
             )
         super().__init__(*args, **shared)
         self.earlier: deque[TokenBatch] = deque(maxlen=window)
+        self.turn = 0
 
     def annotate(self, rollout: Rollout) -> TokenBatch:
         batch = super().annotate(rollout)
@@ -85,8 +86,8 @@ class WindowETPO(ETPO):
         loss = super().critic_step(batch)
         if len(self.earlier) < 2:
             return loss
-        self.earlier.rotate(1)  # the fresh one too comes round
-        return (loss + super().critic_step(self.earlier[0])) / 2
+        self.turn = (self.turn + 1) % len(self.earlier)  # the fresh one too comes round
+        return (loss + super().critic_step(self.earlier[self.turn])) / 2
 
 
 class WarmUpETPO(ETPO):
@@ -104,8 +105,8 @@ class WarmUpETPO(ETPO):
 class AdaptiveBetaETPO(ETPO):
     """beta follows the KL to the reference, in nats per action, to `target_kl` > 0.
 
-    After each iteration beta *= 1 + 0.2 clip(KL / target - 1, -1, 1); arXiv 1909.08593, eq. 3, with
-    a rate for iterations of 64 actions.
+    After each iteration beta *= 1 + 0.2 clip(KL / target - 1, -1, 1), for iterations of 64 actions.
+    The form is that of arXiv 1909.08593, section 2.2, which clips and steps less: 0.2 and 0.1.
     """
 
     beta_factor: Tensor
