@@ -26,7 +26,7 @@ from torch.nn.functional import linear
 
 from etpo.algorithms import objectives, soft_bellman
 from etpo.algorithms.chunked import in_chunks, reduce_in_chunks
-from etpo.algorithms.on_policy import at_taken
+from etpo.algorithms.soft_bellman import at_taken
 
 MIB = 2**20
 M_MMAP_THRESHOLD = -3  # of malloc.h

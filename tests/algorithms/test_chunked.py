@@ -7,7 +7,7 @@ from torch.nn.functional import linear
 
 from etpo.algorithms import objectives, soft_bellman
 from etpo.algorithms.chunked import in_chunks, reduce_in_chunks
-from etpo.algorithms.on_policy import at_taken
+from etpo.algorithms.soft_bellman import at_taken
 
 BATCH, LENGTH, SIZE, VOCABULARY = 2, 3, 3, 5
 BETA, ETA = 0.3, 0.2
@@ -61,10 +61,10 @@ def policy_objective(x, given, taken, policy, *heads):
 
 def doubly_robust_objective(x, given, taken, policy, *heads):
     log_ref, log_old, q = held(given, *heads)
-    returns = q.mean(-1) + 0.7
+    advantages = q.mean(-1) + 0.7 - at_taken(q, taken)
     log_pi = log_probs(x, policy)
     objective = objectives.doubly_robust_objective(
-        log_pi, log_ref, log_old, q, taken, returns, BETA, ETA, clip_low=0.3, clip_high=0.3
+        log_pi, log_ref, log_old, q, taken, advantages, BETA, ETA, clip_low=0.3, clip_high=0.3
     )
     return objective, soft_bellman.expectation(log_pi, linear(x, policy))
 

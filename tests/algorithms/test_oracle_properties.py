@@ -182,8 +182,9 @@ def doubly_robust(case, log_pi, critic, returns, log_ref=None):
     e = case.episodes
     at = (e.state, e.prefix)
     log_ref = case.log_ref if log_ref is None else log_ref
+    errors = returns - critic[(*at, e.token)]
     return doubly_robust_objective(
-        log_pi[at], log_ref[at], case.log_pi[at], critic[at], e.token, returns, case.beta
+        log_pi[at], log_ref[at], case.log_pi[at], critic[at], e.token, errors, case.beta
     )
 
 

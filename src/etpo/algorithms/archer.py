@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from etpo.algorithms import chunked, objectives
-from etpo.algorithms.on_policy import TokenValues, at_taken
+from etpo.algorithms.on_policy import TokenValues
 from etpo.algorithms.policy_gradient import PolicyGradient, Taken, TakenBatch, at_prompt
+from etpo.algorithms.soft_bellman import at_taken
 from etpo.errors import ConfigError, check_range
 from etpo.models.backbone import Backbone
 from etpo.models.critics import WITH_HEAD, Critic, LanguageModelCritic, polyak_update, target_of

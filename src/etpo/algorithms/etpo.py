@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from etpo.algorithms import chunked, objectives, soft_bellman
-from etpo.algorithms.on_policy import Head, OnPolicyAlgorithm, TokenValues, at_taken
+from etpo.algorithms.on_policy import Head, OnPolicyAlgorithm, TokenValues
+from etpo.algorithms.soft_bellman import at_taken
 from etpo.errors import ConfigError, check_integer, check_range
 from etpo.models.backbone import Backbone
 from etpo.models.critics import Critic, polyak_update, target_of
@@ -257,19 +258,16 @@ class ETPO(OnPolicyAlgorithm):
         kl = soft_bellman.kl_divergence(log_pi, log_ref)
         return q, at_taken(q, action_ids), value, kl
 
-    def soft_values(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """V [B, L] and Q [B, L, V] of the target critic, after pessimism; as `token_values`."""
-        *read, log_pi, log_ref = inputs
-        q = self.q_of(self.target_critic(*read), log_pi)
-        return soft_bellman.soft_value(log_pi, log_ref, q, self.beta), q
-
     def q_of(self, outputs: tuple[Tensor, ...], log_pi: Tensor) -> Tensor:
         """Q [..., V], after pessimism, of a critic's outputs."""
         value, q = self.values_of(outputs, log_pi)
         return objectives.pessimistic_q(q, value, log_pi, self.floor)
 
     def token_values(self, *inputs: Tensor) -> TokenValues:
-        return TokenValues(*self.soft_values(*inputs))
+        *read, log_pi, log_ref = inputs
+        numbers = self.token_numbers(log_pi, log_ref, self.target_critic(*read), read[2])
+        q, _, value, _ = numbers
+        return TokenValues(value, q)
 
     def sampled_advantages(self, batch: TokenBatch) -> Tensor | None:
         """The critic's error at the taken token, if the objective corrects it."""
@@ -407,15 +405,21 @@ class ETPO(OnPolicyAlgorithm):
         log_pi, log_old and q, which is rebased to pi_old: [..., V]; the others [...].
         """
         kl = soft_bellman.kl_divergence(log_old, log_pi.detach())
-        losses = objectives.policy_objective(log_pi, log_old, None, q, self.beta + self.eta)
+        coefficient = self.beta + self.eta
         if self.correction:
-            losses = losses + objectives.taken_token_correction(
-                at_taken(log_pi, action_ids),
-                at_taken(log_old, action_ids),
+            losses = objectives.doubly_robust_objective(
+                log_pi,
+                log_old,  # what q is rebased to
+                log_old,
+                q,
+                action_ids,
                 advantages,
-                self.clip_low,
-                self.clip_high,
+                coefficient,
+                clip_low=self.clip_low,
+                clip_high=self.clip_high,
             )
+        else:
+            losses = objectives.policy_objective(log_pi, log_old, None, q, coefficient)
         return losses - self.leak * log_kept, kl
 
     def old_distributions(self, batch: TokenBatch) -> Tensor:

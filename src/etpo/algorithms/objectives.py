@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from etpo.algorithms.soft_bellman import expectation
+from etpo.algorithms.soft_bellman import at_taken, expectation
 
 
 def policy_objective(
@@ -67,7 +67,7 @@ def doubly_robust_objective(
     log_old: Tensor,
     q: Tensor,
     taken: Tensor,
-    returns: Tensor,
+    advantages: Tensor,
     beta: float,
     eta: float = 0.0,
     clip_low: float | None = None,
@@ -76,17 +76,14 @@ def doubly_robust_objective(
     """`policy_objective` plus the sampled correction of the critic's error: -> [...].
 
     `log_pi`, `log_ref`, `log_old` and `q` are [..., V], `taken` int64 [...] the sampled tokens,
-    `returns` [...] their lambda-returns G. The exact term is a control variate of the sampled one,
-    so the SAME q stands in both, a pessimistic Q too: Q(x, w_taken) is read here from `q`. At
-    pi = pi_old and lambda = 1 the gradient is unbiased for every critic that does not depend on the
-    batch. Related: Q-Prop, arXiv 1611.02247; interpolated policy gradients, arXiv 1706.00387.
+    `advantages` [...] their lambda-returns G less Q(x, w_taken), and less a baseline that does not
+    depend on them. The exact term is a control variate of the sampled one, so the SAME Q stands in
+    both, a pessimistic one too. At pi = pi_old and lambda = 1 the gradient is unbiased for every
+    critic that does not depend on the batch. Related: Q-Prop, arXiv 1611.02247; interpolated policy
+    gradients, arXiv 1706.00387.
     """
-
-    def at_taken(x: Tensor) -> Tensor:
-        return x.gather(-1, taken.unsqueeze(-1)).squeeze(-1)
-
     correction = taken_token_correction(
-        at_taken(log_pi), at_taken(log_old), returns - at_taken(q), clip_low, clip_high
+        at_taken(log_pi, taken), at_taken(log_old, taken), advantages, clip_low, clip_high
     )
     return policy_objective(log_pi, log_ref, log_old, q, beta, eta) + correction
 

@@ -139,7 +139,11 @@ class OnPolicyAlgorithm(LightningModule):
         return kind(*(torch.cat(columns.pop(0)) for _ in range(len(columns))))
 
     def at_next_prompts(self, evaluate: Callable[..., NamedTuple], rollout: Rollout) -> Any:
-        """`evaluate` in slices, at the true next prompts of truncated actions."""
+        """`evaluate` in slices, at the true next prompts of truncated actions.
+
+        Token 0 counts as taken there, so that `min_p` never cuts it off; with its probability below
+        `min_p` of the likeliest token's that moves V by less than min_p |Q(0) - V|.
+        """
         prompts = rollout.bootstrap_ids.to(self.device), rollout.bootstrap_mask.to(self.device)
         return self.in_slices(evaluate, *prompts, torch.zeros_like(prompts[0][:, :1]))
 
@@ -307,8 +311,3 @@ class OnPolicyAlgorithm(LightningModule):
         checkpoint["state_dict"] = {
             key: value for key, value in checkpoint["state_dict"].items() if key not in left_out
         }
-
-
-def at_taken(values: Tensor, action_ids: Tensor) -> Tensor:
-    """values(w) of the taken tokens: [..., V], int64 [...] -> [...]."""
-    return values.gather(-1, action_ids.unsqueeze(-1)).squeeze(-1)

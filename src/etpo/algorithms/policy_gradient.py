@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from etpo.algorithms import advantages, chunked, objectives
-from etpo.algorithms.on_policy import OnPolicyAlgorithm, TokenValues, at_taken
+from etpo.algorithms.on_policy import OnPolicyAlgorithm, TokenValues
+from etpo.algorithms.soft_bellman import at_taken
 from etpo.errors import check_range
 from etpo.models.backbone import Backbone
 from etpo.rollout.episode import Actions, Rollout

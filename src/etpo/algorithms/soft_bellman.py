@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def at_taken(values: Tensor, taken: Tensor) -> Tensor:
+    """values(w) of the taken tokens: [..., V], int64 [...] -> [...]."""
+    return values.gather(-1, taken.unsqueeze(-1)).squeeze(-1)
+
+
 def expectation(log_p: Tensor, values: Tensor) -> Tensor:
     """sum_w p(w) values(w): [..., V], [..., V] -> [...].
 

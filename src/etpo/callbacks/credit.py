@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from etpo.algorithms import objectives, soft_bellman
 from etpo.algorithms.on_policy import OnPolicyAlgorithm
+from etpo.algorithms.soft_bellman import at_taken
 from etpo.callbacks.episodes import cut_back
 from etpo.errors import check_integer
 from etpo.models.token_text import label, token_texts
@@ -149,14 +150,11 @@ def token_numbers(
     log_ref, features, _ = module.backbone(*inputs, reference=True)
     taken = action_ids.unsqueeze(-1)
 
-    def at_taken(x: Tensor) -> Tensor:
-        return x.gather(-1, taken).squeeze(-1)
-
     count = min(ALTERNATIVES, log_pi.shape[-1] - 1)
     others = log_pi.scatter(-1, taken, float("-inf")).topk(count).indices
     numbers = {
-        "probability": at_taken(log_pi).exp(),
-        "log_ratio": at_taken(log_pi) - at_taken(log_ref),
+        "probability": at_taken(log_pi, action_ids).exp(),
+        "log_ratio": at_taken(log_pi, action_ids) - at_taken(log_ref, action_ids),
         "entropy": soft_bellman.expectation(log_pi, -log_pi),
         "kl": soft_bellman.kl_divergence(log_pi, log_ref),
         "other_ids": others,
@@ -169,8 +167,8 @@ def token_numbers(
         if q is not None:
             # the mean of the first term under pi is V
             rebased = objectives.rebased_q(q, log_ref, log_pi, module.beta)
-            numbers["critic_advantage"] = at_taken(rebased) - value
-            numbers |= {"q": at_taken(q), "other_q": q.gather(-1, others)}
+            numbers["critic_advantage"] = at_taken(rebased, action_ids) - value
+            numbers |= {"q": at_taken(q, action_ids), "other_q": q.gather(-1, others)}
     return numbers
 
 

@@ -15,8 +15,8 @@ class OracleDistance(Callback):
     """Logs KL(pi || pi*) of whole actions and |V - V*| after each iteration's update.
 
     pi* and V* solve the environment's MDP exactly, with the run's gamma and beta and the
-    probabilities of its own frozen reference. V is the soft value of the policy by the target
-    critic, which is what ETPO's returns are made of.
+    probabilities of its own frozen reference. V is the soft value of the updated policy by the
+    target critic that the iteration's returns were made of: it moves after the validation.
 
     `oracle/kl`: nats, mean over states weighted by the discounted visits of pi, the weights with
     which beta KL sums to what pi falls short of in return. `oracle/kl_max`: the worst state's.
