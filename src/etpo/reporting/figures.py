@@ -30,8 +30,8 @@ def style(position: int, methods: int) -> dict[str, object]:
 def learning_curves(runs: pd.DataFrame, methods: list[str], references: pd.DataFrame) -> Figure:
     """Mean reward against actions: IQM and 95% band of every method, one panel per data set."""
     datasets = sorted(set(runs["dataset"]))
-    width = min(PANEL_COLUMNS, len(datasets))
-    height = ceil(len(datasets) / width)
+    height = ceil(len(datasets) / PANEL_COLUMNS)
+    width = ceil(len(datasets) / height)
     figure = Figure(figsize=(4.2 * width + 2.2, 3.2 * height + 0.3), layout="constrained")
     panels = figure.subplots(height, width, squeeze=False)
     for axes in panels.flat[len(datasets) :]:
