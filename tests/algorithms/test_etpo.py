@@ -84,22 +84,17 @@ def test_the_leak_term_keeps_what_min_p_cut_off_unlikely(build_etpo, letter_env,
     torch.testing.assert_close(leaked, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_lambda_returns_equal_a_loop_over_episodes(build_etpo, letter_env, fit):
-    module = build_etpo()
-    data = fit(module, letter_env(3), 1, minibatch_size=6)
-    rollout = data.rollout
-    actions = rollout.actions
-    generator = torch.Generator().manual_seed(0)
-    shape = actions.action_mask.shape
-    values, q_taken = (torch.randn(shape, generator=generator) for _ in range(2))
+def loop_returns(module, rollout, values, q_taken):
+    """G [B, L] of V and of Q of the taken tokens, token by token from the ends backwards."""
+    actions, num_envs = rollout.actions, rollout.num_envs
+    gamma, lambda_ = module.gamma, module.lambda_
     prompts = rollout.bootstrap_ids, rollout.bootstrap_mask
     bootstrap = iter(module.evaluate_prefixes(*prompts, prompts[0][:, :1]).value[:, 0].tolist())
     at_end = [next(bootstrap) if cut else 0.0 for cut in actions.truncated.tolist()]
-    returns = module.lambda_returns(actions, values, q_taken, rollout)
-    gamma, lambda_ = module.gamma, module.lambda_
-    for env in range(3):
+    returns = torch.zeros_like(values)
+    for env in range(num_envs):
         after = None  # (V, Q, G) of the token that follows in the same episode
-        for row in reversed(range(env, shape[0], 3)):
+        for row in reversed(range(env, len(values), num_envs)):
             length = int(actions.action_mask[row].sum())
             for j in reversed(range(length)):
                 reward, discount = 0.0, 1.0
@@ -112,9 +107,69 @@ def test_lambda_returns_equal_a_loop_over_episodes(build_etpo, letter_env, fit):
                 else:
                     v, q, g = after
                     expected = reward + discount * (v + lambda_ * (g - q))
-                assert abs(float(returns[row, j]) - expected) < 1e-5
+                returns[row, j] = expected
                 after = float(values[row, j]), float(q_taken[row, j]), expected
-        assert actions.truncated[env::3].sum() == 1
+    return returns
+
+
+def test_lambda_returns_equal_a_loop_over_episodes(build_etpo, letter_env, fit):
+    module = build_etpo()
+    rollout = fit(module, letter_env(3), 1, minibatch_size=6).rollout
+    actions = rollout.actions
+    generator = torch.Generator().manual_seed(0)
+    shape = actions.action_mask.shape
+    values, q_taken = (torch.randn(shape, generator=generator) for _ in range(2))
+    returns = module.lambda_returns(actions, values, q_taken, rollout) * actions.action_mask
+    expected = loop_returns(module, rollout, values, q_taken)
+    torch.testing.assert_close(returns, expected, rtol=0, atol=1e-5)
+    assert all(actions.truncated[env::3].sum() == 1 for env in range(3))
+
+
+def test_the_step_is_the_doubly_robust_gradient_of_the_rollout(build_etpo, letter_env, fit):
+    module = build_etpo(
+        TrunkCritic, beta=0.3, eta=0.2, floor=1.0, clip_low=0.05, clip_high=0.2, leak=0.0
+    )
+    data = fit(module, letter_env(4), 3)
+    batch, _ = data.fill()
+    rollout = data.rollout
+    module.log_mean = lambda *_: None
+    actions, mask = rollout.actions, rollout.actions.action_mask
+    inputs = actions.prompt_ids, actions.prompt_mask, actions.action_ids
+    with torch.no_grad():
+        log_old = module.backbone(*inputs).log_probs
+        log_ref, features, _ = module.backbone(*inputs, reference=True)
+        value, scores = module.target_critic(*inputs, features)
+        raw = value[..., None] + scores - (log_old.exp() * scores).sum(-1, keepdim=True)
+        q = torch.minimum(raw, value[..., None])  # floor=1: of all tokens
+        soft = (log_old.exp() * (q - module.beta * (log_old - log_ref))).sum(-1)
+
+        def taken(x):
+            return x.gather(-1, actions.action_ids[..., None])[..., 0]
+
+        errors = (loop_returns(module, rollout, soft, taken(q)) - taken(q)) * mask
+        env = torch.arange(len(errors)) % rollout.num_envs
+        others = [errors[env != n].sum() / mask[env != n].sum() for n in env.tolist()]
+        advantages = errors - torch.stack(others)[:, None]
+        generator = torch.Generator().manual_seed(0)
+        for parameter in module.backbone.policy_parameters():  # pi is no longer pi_old
+            parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
+    log_pi = module.backbone(*inputs).log_probs
+    cost = module.beta * (log_pi - log_ref) + module.eta * (log_pi - log_old) - q
+    ratio = (taken(log_pi) - taken(log_old)).exp()
+    correction = torch.minimum(ratio * advantages, ratio.clamp(0.95, 1.2) * advantages)
+    losses = ((log_pi.exp() * cost).sum(-1) - correction) * mask
+    expected = (module.gamma**actions.step * losses.sum(1)).mean()
+    assert {True, False} == set((q < raw)[mask].flatten().tolist())
+    assert (ratio[mask] < 0.95).any()
+    assert (ratio[mask] > 1.2).any()
+    assert len(actions.step.unique()) > 2
+
+    def gradient(loss):
+        parts = torch.autograd.grad(loss, module.backbone.policy_parameters(), allow_unused=True)
+        return torch.cat([part.flatten() for part in parts if part is not None])
+
+    step, _ = module.policy_step(batch)
+    torch.testing.assert_close(gradient(step), gradient(expected), rtol=1e-3, atol=1e-6)
 
 
 def test_scaling_keeps_the_direction_of_the_whole_objective(build_etpo, letter_env, fit, paid):
