@@ -4,8 +4,10 @@ import csv
 import json
 
 import pytest
+import torch
 
 from etpo import train
+from etpo.algorithms import etpo, objectives
 
 SMALL = (
     "environment=token_mdp",
@@ -59,17 +61,49 @@ def test_a_token_mdp_is_an_ordinary_environment(run, assert_same_run):
     assert_same_run(folder, run("again", *SMALL))
 
 
-def test_oracle_real_training_comes_near_the_exact_optimum(run):
-    """Measured: KL 0.011 and value error 0.03, where V* is 0.8.
-
-    The bounds catch mistakes in the real path; measured with one of them: a value error of 0.45
-    with gamma inside actions, 0.40 with a bootstrap through terminations; a KL of 0.80 without the
-    reference. The study goes to 0.02 with more actions.
-    """
-    folder = run("short", *SHORT)
+def distance(folder):
+    """oracle/kl and oracle/value_error of the last measurement of a run."""
     with (folder / "metrics.csv").open(newline="") as lines:
         measured = [row for row in csv.DictReader(lines) if row["oracle/kl"]]
     assert [row["iteration"] for row in measured] == ["9", "19", "29"]
-    kl, value_error = (float(measured[-1][f"oracle/{name}"]) for name in ("kl", "value_error"))
+    return tuple(float(measured[-1][f"oracle/{name}"]) for name in ("kl", "value_error"))
+
+
+def test_oracle_real_training_comes_near_the_exact_optimum(run):
+    """Measured: KL 0.011 and value error 0.03, where V* is 0.8; the study goes to 0.02."""
+    kl, value_error = distance(run("short", *SHORT))
     assert kl < 0.03
     assert value_error < 0.15
+
+
+def gamma_inside_actions(monkeypatch):
+    right = etpo.episode_steps
+
+    def wrong(actions, mask, num_envs, gamma):
+        return right(actions, mask, num_envs, gamma, token_discount=gamma)
+
+    monkeypatch.setattr(etpo, "episode_steps", wrong)
+
+
+def bootstrap_through_termination(monkeypatch):
+    right = etpo.episode_steps
+
+    def wrong(actions, mask, num_envs, gamma):
+        never = torch.zeros_like(actions.terminated)
+        return right(actions._replace(terminated=never), mask, num_envs, gamma)
+
+    monkeypatch.setattr(etpo, "episode_steps", wrong)
+
+
+def reference_dropped(monkeypatch):
+    monkeypatch.setattr(objectives, "rebased_q", lambda q, log_ref, log_old, beta: q)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sabotage", [gamma_inside_actions, bootstrap_through_termination, reference_dropped]
+)
+def test_oracle_real_training_with_a_mistake_stays_away(run, monkeypatch, sabotage):
+    sabotage(monkeypatch)
+    kl, value_error = distance(run("wrong", *SHORT))
+    assert kl > 0.06 or value_error > 0.3
