@@ -24,10 +24,10 @@ from etpo.algorithms.advantages import (
 from etpo.algorithms.archer import ArCHer
 from etpo.algorithms.ntpo import NTPO
 from etpo.algorithms.poad import POAD
-from etpo.algorithms.policy_gradient import Taken
+from etpo.algorithms.policy_gradient import Taken, TakenBatch
 from etpo.algorithms.ppo_kl import PPOKL
 from etpo.algorithms.reinforce import GRPO, RLOO, Reinforce
-from etpo.rollout.episode import Actions, Rollout
+from etpo.rollout.episode import Actions, Record, Rollout
 
 MASK = torch.tensor([[1, 1], [1, 0], [1, 0], [1, 1]]).bool()
 PROMPTS = torch.tensor([[5, 6], [5, 6], [5, 7], [5, 6]])
@@ -79,6 +79,23 @@ def near(rows):
     return [pytest.approx(row, abs=1e-6) for row in rows]
 
 
+def log_probs_taken(module, batch, **side):
+    inputs = batch.prompt_ids, batch.prompt_mask, batch.action_ids
+    log_probs = module.backbone(*inputs, **side).log_probs
+    return log_probs.gather(-1, batch.action_ids.unsqueeze(-1)).squeeze(-1)
+
+
+def assert_same_gradient(loss, expected, parameters):
+    for one, two in zip(
+        torch.autograd.grad(loss, parameters, allow_unused=True),
+        torch.autograd.grad(expected, parameters, allow_unused=True),
+        strict=True,
+    ):
+        assert (one is None) == (two is None)
+        if one is not None:
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
 def test_poad(credit):
     # environment 0: R = -0.05, -1.1, 0.55; g = 1, 0.8, 0
     # d = -0.05 + 0.2 - 0.1, -1.1 + 0.8 x 0.6 - 0.2, 0.55 - 0.6 = 0.05, -0.82, -0.05
@@ -111,6 +128,39 @@ def test_archer_targets(credit):
     assert returns == near([[-0.67] * 2, [0.65], [0.55], [-1.06] * 2])
 
 
+class LastToken(torch.nn.Module):
+    """V of a prefix is a tenth of its last token, A of a token w after it is w^2 / 100."""
+
+    def forward(self, prompt_ids, prompt_mask, action_ids, features):
+        prefixes = torch.cat([prompt_ids[:, -1:], action_ids[:, :-1]], dim=1)
+        return prefixes / 10, (torch.arange(200) ** 2 / 100).expand(*action_ids.shape, -1)
+
+
+def test_archer_credits_q_less_v(build_baseline, monkeypatch):
+    """A(o, a) = Q(o, a) - V(o), arXiv 2402.19446, of the target critic; then standardised."""
+    module = build_baseline(ArCHer, annotation_batch=3)
+    module.target_critic = LastToken()
+    monkeypatch.setattr(module, "all_gather", lambda value: value)
+    actions = ACTIONS._replace(action_ids=torch.tensor([[3, 8], [5, 9], [9, 3], [4, 2]]))
+    features = module.backbone.features(*actions[:3])
+    batch = module.annotate(
+        ROLLOUT._replace(
+            actions=actions._replace(features=features),
+            bootstrap_ids=torch.tensor([[8]]),
+            bootstrap_mask=torch.tensor([[True]]),
+            records=[Record(0, 1, "", "", 0.0, None, False)],
+        )
+    )
+    v = torch.tensor([0.6, 0.6, 0.7, 0.6])
+    q = torch.tensor([0.3 + 0.64, 0.6 + 0.25, 0.7 + 0.81, 0.4 + 0.04])
+    advantages = (q - v - (q - v).mean()) / ((q - v).std(correction=0) + 1e-4)
+    torch.testing.assert_close(batch.advantages, advantages[:, None].expand(4, 2))
+    torch.testing.assert_close(batch.utterance_q, q)
+    # r + gamma V(o') at pi = pi_ref
+    returns = torch.tensor([-1 + 0.8 * 0.7, 0.8, 0.5, -1 + 0.8 * 0.8])
+    torch.testing.assert_close(batch.returns, returns[:, None].expand(4, 2))
+
+
 def test_reinforce(credit):
     # returns -1.15 + 0.8 x 0.55, 0.65, 0.55, -1.3; mean -0.2025
     advantages, _ = credit(Reinforce)
@@ -131,6 +181,41 @@ def test_grpo(credit):
     assert advantages == near(
         [[-1 / 3 / deviation] * 2, [16 / 15 / deviation], [0.0], [-11 / 15 / deviation] * 2]
     )
+
+
+def test_truncated_actions_are_bootstrapped_at_their_next_prompts(build_baseline):
+    """Rows 1 and 2, by environment the other way round."""
+    module = build_baseline(POAD, annotation_batch=1)
+    random = torch.Generator().manual_seed(0)
+    torch.nn.init.normal_(module.critic.head.value.weight, generator=random)
+    cut = torch.tensor([False, True, True, False])
+    values = module.bootstrap_values(
+        ACTIONS._replace(terminated=~cut, truncated=cut),
+        ROLLOUT._replace(
+            bootstrap_ids=torch.tensor([[5, 6, 7], [0, 0, 8]]),
+            bootstrap_mask=torch.tensor([[1, 1, 1], [0, 0, 1]]).bool(),
+        ),
+    )
+
+    def plain(prompt):
+        ids = torch.tensor([prompt])
+        inputs = ids, torch.ones_like(ids).bool(), torch.tensor([[9]])
+        features = module.backbone(*inputs, reference=True).features
+        return module.critic(*inputs, features).item()
+
+    assert abs(plain([5, 6, 7]) - plain([8])) > 0.1
+    assert values.tolist() == pytest.approx([0, plain([5, 6, 7]), plain([8]), 0], abs=1e-5)
+
+
+def test_standardised_advantages_do_not_count_what_is_masked(build_baseline, monkeypatch):
+    module = build_baseline(POAD)
+    monkeypatch.setattr(module, "all_gather", lambda value: value)
+    values = 3 + 5 * torch.randn(MASK.shape, generator=torch.Generator().manual_seed(0))
+    standardised = module.standardised(values.where(MASK, 1e3), MASK)[MASK]
+    assert standardised.mean().item() == pytest.approx(0, abs=1e-5)
+    assert standardised.std(correction=0).item() == pytest.approx(1, abs=1e-4)
+    assert torch.equal(standardised.argsort(), values[MASK].argsort())
+    assert module.standardised(torch.full(MASK.shape, -0.9), MASK).abs().max() < 0.01
 
 
 ALL = [POAD, NTPO, PPOKL, ArCHer, Reinforce, RLOO, GRPO]
@@ -161,11 +246,24 @@ def test_credited_tokens_become_likelier(
     batch, rewards = batches[-1], data.rollout.actions.rewards
     assert 0 < rewards.mean() < 1
     with torch.no_grad():
-        log_pi = module.backbone(batch.prompt_ids, batch.prompt_mask, batch.action_ids).log_probs
-    taken = log_pi.gather(-1, batch.action_ids.unsqueeze(-1)).squeeze(-1)
+        taken = log_probs_taken(module, batch)
     gain = (taken - batch.old_log_probs)[batch.action_mask]
     credited = batch.advantages[batch.action_mask]
     assert gain[credited > 0].mean() > gain[credited < 0].mean() + 0.01
+
+
+@pytest.mark.parametrize("algorithm", ALL)
+def test_paid_actions_become_likelier(algorithm, build_baseline, letter_env, fit, paid):
+    """In the first iteration: later the KL weighs too. ArCHer's critic needs two to learn."""
+    slow = algorithm is ArCHer
+    module = build_baseline(algorithm, **({"beta": 0.0, "critic_lr": 3e-2} if slow else {}))
+    env = paid(letter_env(8, length=1), lambda action: sum(map(ord, action[-1:])) % 2)
+    data = fit(module, env, 3 if slow else 1, minibatch_size=64, update_epochs=10)
+    actions = data.rollout.actions
+    with torch.no_grad():
+        taken = log_probs_taken(module, actions)
+    gain = ((taken - actions.log_probs) * actions.action_mask).sum(1)
+    assert gain[actions.rewards == 1].mean() > gain[actions.rewards == 0].mean() + 0.5
 
 
 @pytest.mark.parametrize("algorithm", [RLOO, POAD])
@@ -211,21 +309,43 @@ def test_the_step_is_the_policy_gradient(algorithm, build_baseline, letter_env, 
         batch = batch._replace(advantages=batch.advantages[:, :1].expand_as(mask))
     loss, kl = fresh.policy_step(batch)
     assert kl.item() == pytest.approx(0, abs=1e-6)
-    inputs = batch.prompt_ids, batch.prompt_mask, batch.action_ids
-    log_pi = fresh.backbone(*inputs).log_probs
-    taken = log_pi.gather(-1, batch.action_ids.unsqueeze(-1)).squeeze(-1)
-    expected = -(batch.advantages * taken * mask).sum(1)
+    expected = -(batch.advantages * log_probs_taken(fresh, batch) * mask).sum(1)
     if algorithm is GRPO:
         expected = expected / lengths
-    parameters = fresh.backbone.policy_parameters()
-    for one, two in zip(
-        torch.autograd.grad(loss, parameters, allow_unused=True),
-        torch.autograd.grad(expected.mean(), parameters, allow_unused=True),
-        strict=True,
-    ):
-        assert (one is None) == (two is None)
-        if one is not None:
-            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+    assert_same_gradient(loss, expected.mean(), fresh.backbone.policy_parameters())
+
+
+def test_the_step_of_grpo_away_from_the_reference(build_baseline):
+    """Mean over tokens of -A log pi + beta k3, whose gradient is 0 at pi = pi_ref."""
+    module = build_baseline(GRPO, beta=0.3)
+    module.log_mean = lambda *_: None
+    parameters = module.backbone.policy_parameters()
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter += 0.05 * torch.randn(parameter.shape, generator=random)
+    actions = ACTIONS._replace(action_ids=torch.randint(3, 200, MASK.shape, generator=random))
+    log_pi = log_probs_taken(module, actions)
+    log_ref = log_probs_taken(module, actions, reference=True)
+    advantages = torch.randn(MASK.shape, generator=random)
+    none = torch.zeros(4, 2, 0)
+    loss, _ = module.policy_step(
+        TakenBatch(
+            *actions[:4],
+            old_log_probs=log_pi.detach(),
+            ref_log_probs=log_ref,
+            features=none,
+            support=none.bool(),
+            old_features=none,
+            advantages=advantages,
+            returns=none,
+            weights=torch.ones(4),
+        )
+    )
+    difference = log_ref - log_pi
+    tokens = -advantages * log_pi + 0.3 * (difference.exp() - difference - 1)
+    expected = (tokens * MASK).sum(1) / MASK.sum(1)
+    assert_same_gradient(loss, expected.mean(), parameters)
 
 
 def test_penalised_rewards_leave_padding_at_zero():
