@@ -156,6 +156,23 @@ def fit(tmp_path):
     return run
 
 
+@pytest.fixture
+def assert_same_gradient():
+    """assert_same_gradient(loss, expected, parameters, rtol, atol), parameter by parameter."""
+
+    def check(loss, expected, parameters, rtol, atol):
+        for one, two in zip(
+            torch.autograd.grad(loss, parameters, allow_unused=True),
+            torch.autograd.grad(expected, parameters, allow_unused=True),
+            strict=True,
+        ):
+            assert (one is None) == (two is None)
+            if one is not None:
+                torch.testing.assert_close(one, two, rtol=rtol, atol=atol)
+
+    return check
+
+
 class Paid:
     """An environment whose rewards are `reward(action)`."""
 

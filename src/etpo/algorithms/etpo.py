@@ -265,8 +265,7 @@ class ETPO(OnPolicyAlgorithm):
 
     def token_values(self, *inputs: Tensor) -> TokenValues:
         *read, log_pi, log_ref = inputs
-        numbers = self.token_numbers(log_pi, log_ref, self.target_critic(*read), read[2])
-        q, _, value, _ = numbers
+        q, _, value, _ = self.token_numbers(log_pi, log_ref, self.target_critic(*read), read[2])
         return TokenValues(value, q)
 
     def sampled_advantages(self, batch: TokenBatch) -> Tensor | None:
