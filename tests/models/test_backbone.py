@@ -1,5 +1,9 @@
+import json
+import shutil
+
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from etpo.errors import ConfigError
 from etpo.models.backbone import Backbone
@@ -94,6 +98,58 @@ def test_decode_drops_stop_token_and_stop_string(checkpoint):
     ids = backbone.tokenizer("x = 1\ndef ", add_special_tokens=False)["input_ids"]
     assert backbone.decode(ids) == "x = 1"
     assert backbone.decode([*ids[:5], backbone.tokenizer.eos_token_id]) == "x = 1"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("END", ["END"]),
+        (["END", "\n"], ["END", "\n"]),
+        ([r"\n", r"\nEnd\t", r"\r\n"], ["\n", "\nEnd\t", "\r\n"]),
+        ([r"\\n", r"\boxed", r"\\\n"], [r"\n", r"\boxed", "\\\n"]),
+        ((), []),
+    ],
+)
+def test_stop_strings_mean_what_they_mean_in_python(checkpoint, given, meant):
+    assert build(checkpoint("llama"), stop_strings=given).stop_strings == meant
+
+
+@pytest.mark.parametrize("key", ["stop_strings", "stop_tokens"])
+@pytest.mark.parametrize("given", ["", [""], ["a", ""], [5], [None], 5, {"a": 1}])
+def test_stop_strings_and_tokens_are_texts(checkpoint, key, given):
+    with pytest.raises(ConfigError, match=f"model.{key}="):
+        build(checkpoint("llama"), **{key: given})
+
+
+def test_a_stop_token_may_be_given_alone(checkpoint):
+    folder = checkpoint("qwen-instruct")
+    alone, listed = (build(folder, stop_tokens=t) for t in ("<|im_end|>", ["<|im_end|>"]))
+    assert alone.stop_ids == listed.stop_ids
+    assert len(alone.stop_ids) == 2
+    with pytest.raises(ConfigError, match="model.stop_tokens.*'end'"):
+        build(folder, stop_tokens="end")
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        ([1, 106], 1, [1, 106]),
+        (107, 1, [1, 107]),
+        (None, [1, 108], [1, 108]),
+        (None, 109, [1, 109]),
+        ([1, 100_000], 1, [1]),  # the tokenizer has no such token
+    ],
+)
+def test_ends_that_the_model_names_end_an_action(
+    checkpoint, tmp_path, generation, config, expected
+):
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+    saved = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(saved | {"eos_token_id": config}))
+    (folder / "generation_config.json").unlink()
+    if generation is not None:
+        GenerationConfig(eos_token_id=generation).save_pretrained(folder)
+    assert build(folder).stop_ids == expected
 
 
 @pytest.mark.parametrize(

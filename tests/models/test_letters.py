@@ -56,7 +56,7 @@ def test_every_sampled_action_is_one_of_the_mdp_and_its_text_says_which(tmp_path
     model = backbone(tmp_path / "model")
     prompts = model.encode(environment.observations * 250)
     taken = sample(model, prompts, mdp.length, torch.Generator().manual_seed(0))
-    texts = sampled_texts(model, taken)
+    texts = sampled_texts(model, prompts, taken)
     numbers = {
         tuple(token for _, token in path): number for number, path in enumerate(mdp.tree.paths)
     }

@@ -33,7 +33,7 @@ def words_tokenizer():
 
 
 def texts_of(tokenizer, ids):
-    return token_texts(tokenizer, ids, [[]] * len(ids))[0]
+    return token_texts(tokenizer, ids, [[]] * len(ids), [tokenizer.eos_token_id])[0]
 
 
 def test_a_character_of_several_tokens_is_the_last_ones(bytes_tokenizer):
@@ -51,16 +51,23 @@ def test_other_tokens_have_the_text_that_they_would_add(bytes_tokenizer):
     ids = bytes_tokenizer.encode("é", add_special_tokens=False)
     (_, of_e_grave) = bytes_tokenizer.encode("è", add_special_tokens=False)
     (letter,) = bytes_tokenizer.encode("b", add_special_tokens=False)
-    _, labels = token_texts(bytes_tokenizer, ids, [[letter, ids[1]], [of_e_grave]])
+    _, labels = token_texts(bytes_tokenizer, ids, [[letter, ids[1]], [of_e_grave]], [])
     assert labels == [["b", "\ufffd"], ["è"]]  # a byte that alone is no character
 
 
-def test_special_tokens_add_nothing_and_are_called_by_name(bytes_tokenizer):
+def test_the_stop_token_adds_nothing_and_other_special_tokens_their_name(bytes_tokenizer):
     (letter,) = bytes_tokenizer.encode("b", add_special_tokens=False)
+    bos, eos = bytes_tokenizer.bos_token_id, bytes_tokenizer.eos_token_id
+    others = [[eos], [], [letter]]
+    texts, labels = token_texts(bytes_tokenizer, [letter, bos, eos], others, [eos])
+    assert texts == ["b", "<s>", ""]
+    assert labels == [["</s>"], [], ["b"]]
+
+
+def test_a_character_that_the_stop_token_breaks_off_is_shown_broken(bytes_tokenizer):
     eos = bytes_tokenizer.eos_token_id
-    texts, labels = token_texts(bytes_tokenizer, [letter, eos], [[eos], [letter]])
-    assert texts == ["b", ""]
-    assert labels == [["</s>"], ["b"]]
+    ids = [*bytes_tokenizer.encode("aé", add_special_tokens=False)[:-1], eos]
+    assert texts_of(bytes_tokenizer, ids) == ["a", "", "\ufffd"]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -84,10 +91,9 @@ def byte_letters() -> dict[str, int]:
 def test_blanks_of_words_stay_between_them(words_tokenizer):
     e_acute = [5 + byte for byte in "é".encode()]
     ids = [2, 3, 2, *e_acute, 1]
-    texts, labels = token_texts(words_tokenizer, ids, [[3], [2], [], [], [], [3]])
-    assert texts == ["x", " =", " x", "", "é", ""]
-    assert "".join(texts) == words_tokenizer.decode(ids, skip_special_tokens=True)
-    assert labels == [["="], [" x"], [], [], [], [" ="]]
+    texts, labels = token_texts(words_tokenizer, ids, [[3], [2], [], [], [], [3]], [1])
+    assert texts == [" x", " =", " x", "", "é", ""]
+    assert labels == [[" ="], [" x"], [], [], [], [" ="]]
 
 
 def test_a_program_of_the_embedded_model(words_tokenizer):

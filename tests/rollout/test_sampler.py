@@ -3,7 +3,8 @@ import torch
 
 from etpo.models.backbone import Backbone
 from etpo.models.prompting import CompletionTemplate
-from etpo.rollout.sampler import inverse_cdf, sample
+from etpo.rollout import sampler
+from etpo.rollout.sampler import action_texts, inverse_cdf, sample
 
 OBSERVATIONS = [
     {"instruction": "", "prefix": p, "suffix": ""} for p in ("go", "a longer prompt", "x")
@@ -112,6 +113,19 @@ def test_an_action_ends_where_a_stop_string_is_complete(checkpoint):
         text = backbone.tokenizer.decode(ids[mask], skip_special_tokens=True)
         assert not set(text[:-1]) & set(letters)
         assert not set(backbone.decode(ids[mask].tolist())) & set(letters)
+
+
+def test_a_stop_string_is_looked_for_after_what_the_prompt_left_to_the_action(
+    checkpoint, monkeypatch
+):
+    backbone = Backbone(str(checkpoint("llama")), CompletionTemplate(), stop_strings=["\n"])
+    action = backbone.tokenizer("\nab\ncd", add_special_tokens=False)["input_ids"]
+    steps = iter(action)
+    monkeypatch.setattr(sampler, "inverse_cdf", lambda log_p, noise: torch.tensor([next(steps)]))
+    prompts = backbone.encode(OBSERVATIONS[:1])._replace(rests=("\n",))
+    taken = sample(backbone, prompts, 10, generator())
+    assert taken.ids[0].tolist() == action[:4]
+    assert action_texts(backbone, prompts, taken) == ["ab"]
 
 
 def test_sampling_repeats_with_its_generator_and_greedy_needs_none(checkpoint):

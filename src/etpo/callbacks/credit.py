@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from etpo.algorithms import objectives, soft_bellman
 from etpo.algorithms.on_policy import OnPolicyAlgorithm
 from etpo.algorithms.soft_bellman import at_taken
 from etpo.callbacks.episodes import cut_back
 from etpo.errors import check_integer
+from etpo.models.backbone import Backbone
 from etpo.models.token_text import label, token_texts
 from etpo.reporting.credit import read_rows, write_page
 from etpo.rollout.episode import Record, Rollout
@@ -200,12 +200,10 @@ def lines_of(
         own = {name: field[row, :length].cpu() for name, field in numbers.items()}
         if own_sampled is not None:
             own["sampled_advantage"] = own_sampled[:length].cpu()
-        yield line_of(module.backbone.tokenizer, shown, own)
+        yield line_of(module.backbone, shown, own)
 
 
-def line_of(
-    tokenizer: PreTrainedTokenizerBase, shown: Act, own: dict[str, Tensor]
-) -> dict[str, Any]:
+def line_of(backbone: Backbone, shown: Act, own: dict[str, Tensor]) -> dict[str, Any]:
     """One action's line from its `token_numbers`, [l] and [l, ALTERNATIVES]."""
     parts = [own[name] for name in ("critic_advantage", "sampled_advantage") if name in own]
     if parts:
@@ -214,7 +212,8 @@ def line_of(
         own = {name: field for name, field in own.items() if not name.endswith("_advantage")}
     other_ids, likely = own.pop("other_ids"), own["other_probability"] > 0
     others = [ids[kept].tolist() for ids, kept in zip(other_ids, likely, strict=True)]
-    texts, labels = token_texts(tokenizer, shown.action_ids, others)
+    tokenizer = backbone.tokenizer
+    texts, labels = token_texts(tokenizer, shown.action_ids, others, backbone.stop_ids)
     other_numbers = [own.pop(name) for name in ("other_probability", "other_q") if name in own]
     alternatives = []
     for place, names in enumerate(labels):

@@ -200,7 +200,7 @@ class HouseholdEnv(gymnasium.Env):
         text = "\n".join(lines)
         return {
             "instruction": f"{text}\nAnswer with your next action.",
-            "prefix": f"{text}\nNext: ",
+            "prefix": f"{text}\nNext:",
         }
 
 

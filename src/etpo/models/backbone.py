@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,15 +16,17 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    StopStringCriteria,
 )
 
 from etpo.environments.text_env import TextObservation
 from etpo.errors import ConfigError, check_integer, check_range
 from etpo.models.prompting import PromptTemplate
 from etpo.models.shared_prompt import checkpointed_layers, forward_actions
+from etpo.models.token_text import added_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
@@ -41,11 +44,15 @@ class TokenOutput(NamedTuple):
 
 
 class PromptBatch(NamedTuple):
-    """ids: int64 [B, P], padded on the left; mask: bool [B, P]; dropped: tokens cut in all."""
+    """ids: int64 [B, P], padded on the left; mask: bool [B, P]; dropped: tokens cut in all.
+
+    rests: `Prompt.rest` of every row; () where all are empty.
+    """
 
     ids: Tensor
     mask: Tensor
     dropped: int
+    rests: tuple[str, ...] = ()
 
 
 def tiny_checkpoint() -> str:
@@ -64,8 +71,11 @@ class Backbone(nn.Module):
 
     name_or_path: hub id or local folder of a causal LM.
     prompt: how observations become tokens.
-    stop_tokens: further tokens that end an action, besides the tokenizer's EOS.
-    stop_strings: strings that end an action; the string itself is not part of the action text.
+    stop_tokens: a further token, or several, that end an action, besides the EOS tokens of the
+    tokenizer and of the model's generation configuration.
+    stop_strings: a string, or several, that end an action; the string itself is not part of the
+    action text. A backslash followed by n, r, t or a backslash is the character that it means in
+    Python.
     gradient_checkpointing: compute each layer's activations again in the backward pass.
     lora: arguments of `peft.LoraConfig`, or None for full fine-tuning.
     Raises ConfigError for a path that holds no causal LM and for values out of range.
@@ -83,8 +93,8 @@ class Backbone(nn.Module):
         temperature: float = 1.0,
         min_p: float = 0.0,
         max_prompt_tokens: int = 1024,
-        stop_tokens: Sequence[str] = (),
-        stop_strings: Sequence[str] = (),
+        stop_tokens: str | Sequence[str] = (),
+        stop_strings: str | Sequence[str] = (),
         gradient_checkpointing: bool = False,
         lora: dict[str, Any] | None = None,
     ) -> None:
@@ -102,13 +112,11 @@ class Backbone(nn.Module):
         self.prompt = prompt
         self.temperature, self.min_p = temperature, min_p
         self.max_prompt_tokens = max_prompt_tokens
-        self.stop_strings = list(stop_strings)
+        self.stop_strings = [unescaped(text) for text in texts("model.stop_strings", stop_strings)]
         self.tokenizer = load_tokenizer(name_or_path)
-        # ids [B, T], None -> bool [B]
-        self.ends_with_stop_string = (
-            StopStringCriteria(self.tokenizer, self.stop_strings) if self.stop_strings else None
+        self.stop_ids = stop_ids(
+            self.tokenizer, texts("model.stop_tokens", stop_tokens), model_eos_ids(name_or_path)
         )
-        self.stop_ids = stop_ids(self.tokenizer, stop_tokens)
         probe = TextObservation(instruction="a", prefix="a", suffix="a")
         prompt.encode(self.tokenizer, probe, max_prompt_tokens)  # raises before weights are loaded
         model = load_model(name_or_path, DTYPES[dtype], attn_implementation)
@@ -155,18 +163,33 @@ class Backbone(nn.Module):
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
             mask[row, width - len(prompt.ids) :] = True
-        return PromptBatch(ids, mask, sum(p.dropped for p in prompts))
+        rests = tuple(p.rest for p in prompts)
+        return PromptBatch(ids, mask, sum(p.dropped for p in prompts), rests if any(rests) else ())
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of an action [l]; its stop token or stop string is left out."""
+    def decode(self, ids: Sequence[int], rest: str = "") -> str:
+        """The text that an action [l] adds to its prompt, without its stop token or stop string.
+
+        rest: `Prompt.rest`; where the action begins with it, it is not part of the action's text.
+        Special tokens other than the stop token are.
+        """
         kept = [int(i) for i in ids]
         if kept and kept[-1] in self.stop_ids:
             kept.pop()
-        text = self.tokenizer.decode(
-            kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        text = added_text(self.tokenizer, kept).removeprefix(rest)
         ends = [text.find(stop) for stop in self.stop_strings]
         return text[: min((end for end in ends if end >= 0), default=len(text))]
+
+    def completes_stop_string(self, ids: Sequence[int], rest: str = "") -> bool:
+        """Whether the last of an action's tokens [l] completes a stop string after `rest`."""
+        longest = max(len(stop.encode()) for stop in self.stop_strings)
+        # a token without a text of its own is a part of a character: a string of n bytes has at
+        # most n tokens
+        if len(ids) > longest + len(rest):
+            ids, rest = ids[-longest:], ""
+        text = added_text(self.tokenizer, ids)
+        if rest.startswith(text):
+            return False
+        return any(stop in text.removeprefix(rest) for stop in self.stop_strings)
 
     def forward(
         self,
@@ -373,15 +396,47 @@ def _not_a_model(name_or_path: str, error: Exception) -> str:
     )
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[str]) -> list[int]:
-    """Token ids that end an action: EOS and `stop_tokens`; ConfigError for an unknown token."""
+def stop_ids(
+    tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[str], eos_ids: Sequence[int]
+) -> list[int]:
+    """Token ids that end an action: the tokenizer's EOS, `eos_ids` and `stop_tokens`.
+
+    Raises ConfigError for an unknown token.
+    """
     vocabulary = tokenizer.get_vocab()
     unknown = [token for token in stop_tokens if token not in vocabulary]
     if unknown:
         raise ConfigError(f"model.stop_tokens: the tokenizer has no token {unknown[0]!r}")
-    ids = [vocabulary[token] for token in stop_tokens]
+    known = set(vocabulary.values())
+    ids = [vocabulary[token] for token in stop_tokens] + [i for i in eos_ids if i in known]
     if tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
     if not ids:
         raise ConfigError("model.stop_tokens: needed, since the tokenizer has no EOS token")
     return sorted(set(ids))
+
+
+def model_eos_ids(name_or_path: str) -> list[int]:
+    """The EOS ids of generation_config.json or, where it names none, of config.json."""
+    try:
+        eos = GenerationConfig.from_pretrained(name_or_path).eos_token_id
+    except OSError:  # most likely there is no such file
+        eos = None
+    if eos is None:
+        config, _ = PreTrainedConfig.get_config_dict(name_or_path)
+        eos = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+def texts(key: str, values: str | Sequence[str]) -> list[str]:
+    """A text or several as a list; ConfigError, naming `key`, for an empty one or another type."""
+    values = [values] if isinstance(values, str) else values
+    if not isinstance(values, Sequence) or not all(isinstance(v, str) and v for v in values):
+        raise ConfigError(f"{key}={values}: allowed are texts that are not empty, such as [END]")
+    return list(values)
+
+
+def unescaped(text: str) -> str:
+    r"""`text` with \n, \r, \t and \\ replaced; a shell hands these over as two characters."""
+    meant = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
+    return re.sub(r"\\([nrt\\])", lambda match: meant[match[1]], text)

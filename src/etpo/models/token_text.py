@@ -1,46 +1,91 @@
-"""The text that each token adds to an action, also where a token is a part of a character."""
+"""The text that tokens add to the text before them, also where a token is a part of a character."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 BROKEN = "\ufffd"  # what a decoder puts for bytes that make no character
 
 
+def added_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text that `ids` add to the text before them, special tokens included.
+
+    `tokenizer.decode` alone treats its first token as the start of a text: SentencePiece-like
+    decoders strip one blank there.
+    """
+    before, text = _anchor(tokenizer)
+    return _decode(tokenizer, [*before, *ids])[len(text) :]
+
+
+def continued_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a text that continues another one, without special tokens around it.
+
+    SentencePiece-like tokenizers put a blank in front of the first word of a text; it is left out.
+    """
+    ids = text_ids(tokenizer, text)
+    first = tokenizer.convert_ids_to_tokens(text_ids(tokenizer, "a")[:1])
+    if not "".join(first).startswith("▁"):
+        return ids
+    before = text_ids(tokenizer, "\n")
+    return text_ids(tokenizer, f"\n{text}")[len(before) :]
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a text, without special tokens around it."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@functools.lru_cache(maxsize=8)
+def _anchor(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:
+    """A token that stands for the text before an action, and its own text."""
+    before = text_ids(tokenizer, "a")[-1:] or [0]
+    return before, _decode(tokenizer, before)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return tokenizer.decode(
+        ids,
+        skip_special_tokens=False,
+        clean_up_tokenization_spaces=False,
+        spaces_between_special_tokens=False,
+    )
+
+
 def token_texts(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], others: Sequence[Sequence[int]]
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    others: Sequence[Sequence[int]],
+    stop_ids: Collection[int],
 ) -> tuple[list[str], list[list[str]]]:
     """Texts of an action's tokens [l], and labels of other tokens in the place of each.
 
-    The texts, joined, are the action's text with nothing stripped. A token that ends inside a
-    character has the text ""; the one that completes the character has all of it. Special tokens
-    have the text "", too. Labels are never empty: see `label`.
+    The texts, joined, are the action's text. A token that ends inside a character has the text "";
+    the one that completes the character has all of it. The stop token at the end has the text "",
+    too. Labels are never empty: see `label`.
     """
     texts, labels = [], []
-    context = start = 0  # ids[context:start] precede the tokens ids[start:place] without a text yet
+    start = 0  # ids[start:place] have no text yet
     for place, token in enumerate(ids):
-        before = len(decode(tokenizer, ids[context:start]))
-        due = ids[context:place]
-        text = decode(tokenizer, [*due, token])[before:]
+        due = ids[start:place]
+        text = added_text(tokenizer, [*due, token])
         labels.append(
             [
-                decode(tokenizer, [*due, other])[before:].rstrip(BROKEN) or label(tokenizer, other)
+                added_text(tokenizer, [*due, other]).rstrip(BROKEN) or label(tokenizer, other)
                 for other in others[place]
             ]
         )
-        if text.endswith(BROKEN) and place + 1 < len(ids):
+        last = place + 1 == len(ids)
+        if last and token in stop_ids:
+            texts.append(added_text(tokenizer, due))
+        elif text.endswith(BROKEN) and not last:
             texts.append("")
         else:
             texts.append(text)
-            context, start = start, place + 1
+            start = place + 1
     return texts, labels
 
 
 def label(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """What to call a token that adds no text: its name if it is special, else its broken text."""
-    return decode(tokenizer, [token]) or tokenizer.convert_ids_to_tokens(token)
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of `ids` without special tokens."""
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    """A name for a token that adds no text: its broken text, or its entry in the vocabulary."""
+    return added_text(tokenizer, [token]) or tokenizer.convert_ids_to_tokens(token)

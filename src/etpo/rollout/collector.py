@@ -49,7 +49,7 @@ class Group:
         """The texts of one action per environment."""
         self.prompts = backbone.encode(self.observations)
         self.taken = sample(backbone, self.prompts, max_new_tokens, generator)
-        self.texts = action_texts(backbone, self.taken)
+        self.texts = action_texts(backbone, self.prompts, self.taken)
         return self.texts
 
     def receive(self, backbone: Backbone, answer: tuple[Any, ...], last: bool) -> None:

@@ -1,7 +1,7 @@
 """Decoding with a key-value cache, from exactly the distribution that is trained."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,8 +70,8 @@ def sample(
         features[rows, step] = states[:, -1].where(running[:, None], 0.0)
         mask = torch.cat([mask, running[:, None]], dim=1)
         running = running & ~torch.isin(token, stop_ids)
-        if backbone.ends_with_stop_string is not None:
-            running = running & ~backbone.ends_with_stop_string(ids[rows, : step + 1], None)
+        if backbone.stop_strings:
+            running = running & ~stopped(backbone, ids[:, : step + 1], rows, prompts.rests)
         if on_token is not None:
             on_token(step + 1)
         remaining = int(running.sum())
@@ -103,7 +103,17 @@ def inverse_cdf(log_p: Tensor, noise: Tensor) -> Tensor:
     return torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True)[:, 0]
 
 
-def action_texts(backbone: Backbone, taken: Sample) -> list[str]:
+def action_texts(backbone: Backbone, prompts: PromptBatch, taken: Sample) -> list[str]:
     """The text of every sampled action [B]."""
-    rows = zip(taken.ids.cpu(), taken.mask.cpu(), strict=True)
-    return [backbone.decode(ids[mask].tolist()) for ids, mask in rows]
+    rests = prompts.rests or [""] * len(taken.ids)
+    rows = zip(taken.ids.cpu(), taken.mask.cpu(), rests, strict=True)
+    return [backbone.decode(ids[mask].tolist(), rest) for ids, mask, rest in rows]
+
+
+def stopped(backbone: Backbone, ids: Tensor, rows: Tensor, rests: Sequence[str]) -> Tensor:
+    """Whether a stop string ends the action in each of `rows` [b] of ids [B, l]: bool [b]."""
+    ends = [
+        backbone.completes_stop_string(ids[row].tolist(), rests[row] if rests else "")
+        for row in rows.tolist()
+    ]
+    return torch.tensor(ends, device=rows.device)

@@ -16,7 +16,11 @@ SUFFIX = "\n\nmodel = build_model(x_train, y_train)\nprobabilities = model.predi
 MAX_PROGRAM_CHARACTERS = 2000
 MAX_ERROR_CHARACTERS = 200
 MAX_REMEMBERED_ERRORS = 3  # Reflexion keeps one to three experiences
-_FENCE = re.compile(r"```[a-zA-Z]*\n(.*?)(?:```|\Z)", re.DOTALL)
+# A fence of CommonMark: three or more backticks or tildes on a line, and at the start of a block an
+# info string. Any indentation is allowed, as in a list or after SentencePiece's first blank.
+_FENCE = re.compile(r"(?P<indent>[ \t]*)(?P<fence>`{3,}|~{3,})(?P<info>[^`]*)")
+_BODY = re.compile(r"\s*^(?: {2,}|\t)", re.MULTILINE)  # a first line that is indented
+_DEFINITION = re.compile(r"^def\s+build_model\s*\(", re.MULTILINE)
 
 
 class Task(NamedTuple):
@@ -66,12 +70,47 @@ def _one_line(error: str) -> str:
 def program_from_action(action: str) -> str:
     """The program that an action stands for.
 
-    A fenced block is unwrapped; an answer that defines `build_model` itself is taken as it is; all
-    other text is the body of `build_model`.
+    The first fenced block that defines `build_model` is unwrapped, else the first block; a text
+    that defines `build_model` itself is taken as it is; all other text is the body of
+    `build_model`. A fence below a body only ends it.
     """
-    fence = _FENCE.search(action)
-    text = fence.group(1) if fence else action
-    return text if re.search(r"^def build_model\(", text, re.MULTILINE) else HEADER + text
+    text, blocks = _fenced_blocks(action)
+    if blocks and not _defines(text) and not _BODY.match(text):
+        text = next((block for block in blocks if _defines(block)), blocks[0])
+    return text.lstrip(" \t") if _defines(text) else HEADER + text
+
+
+def _defines(text: str) -> bool:
+    return _DEFINITION.search(text.lstrip(" \t")) is not None
+
+
+def _fenced_blocks(text: str) -> tuple[str, list[str]]:
+    """The text before the first fence, and the contents of all fenced blocks that have some.
+
+    A block ends with a fence of the same character that is at least as long, or with the text; its
+    lines lose the indentation of its first fence.
+    """
+    before: list[str] = []
+    blocks: list[list[str]] = []
+    opening: re.Match[str] | None = None
+    for line in text.splitlines(keepends=True):
+        fence = _FENCE.fullmatch(line.rstrip())
+        if opening is None and fence:
+            opening = fence
+            blocks.append([])
+        elif opening is None:
+            before += [] if blocks else [line]
+        elif (
+            fence
+            and not fence["info"]
+            and fence["fence"][0] == opening["fence"][0]
+            and len(fence["fence"]) >= len(opening["fence"])
+        ):
+            opening = None
+        else:
+            blocks[-1].append(line.removeprefix(opening["indent"]))
+    contents = ("".join(lines) for lines in blocks)
+    return "".join(before), [content for content in contents if content.strip()]
 
 
 def observation(

@@ -1,0 +1,224 @@
+"""Prompts and actions with the tokenizers of real models.
+
+`make tokenizers` fetches them; the environment variable ETPO_TOKENIZERS names their folder.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from etpo.environments.data_science import prompts
+from etpo.environments.data_science.env import DataScienceEnv
+from etpo.environments.household import HouseholdEnv
+from etpo.environments.sandbox import Sandbox
+from etpo.models.backbone import Backbone
+from etpo.models.prompting import ChatTemplate, CompletionTemplate, InfillingTemplate
+from etpo.models.token_text import added_text, continued_ids
+from etpo.rollout import sampler
+
+NAMES = ("llama2", "llama3_1", "gemma3", "qwen3", "deepseek_v3", "gptoss", "smollm2")
+CONTROL = ("<PRE>", "<SUF>", "<MID>")
+CACHE = Path(os.environ.get("ETPO_TOKENIZERS", Path(__file__).parents[2] / ".cache/tokenizers"))
+
+FIT = "LogisticRegression(max_iter=200).fit(x_train, y_train)"
+BODY = f"    from sklearn.linear_model import LogisticRegression\n    return {FIT}\n"
+WHOLE = prompts.HEADER + BODY
+# bodies that a completion prompt is made for, then other beginnings that are right as well
+BODIES = (
+    BODY,
+    BODY.replace("    ", "\t"),
+    BODY.replace("\n", "\r\n"),
+    f"    # naïve Bayes would be 60% as good: 正确\n{BODY}",
+    f"    return __import__('sklearn.linear_model').linear_model.{FIT}",
+)
+OTHER_BODIES = (f"\n{BODY}", f"{BODY}```\nThis fits a logistic regression.\n")
+ANSWERS = (
+    WHOLE,
+    f"import numpy as np\n\n{WHOLE}",
+    f"```python\n{WHOLE}```",
+    f"Here is the program:\r\n\r\n```python\r\n{WHOLE}```\r\nIt fits.".replace("\n", "\r\n"),
+    f"~~~\n{WHOLE}~~~",
+    f"```python3\n{WHOLE}\n```",
+    f"```{{python}}\n{WHOLE}```",
+    f'````python title="fit.py"\n{WHOLE}````',
+    f"1. Install it:\n   ```sh\n   pip install scikit-learn\n   ```\n2. Fit:\n```py\n{WHOLE}```",
+    f"  ```python\n  {WHOLE.replace(chr(10), chr(10) + '  ')}```",
+    f"```\n{WHOLE}",
+)
+INSTRUCTIONS = (
+    prompts.observation(prompts.Task("iris", 60, 4, 3))["instruction"],
+    "Write",
+    "  two blanks first, and a line break last\n",
+    "\n\nÜber 正确 🙂\ttabs  and   blanks",
+    "<b>A user's <|im_end|> text</b>",
+)
+OBSERVATION = prompts.observation(prompts.Task("iris", 60, 4, 3))
+
+
+def folder_of(name: str) -> Path:
+    folder = CACHE / name
+    if not folder.is_dir():
+        pytest.skip(f"no tokenizer at {folder}: make tokenizers")
+    return folder
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def tokenizer(request):
+    return AutoTokenizer.from_pretrained(folder_of(request.param))
+
+
+@pytest.fixture(scope="module")
+def backbone(tokenizer, tmp_path_factory):
+    """A tiny random model with this tokenizer and infilling tokens."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer.add_tokens(list(CONTROL), special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer) + 5,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    ).save_pretrained(folder)
+    return Backbone(str(folder), CompletionTemplate())
+
+
+def ids_of(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def spelled(tokenizer, prefix: str, action: str):
+    """The prompt's ids, what it leaves to the action, and the action's ids in the joined text."""
+    prompt = CompletionTemplate().encode(tokenizer, OBSERVATION | {"prefix": prefix}, 10**6)
+    joined = tokenizer(prefix + action)["input_ids"]
+    assert joined[: len(prompt.ids)] == prompt.ids
+    return prompt, joined[len(prompt.ids) :]
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_tokens_of_prompt_and_program_are_those_of_the_joined_text(tokenizer, body):
+    spelled(tokenizer, OBSERVATION["prefix"], body)
+
+
+def household_prefix():
+    return HouseholdEnv().reset(seed=0)[0]["prefix"]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "action"),
+    [
+        (household_prefix(), " go to the kitchen"),
+        ("Q: 1 + 1\nA: ", "2"),
+        ("Next: ", "open the fridge"),
+        ("Next:  \t", "Put it down"),
+        ("A board\n- X O\n", "[4]"),
+        ("A board\n\n", "    indented"),
+        ("He said:", " yes"),
+    ],
+)
+def test_tokens_of_prompt_and_action_are_those_of_the_joined_text(tokenizer, prefix, action):
+    prompt, ids = spelled(tokenizer, prefix, action)
+    assert (prompt.rest + action) == "".join(token_pieces(tokenizer, ids))
+    assert prefix.endswith(prompt.rest)
+
+
+def token_pieces(tokenizer, ids):
+    """The text of each token by the vocabulary, without the library's decoder."""
+    for token in tokenizer.convert_ids_to_tokens(ids):
+        if token.startswith("<0x"):
+            yield chr(int(token[3:-1], 16))
+        else:
+            yield token.replace("▁", " ").replace("Ġ", " ").replace("Ċ", "\n").replace("ĉ", "\t")
+
+
+@pytest.mark.parametrize("text", INSTRUCTIONS)
+def test_a_chat_prompt_is_what_the_model_s_template_gives(tokenizer, text):
+    if tokenizer.chat_template is None:
+        pytest.skip("the tokenizer has no chat template")
+    expected = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+    )
+    template = ChatTemplate()
+    assert template.encode(tokenizer, OBSERVATION | {"instruction": text}, 10**6).ids == expected
+
+
+def test_a_chat_prompt_that_is_too_long_loses_its_oldest_words(tokenizer):
+    if tokenizer.chat_template is None:
+        pytest.skip("the tokenizer has no chat template")
+    text = " ".join(f"word{i}" for i in range(100))
+    limit = 150
+    prompt = ChatTemplate().encode(tokenizer, OBSERVATION | {"instruction": text}, limit)
+    shown = tokenizer.decode(prompt.ids)
+    assert limit - 5 < len(prompt.ids) <= limit
+    assert prompt.dropped > 0
+    assert "word99" in shown
+    assert "word0 " not in shown
+    start = shown.index("word99") - 60
+    kept = text[text.index(shown[start : start + 20]) :]
+    assert kept in shown  # nothing is missing in the middle
+
+
+@pytest.mark.parametrize("stop", ["\ndef ", "\n", "END", "正", "é 正", "</answer>"])
+def test_a_stop_string_ends_an_action_with_the_token_that_completes_it(backbone, stop, monkeypatch):
+    monkeypatch.setattr(backbone, "stop_strings", [stop])
+    text = f"x = é 1{stop}y{stop}"
+    ids = ids_of(backbone.tokenizer, f"a {text}")[len(ids_of(backbone.tokenizer, "a")) :]
+    ended = next(n for n in range(1, len(ids) + 1) if backbone.completes_stop_string(ids[:n]))
+    assert backbone.decode(ids[:ended]) == " x = é 1"
+    assert stop not in backbone.decode(ids[: ended - 1])
+
+
+@pytest.mark.parametrize("text", [prompts.SUFFIX, "x = 1", " x", "\tx", "正 é"])
+def test_a_text_that_continues_another_gets_no_blank_in_front(tokenizer, text):
+    assert added_text(tokenizer, continued_ids(tokenizer, text)) == text
+
+
+def test_tokens_that_end_no_action_stay_in_its_text(backbone):
+    word, middle = ids_of(backbone.tokenizer, "x"), backbone.tokenizer.get_vocab()["<MID>"]
+    ids = [*word, middle, *word, backbone.tokenizer.eos_token_id]
+    assert backbone.decode(ids).replace(" ", "") == "x<MID>x"
+
+
+@pytest.fixture(scope="module")
+def environment():
+    copies = len(BODIES) + len(OTHER_BODIES) + len(ANSWERS)
+    with Sandbox(workers=2) as sandbox:
+        yield DataScienceEnv(dataset="iris", sandbox=sandbox, num_envs=copies, n_splits=1)
+
+
+@pytest.mark.parametrize("form", ["completion", "infilling", "chat"])
+def test_a_right_program_that_is_sampled_is_scored_as_right(
+    backbone, environment, form, monkeypatch
+):
+    template = {
+        "completion": CompletionTemplate(),
+        "infilling": InfillingTemplate(*CONTROL),
+        "chat": ChatTemplate(),
+    }[form]
+    tokenizer = backbone.tokenizer
+    if form == "chat" and tokenizer.chat_template is None:
+        pytest.skip("the tokenizer has no chat template")
+    monkeypatch.setattr(backbone, "prompt", template)
+    observations, _ = environment.reset()
+    actions = [
+        spelled(tokenizer, observations[0]["prefix"], text)[1]
+        if form == "completion" and text in BODIES
+        else ids_of(tokenizer, f"\u2423{text}")[len(ids_of(tokenizer, "\u2423")) :]
+        for text in (*BODIES, *OTHER_BODIES, *ANSWERS)
+    ]
+    ids = torch.full((len(actions), max(map(len, actions)) + 1), tokenizer.eos_token_id)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for row, action in enumerate(actions):
+        ids[row, : len(action)] = torch.tensor(action)
+        mask[row, : len(action) + 1] = True
+    taken = sampler.Sample(ids, mask, mask.float(), mask[..., None].float())
+    texts = sampler.action_texts(backbone, backbone.encode(observations), taken)
+    _, rewards, _, _, infos = environment.step(texts)
+    assert [e for e in infos["error"] if e is not None] == []
+    assert rewards.min() > 0.9
