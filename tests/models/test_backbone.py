@@ -108,6 +108,7 @@ def test_decode_drops_stop_token_and_stop_string(checkpoint):
         ([r"\n", r"\nEnd\t", r"\r\n"], ["\n", "\nEnd\t", "\r\n"]),
         ([r"\\n", r"\boxed", r"\\\n"], [r"\n", r"\boxed", "\\\n"]),
         ((), []),
+        (None, []),
     ],
 )
 def test_stop_strings_mean_what_they_mean_in_python(checkpoint, given, meant):

@@ -93,8 +93,8 @@ class Backbone(nn.Module):
         temperature: float = 1.0,
         min_p: float = 0.0,
         max_prompt_tokens: int = 1024,
-        stop_tokens: str | Sequence[str] = (),
-        stop_strings: str | Sequence[str] = (),
+        stop_tokens: str | Sequence[str] | None = (),
+        stop_strings: str | Sequence[str] | None = (),
         gradient_checkpointing: bool = False,
         lora: dict[str, Any] | None = None,
     ) -> None:
@@ -428,8 +428,10 @@ def model_eos_ids(name_or_path: str) -> list[int]:
     return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
 
-def texts(key: str, values: str | Sequence[str]) -> list[str]:
-    """A text or several as a list; ConfigError, naming `key`, for an empty one or another type."""
+def texts(key: str, values: str | Sequence[str] | None) -> list[str]:
+    """None, a text or several as a list; ConfigError, naming `key`, for empty ones or other types."""
+    if values is None:
+        return []
     values = [values] if isinstance(values, str) else values
     if not isinstance(values, Sequence) or not all(isinstance(v, str) and v for v in values):
         raise ConfigError(f"{key}={values}: allowed are texts that are not empty, such as [END]")

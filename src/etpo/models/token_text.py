@@ -19,16 +19,18 @@ def added_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def continued_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of a text that continues another one, without special tokens around it.
+    """Tokens that add exactly `text` to another text, without special tokens around them.
 
-    SentencePiece-like tokenizers put a blank in front of the first word of a text; it is left out.
+    SentencePiece-like tokenizers put a blank in front of the first word of a text, which is left
+    out here.
     """
     ids = text_ids(tokenizer, text)
-    first = tokenizer.convert_ids_to_tokens(text_ids(tokenizer, "a")[:1])
-    if not "".join(first).startswith("▁"):
-        return ids
-    before = text_ids(tokenizer, "\n")
-    return text_ids(tokenizer, f"\n{text}")[len(before) :]
+    for start in ("", "\n", "a", "."):
+        before, joined = text_ids(tokenizer, start), text_ids(tokenizer, start + text)
+        following = joined[len(before) :]
+        if joined[: len(before)] == before and added_text(tokenizer, following) == text:
+            return following
+    return ids
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
