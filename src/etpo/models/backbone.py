@@ -429,7 +429,7 @@ def model_eos_ids(name_or_path: str) -> list[int]:
 
 
 def texts(key: str, values: str | Sequence[str] | None) -> list[str]:
-    """None, a text or several as a list; ConfigError, naming `key`, for empty ones or other types."""
+    """None, a text or several as a list; ConfigError, naming `key`, for any other value."""
     if values is None:
         return []
     values = [values] if isinstance(values, str) else values
