@@ -169,7 +169,7 @@ MANY = "\n".join(["a,y", *(f"{i},{i * 0.37}" for i in range(40))])
         ("a,b,label\n", None, "environment.path=.*no rows"),
         (labelled(["1,2"] * 8), "lable", "environment.target=lable is no column.*label"),
         ("a,y\n" + "1,no\n" * 8, None, "environment.path=.*'y' is constant"),
-        ("a,y\n" + "1,\n" * 8, None, "no value in its target column 'y'"),
+        ("a,y\n" + "1,\n" * 8, None, "target 'y' has no value"),
         (MANY, None, "40 distinct values.*regression"),
         (MANY.replace(",", ",c"), None, "40 distinct values; at most 20"),
         ("a,y\n" + "1,no\n" * 8 + "2,yes\n" * 3, None, "class 'yes' has 3 of 11 rows"),

@@ -4,18 +4,20 @@ The names are the 14 data sets of the ETPO paper (arXiv 2402.06700, section 5), 
 come with scikit-learn, and `csv` for a file of the user's own.
 """
 
-import csv
 import difflib
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from sklearn import datasets as bundled
 
 from etpo.environments.data_science import generated
-from etpo.environments.data_science.encoding import Dataset, Table, encode, sample_rows
+from etpo.environments.data_science.csv_file import Table, one_line, read_table
+from etpo.environments.data_science.csv_options import CsvOptions
+from etpo.environments.data_science.encoding import Dataset, encode, sample_rows
 from etpo.errors import ConfigError, check_integer
 
 __all__ = ["DATASET_NAMES", "Dataset", "load_dataset"]
@@ -58,11 +60,12 @@ def load_dataset(
     missing: str = "impute",
     max_rows: int = 50_000,
     seed: int = 0,
+    read_csv: Mapping[str, Any] | None = None,
 ) -> Dataset:
     """Load and encode the data set called `name`, one of `DATASET_NAMES`.
 
-    `csv` reads the comma-separated UTF-8 file `path` with a header row; its target is the column
-    `target`, the last one by default. A cell that is empty, `?`, `NA`, `NaN` or `nan` is missing.
+    `csv` reads the file `path`; its target is the column `target`, the last one by default.
+    `read_csv` holds options of `pandas.read_csv` for it and for NAME.csv: see `CsvOptions`.
     Sets that neither code nor scikit-learn has are read from `data_dir`/NAME.csv (`data_dir`
     defaults to the environment variable ETPO_DATA_DIR), then from OpenML if they are there.
     A set of more than `max_rows` rows is a stratified sample of that many, drawn by `seed` and kept
@@ -75,8 +78,9 @@ def load_dataset(
     check_integer("environment.max_rows", max_rows, 1)
     if name not in DATASET_NAMES:
         raise ConfigError(_unknown(name))
+    options = CsvOptions.of(read_csv)
     if name == "csv":
-        dataset = _load_csv(path, target, missing)
+        dataset = _load_csv(path, target, missing, options)
     else:
         for key, value in (("path", path), ("target", target)):
             if value is not None:
@@ -84,11 +88,11 @@ def load_dataset(
                     f"environment.{key} is read with environment.dataset=csv only, "
                     f"not with environment.dataset={name}"
                 )
-        dataset = _load_named(name, data_dir, missing)
+        dataset = _load_named(name, data_dir, missing, options)
     return sample_rows(dataset, max_rows, seed)
 
 
-def _load_named(name: str, data_dir: str | None, missing: str) -> Dataset:
+def _load_named(name: str, data_dir: str | None, missing: str, options: CsvOptions) -> Dataset:
     where = f"environment.dataset={name}"
     if name in _GENERATED:
         table = _GENERATED[name]()
@@ -98,9 +102,9 @@ def _load_named(name: str, data_dir: str | None, missing: str) -> Dataset:
         file = _file_in(data_dir or os.environ.get("ETPO_DATA_DIR"), name)
         if file is not None:
             where += f" ({file})"
-            table = _read_csv(file, where)
-        else:
-            table = _openml_table(name)
+            table = read_table(file, where, options)
+            return encode(name, table, table.columns[-1], missing, where, options)
+        table = _openml_table(name)
     return encode(name, table, table.columns[-1], missing, where)
 
 
@@ -110,35 +114,17 @@ def _unknown(name: str) -> str:
     return f"environment.dataset={name} is unknown; {hint}known: {', '.join(DATASET_NAMES)}"
 
 
-def _load_csv(path: str | None, target: str | None, missing: str) -> Dataset:
+def _load_csv(path: str | None, target: str | None, missing: str, options: CsvOptions) -> Dataset:
     if path is None:
         raise ConfigError("environment.path=FILE.csv is needed with environment.dataset=csv")
-    file = Path(path).expanduser()
     where = f"environment.path={path}"
-    table = _read_csv(file, where)
-    name = re.sub(r"\W+", "_", file.stem)
-    return encode(name, table, target or table.columns[-1], missing, where)
-
-
-def _read_csv(file: Path, where: str) -> Table:
-    """Cells without surrounding blanks; lines without any cell are passed over."""
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as lines:
-            reader = csv.reader(lines)
-            table = [(reader.line_num, tuple(map(str.strip, row))) for row in reader if row]
-    except FileNotFoundError:
-        raise ConfigError(f"{where}: no such file") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{where} cannot be read as UTF-8 CSV: {_one_line(error)}") from None
-    if not table:
-        raise ConfigError(f"{where} is empty; a header row and data rows are needed")
-    columns = table[0][1]
-    if len(set(columns)) < len(columns):
-        raise ConfigError(f"{where}: two columns of the header have the same name")
-    for line, row in table:
-        if len(row) != len(columns):
-            raise ConfigError(f"{where}: line {line} has {len(row)} cells, not {len(columns)}")
-    return Table(columns, [row for _, row in table[1:]])
+    if "://" in path:
+        raise ConfigError(f"{where} is an address; allowed is a file: download it first")
+    file = Path(path).expanduser()
+    table = read_table(file, where, options)
+    name = re.sub(r"\W+", "_", file.name.partition(".")[0])
+    target = table.columns[-1] if target is None else str(target)
+    return encode(name, table, target, missing, where, options)
 
 
 def _bundled_table(name: str) -> Table:
@@ -176,19 +162,16 @@ def _openml_table(name: str) -> Table:
     except Exception as error:  # network, HTTP, parser and cache errors share no base class
         raise ConfigError(
             f"{missing_file}, and OpenML (openml.org/d/{_OPENML[name]}) failed with "
-            f"{_one_line(error)}; put {name}.csv (header row, target last) into "
+            f"{one_line(error)}; put {name}.csv (header row, target last) into "
             "environment.data_dir or ETPO_DATA_DIR, "
             "or give environment.dataset=csv environment.path=FILE"
         ) from None
-    features = content.data.astype(object)
+    features, target = content.data.astype(object), content.target.astype(object)
     rows = features.where(features.notna(), "").values.tolist()
-    return _table((*features.columns, content.target.name), rows, map(str, content.target))
+    classes = target.where(target.notna(), "")
+    return _table((*features.columns, target.name), rows, map(str, classes))
 
 
 def _table(columns: Iterable[str], rows: Iterable[list], classes: Iterable[str]) -> Table:
     cells = [(*map(str, row), label) for row, label in zip(rows, classes, strict=True)]
     return Table(tuple(map(str, columns)), cells)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -1,33 +1,39 @@
 """A table of text cells becomes numbers: `Dataset`, and the checks that a target must pass."""
 
+import csv
+import difflib
 import hashlib
+import io
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from decimal import Decimal
 
 import numpy as np
+import pandas as pd
+from pandas.api.types import infer_dtype
 from sklearn.utils import resample
 
+from etpo.environments.data_science.csv_file import Table, one_line
+from etpo.environments.data_science.csv_options import CsvOptions
 from etpo.errors import ConfigError
 
-MISSING_CELLS = frozenset({"", "?", "NA", "NaN", "nan"})
 MAX_CLASSES = 20
 MIN_CLASS_ROWS = 4  # two for the reward splits and one held out, whatever the draw
-
-
-class Table(NamedTuple):
-    """Text cells as a source gives them; `rows[i][j]` belongs to `columns[j]`."""
-
-    columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+_EXACT = 2**53  # up to here float64 holds every integer
+_PLAIN_NUMBER = re.compile(r"[+-]?(0|[1-9]\d*)(\.\d+)?", re.ASCII)  # no 007, no 1e5
+_GROUPED = r"\d{1,3}(?P<group>[,. '’\u00a0\u202f])\d{3}((?P=group)\d{3})*([.,]\d+)?"
+_WRITTEN_NUMBER = re.compile(
+    rf"[+-]?[$€£¥]?\s?[+-]?({_GROUPED}|\d+([.,]\d+)?)\s?[%$€£¥]?", re.ASCII
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """An encoded classification table of n rows and d features.
 
-    features: float64 [n, d]; NaN is a missing cell. A column whose cells all parse as numbers
-        keeps its values, every other one holds the index of its category in sorted order.
+    features: float64 [n, d]; NaN is a missing cell. A column that pandas reads as numbers keeps
+        its values, every other one holds the index of its category in sorted order.
     target: int64 [n] in 0..len(class_names) - 1, over sorted classes.
     categorical: bool [d]; which columns were encoded.
     content_hash: sha256 (hexadecimal) over all of the above and the names.
@@ -46,37 +52,48 @@ class Dataset:
         return len(self.class_names)
 
 
-def encode(name: str, table: Table, target: str, missing: str, where: str) -> Dataset:
+def encode(
+    name: str,
+    table: Table,
+    target: str,
+    missing: str,
+    where: str,
+    options: CsvOptions | None = None,
+) -> Dataset:
     """Encode `table`; `where` (such as `environment.dataset=iris`) opens every error line.
 
     Rows without a target are left out; with `missing="drop"` so are rows with any missing cell.
-    Raises ConfigError when no classification task that can be split remains.
+    Raises ConfigError when no classification task that can be split remains, and where pandas
+    would change a value or a class without a word.
     """
-    if target not in table.columns:
-        raise ConfigError(
-            f"environment.target={target} is no column of {where}; "
-            f"the columns are {', '.join(table.columns)}"
-        )
+    options = options or CsvOptions()
     if len(table.columns) < 2:
+        only = "".join(table.columns)
         raise ConfigError(
-            f"{where} has no feature column beside {target!r}: is it comma-separated?"
+            f"{where} has no feature column beside {only!r}: what separates its cells? "
+            """"environment.read_csv.sep=' '" reads other separators than , ; tab and |"""
         )
+    if target not in table.columns:
+        raise ConfigError(_unknown_target(target, table.columns, where))
     if not table.rows:
         raise ConfigError(f"{where} has no rows")
-    target_index = table.columns.index(target)
-    rows = [row for row in table.rows if row[target_index] not in MISSING_CELLS]
+    table = _with_a_target(table, target, where, options)
+    cells = _read(table, target, where, options)
     if missing == "drop":
-        rows = [row for row in rows if MISSING_CELLS.isdisjoint(row)]
-    if not rows:
-        raise ConfigError(
-            f"{where} has no complete row (environment.missing={missing}); 'impute' keeps the rows"
-            if missing == "drop"
-            else f"{where} has no value in its target column {target!r}"
+        complete = cells.notna().all(axis=1).to_numpy()
+        if not complete.any():
+            raise ConfigError(
+                f"{where} has no complete row (environment.missing=drop); 'impute' keeps the rows"
+            )
+        table = Table(
+            table.columns, [row for row, keep in zip(table.rows, complete, strict=True) if keep]
         )
-    cells = list(zip(*rows, strict=True))
-    classes, class_names = _encode_target(cells.pop(target_index), f"{where}, target {target!r}")
-    feature_names = tuple(column for column in table.columns if column != target)
-    features, categorical = _encode_features(cells, feature_names, where)
+        cells = cells.loc[complete]
+    texts = [row[table.columns.index(target)] for row in table.rows]
+    classes, class_names = _encode_target(texts, f"{where}, target {target!r}")
+    cells = cells.drop(columns=target)
+    features, categorical = _encode_features(cells, table, where, options)
+    feature_names = tuple(cells.columns)
     return Dataset(
         name=name,
         features=features,
@@ -119,44 +136,137 @@ def sample_rows(dataset: Dataset, max_rows: int, seed: int) -> Dataset:
     )
 
 
-def _numbers(cells: tuple[str, ...]) -> np.ndarray | None:
-    """float64 [n] if every cell that is not missing is a number, else None."""
+def _unknown_target(target: str, columns: tuple[str, ...], where: str) -> str:
+    spelled = {column.lower(): column for column in columns}
+    near = difflib.get_close_matches(target.lower().strip(), spelled, n=1)
+    hint = f"did you mean {spelled[near[0]]}? " if near else ""
+    return (
+        f"environment.target={target} is no column of {where}; {hint}"
+        f"the columns are {', '.join(columns)}"
+    )
+
+
+def _read(table: Table, target: str, where: str, options: CsvOptions) -> pd.DataFrame:
+    """The cells with the types that `pandas.read_csv` finds; the target stays text."""
+    dtype = {str(column): kind for column, kind in (options.dtype or {}).items()}
+    unknown = next((column for column in dtype if column not in table.columns), None)
+    if unknown is not None:
+        raise ConfigError(
+            f"environment.read_csv.dtype names {unknown!r}, which is no column of {where}"
+        )
+    lines = io.StringIO()
+    csv.writer(lines, delimiter="\t").writerows(table.rows)
+    lines.seek(0)
     try:
-        return np.array([np.nan if c in MISSING_CELLS else float(c) for c in cells])
-    except ValueError:
-        return None
+        return pd.read_csv(
+            lines,
+            sep="\t",
+            header=None,
+            names=list(table.columns),
+            index_col=False,
+            skip_blank_lines=False,
+            low_memory=False,
+            dtype=dtype | {target: str},
+            na_values=list(options.na_values),
+            keep_default_na=options.keep_default_na,
+            decimal=options.decimal,
+            thousands=options.thousands,
+        )
+    except (ValueError, TypeError, OverflowError) as error:
+        reason = one_line(error)
+        raise ConfigError(f"{where} does not fit environment.read_csv: {reason}") from error
+
+
+def _with_a_target(table: Table, target: str, where: str, options: CsvOptions) -> Table:
+    """The rows that have a target; ConfigError where a class may be lost, as NA for Namibia."""
+    position = table.columns.index(target)
+    texts = Table((target,), [(row[position],) for row in table.rows])
+    known = _read(texts, target, where, replace(options, dtype=None))[target].notna()
+    named = {"", *map(str, options.na_values)}
+    words = sorted(
+        {text for (text,), keep in zip(texts.rows, known, strict=True) if not keep} - named
+    )
+    where += f", target {target!r}"
+    if words:
+        listed = ",".join(f"'{word}'" for word in [*options.na_values, *words])
+        raise ConfigError(
+            f"{where} holds {words[0]!r}, a missing cell for pandas: "
+            f'"environment.read_csv.na_values=[{listed}]" leaves its rows out, '
+            "environment.read_csv.keep_default_na=false with "
+            """"environment.read_csv.na_values=['','?']" makes it a class"""
+        )
+    if not known.any():
+        raise ConfigError(f"{where} has no value")
+    return Table(table.columns, [row for row, keep in zip(table.rows, known, strict=True) if keep])
 
 
 def _encode_features(
-    columns: list[tuple[str, ...]], names: tuple[str, ...], where: str
+    cells: pd.DataFrame, table: Table, where: str, options: CsvOptions
 ) -> tuple[np.ndarray, np.ndarray]:
-    features = np.empty((len(columns[0]), len(columns)))
-    categorical = np.zeros(len(columns), dtype=bool)
-    for j, cells in enumerate(columns):
-        numbers = _numbers(cells)
-        if numbers is None:
-            categories = sorted(set(cells) - MISSING_CELLS)
-            code = {category: float(index) for index, category in enumerate(categories)}
-            numbers = np.array([code.get(cell, np.nan) for cell in cells])
-            categorical[j] = True
-        elif np.isinf(numbers).any():
-            raise ConfigError(f"{where}: column {names[j]!r} holds an infinite number")
-        features[:, j] = numbers
+    features = np.empty(cells.shape)
+    categorical = np.zeros(cells.shape[1], dtype=bool)
+    for j, (name, column) in enumerate(cells.items()):
+        kind = infer_dtype(column, skipna=True)
+        if kind in ("integer", "floating", "mixed-integer-float", "empty"):
+            features[:, j] = column.to_numpy(dtype=np.float64, na_value=np.nan)
+            if np.isinf(features[:, j]).any():
+                raise ConfigError(f"{where}: column {name!r} holds an infinite number")
+            if (np.abs(features[:, j]) >= _EXACT).any():
+                _check_exact([row[table.columns.index(name)] for row in table.rows], where, name)
+            continue
+        categorical[j] = True
+        categories = sorted(column.dropna().unique())
+        if kind != "boolean" and name not in (options.dtype or {}):
+            _check_categories(categories, f"{where}: column {name!r}", str(name))
+        codes = pd.Categorical(column.astype(object), categories=categories).codes
+        features[:, j] = np.where(codes < 0, np.nan, codes)
     if np.isnan(features).all():
         raise ConfigError(f"{where}: every feature cell is missing")
     return features, categorical
 
 
-def _encode_target(cells: tuple[str, ...], where: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    numbers = _numbers(cells)
-    if numbers is not None:
-        cells = tuple(f"{number:.15g}" for number in numbers)  # "1" and "1.0" are one class
+def _check_exact(cells: list[str], where: str, name: str) -> None:
+    """Raises ConfigError where two integers of a column would be one number."""
+    integers = {int(cell) for cell in cells if re.fullmatch(r"[+-]?[0-9]+", cell)}
+    if len(set(map(float, integers))) < len(integers):
+        raise ConfigError(
+            f"{where}: column {name!r} holds integers beyond 2**53 that are one number in float64; "
+            f"'environment.read_csv.index_col=[{name}]' leaves the column out, "
+            f"'environment.read_csv.dtype={{{name}: str}}' keeps its cells as categories"
+        )
+
+
+def _check_categories(categories: list[str], where: str, name: str) -> None:
+    """Raises ConfigError where categories are numbers that pandas does not read as such."""
+    as_text = f"'environment.read_csv.dtype={{{name}: str}}' keeps its cells as categories"
+    if all(_WRITTEN_NUMBER.fullmatch(category) for category in categories):
+        example = next(c for c in categories if not c.isdecimal())
+        raise ConfigError(
+            f"{where} holds numbers with separators or signs, such as {example!r}: "
+            """write plain numbers, or give "environment.read_csv.decimal=','" or """
+            f""""environment.read_csv.thousands=','"; {as_text}"""
+        )
+    numbers = pd.to_numeric(pd.Series(categories), errors="coerce").notna()
+    words = [word for word, number in zip(categories, numbers, strict=True) if not number]
+    if len(words) == 1 and len(categories) > 2 and not re.search(r"^[^#]*\d", words[0]):
+        raise ConfigError(
+            f"{where} holds numbers and {words[0]!r}: "
+            f""""environment.read_csv.na_values=['?','{words[0]}']" makes it a missing cell, """
+            f"{as_text}"
+        )
+
+
+def _encode_target(cells: list[str], where: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    numeric = all(map(_PLAIN_NUMBER.fullmatch, cells))
+    if numeric:
+        spelled = {cell: _shortest(cell) for cell in set(cells)}
+        cells = [spelled[cell] for cell in cells]
     counts = Counter(cells)
-    names = tuple(sorted(counts, key=str if numbers is None else float))
+    names = tuple(sorted(counts, key=Decimal if numeric else str))
     if len(names) < 2:
         raise ConfigError(f"{where} is constant ({names[0]!r}); two classes or more are needed")
     if len(names) > MAX_CLASSES:
-        reason = "" if numbers is None else "; it looks like a regression target"
+        reason = "; it looks like a regression target" if numeric else ""
         raise ConfigError(
             f"{where} has {len(names)} distinct values{reason}; at most {MAX_CLASSES} classes "
             "are allowed"
@@ -169,6 +279,14 @@ def _encode_target(cells: tuple[str, ...], where: str) -> tuple[np.ndarray, tupl
         )
     code = {name: index for index, name in enumerate(names)}
     return np.array([code[cell] for cell in cells], dtype=np.int64), names
+
+
+def _shortest(number: str) -> str:
+    """Plain decimal notation without what does not count: "1" and "1.0" are one class."""
+    number = number.removeprefix("+")
+    if "." in number:
+        number = number.rstrip("0").rstrip(".")
+    return "0" if number == "-0" else number
 
 
 def _content_hash(

@@ -6,7 +6,7 @@ carries what earlier episodes taught into later ones, after Reflexion (arXiv 230
 """
 
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ class DataScienceEnv(TextVectorEnv):
         path: str | None = None,
         target: str | None = None,
         data_dir: str | None = None,
+        read_csv: Mapping[str, Any] | None = None,
         missing: str = "impute",
         max_rows: int = 50_000,
         protocol: str = "held_out",
@@ -77,6 +78,7 @@ class DataScienceEnv(TextVectorEnv):
             path=path,
             target=target,
             data_dir=data_dir,
+            read_csv=read_csv,
             missing=missing,
             max_rows=max_rows,
             seed=split_seed,

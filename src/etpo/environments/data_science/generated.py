@@ -2,7 +2,7 @@
 
 from itertools import product
 
-from etpo.environments.data_science.encoding import Table
+from etpo.environments.data_science.csv_file import Table
 
 _LINES = ((0, 1, 2), (3, 4, 5), (6, 7, 8), (0, 3, 6), (1, 4, 7), (2, 5, 8), (0, 4, 8), (2, 4, 6))
 
