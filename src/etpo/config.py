@@ -125,6 +125,11 @@ def check_config(cfg: DictConfig) -> None:
     """Raises ConfigError for a missing or impossible value that no constructor sees in time."""
     check_missing(cfg)
     OmegaConf.to_container(cfg, resolve=True)  # raises for an interpolation of an unknown key
+    if OmegaConf.select(cfg, "task.mode") is not None and "mode" not in cfg.environment:
+        raise ConfigError(
+            "algorithm=reflexion needs prompts that carry a memory, environment.mode=remember; "
+            "allowed is environment=data_science"
+        )
     check_integer("seed", cfg.seed, 0, MAX_SEED)
     check_integer("trainer.max_epochs", cfg.trainer.max_epochs, 1)
     if "critic" in cfg and "hidden_size" in cfg.critic:

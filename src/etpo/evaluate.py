@@ -1,19 +1,20 @@
-"""`etpo-evaluate ckpt_path=...`: greedy and sampled programs of a checkpoint on held-out rows."""
+"""`etpo-evaluate ckpt_path=...`: whole episodes of a checkpoint, greedy and sampled."""
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import hydra
+import numpy as np
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 from torch import nn
 
 from etpo.algorithms.etpo import ETPO
@@ -27,6 +28,8 @@ from etpo.config import (
 from etpo.environments.text_env import TextVectorEnv
 from etpo.errors import MAX_SEED, ConfigError, check_integer
 from etpo.models.backbone import Backbone
+from etpo.rollout.datamodule import derived_seed
+from etpo.rollout.episode import Record
 from etpo.rollout.sampler import action_texts, sample
 from etpo.train import quiet
 
@@ -58,89 +61,178 @@ def load_weights(module: nn.Module, state: dict[str, torch.Tensor], ckpt_path: s
         raise ConfigError(f"ckpt_path={ckpt_path}: the model has no weight {strange[0]}")
 
 
-def first_attempts(
+def play(
     backbone: Backbone,
     environment: TextVectorEnv,
     count: int,
+    *,
     max_new_tokens: int,
+    max_actions: int,
     generator: torch.Generator | None,
-) -> list[str]:
-    """`count` answers to the environment's first prompt; greedy where `generator` is None."""
-    observations, _ = environment.reset(seed=0)
-    prompts = backbone.encode([observations[0]] * count)
-    taken = sample(backbone, prompts, max_new_tokens, generator)
-    return action_texts(backbone, prompts, taken)
+    seed: int,
+) -> list[list[Record]]:
+    """`count` episodes, each to its end or to `max_actions` actions; greedy without `generator`.
+
+    Every copy of the environment plays one episode after a `reset`: that short episodes end first
+    has no influence on which ones are counted.
+    """
+    episodes: list[list[Record]] = []
+    together = type(environment).step_part is TextVectorEnv.step_part
+    while len(episodes) < count:
+        size = min(environment.num_envs, count - len(episodes))
+        wave: list[list[Record]] = [[] for _ in range(size)]
+        first, _ = environment.reset(seed=seed + len(episodes), options={"evaluation": True})
+        observations, playing = list(first), np.arange(environment.num_envs) < size
+        while playing.any():
+            envs = np.arange(environment.num_envs) if together else np.flatnonzero(playing)
+            prompts = backbone.encode([observations[env] for env in envs])
+            taken = sample(backbone, prompts, max_new_tokens, generator)
+            texts = action_texts(backbone, prompts, taken)
+            step = environment.step(texts) if together else environment.step_part(texts, envs)
+            following, rewards, terminated, truncated, infos = step
+            for row, env in enumerate(envs):
+                observations[env] = following[row]
+                if not playing[env]:
+                    continue
+                prompt = str(backbone.tokenizer.decode(prompts.ids[row][prompts.mask[row]]))
+                number, error = len(wave[env]) + 1, infos["error"][row]
+                reward, known = float(rewards[row]), bool(infos["cached"][row])
+                wave[env].append(Record(int(env), number, prompt, texts[row], reward, error, known))
+                playing[env] = not (terminated[row] or truncated[row] or number == max_actions)
+        episodes += wave
+    return episodes
 
 
-def score_table(
-    actions: list[str], score: Callable[[list[str]], list[Any]], held_out: list[Any] | None
-) -> dict[str, Any]:
-    """Means of reward and held-out score; failures count -1, as in a reward."""
-    rewards = [s.reward for s in score(actions)]
+def statistics(episodes: list[list[Record]]) -> dict[str, Any]:
+    """Returns and actions of episodes; null where a number is not defined.
+
+    interval: 95%, of Student's t distribution. success_rate: share of episodes with return 1 where
+    every return is -1, 0 or 1; success_interval: 95%, after Wilson.
+    """
+    returns = [sum(record.reward for record in episode) for episode in episodes]
+    actions = [record for episode in episodes for record in episode]
+    count, mean = len(returns), fmean(returns)
+    error = interval = rate = rate_interval = None
+    if count > 1:
+        error = stdev(returns) / count**0.5
+        half = float(stats.t.ppf(0.975, count - 1)) * error
+        interval = [mean - half, mean + half]
+    if set(returns) <= {-1.0, 0.0, 1.0}:
+        found = stats.binomtest(returns.count(1.0), count)
+        rate = float(found.statistic)
+        rate_interval = [*map(float, found.proportion_ci(method="wilson"))]
     return {
-        "actions": len(actions),
-        "valid_rate": fmean(r > -1 for r in rewards),
-        "mean_reward": fmean(rewards),
-        "held_out_auc": None if held_out is None else fmean(s.reward for s in held_out),
+        "episodes": count,
+        "mean_actions": len(actions) / count,
+        "valid_rate": fmean(record.error is None for record in actions),
+        "mean_return": mean,
+        "standard_error": error,
+        "interval": interval,
+        "success_rate": rate,
+        "success_interval": rate_interval,
     }
 
 
-def evaluate(cfg: DictConfig) -> dict[str, Any]:
-    """Greedy and sampled first attempts of a checkpoint, scored on reward and held-out rows."""
+def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Greedy and sampled episodes of a checkpoint: their statistics, and every action.
+
+    The data-science task is played for first attempts, which are also scored on the held-out rows.
+    """
     check_missing(cfg)
     check_integer("samples", cfg.samples, 1)
+    check_integer("max_actions", cfg.max_actions, 1)
     check_integer("seed", cfg.seed, 0, MAX_SEED)
     if not OmegaConf.is_list(cfg.overrides):
         raise ConfigError(f"overrides={cfg.overrides}: allowed is a list, ['key=value', ...]")
     state = load_checkpoint(cfg.ckpt_path)["state_dict"]
     run = saved_config(str(cfg.ckpt_path), [str(override) for override in cfg.overrides])
-    run.paths.output_dir = cfg.paths.output_dir
+    run.paths.output_dir = str(Path(cfg.ckpt_path).absolute().parent.parent)
+    run.rollout.num_envs = min(run.rollout.num_envs, cfg.samples)
+    if "max_attempts" in run.environment:
+        run.environment.max_attempts = 1
     environment = instantiate(run.environment)
     module: ETPO = instantiate(run.algorithm, backbone=instantiate(run.model))
     load_weights(module, state, cfg.ckpt_path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module.backbone.to(device)
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    limit = run.rollout.max_new_tokens
-    result: dict[str, Any] = {"ckpt_path": str(cfg.ckpt_path), "dataset": environment.dataset.name}
     mixed = torch.autocast(device.type, torch.bfloat16, run.trainer.precision == "bf16-mixed")
+    programs = hasattr(environment, "held_out")
+    name = environment.dataset.name if programs else environment.task_name
+    result: dict[str, Any] = {"ckpt_path": str(cfg.ckpt_path), "environment": name}
+    actions: list[dict[str, Any]] = []
     try:
-        for name, count, source in (("greedy", 1, None), ("sampled", cfg.samples, generator)):
+        for policy, source in (("greedy", None), ("sampled", generator)):
             with mixed:
-                actions = first_attempts(module.backbone, environment, count, limit, source)
-            programs = [environment.program_from_action(action) for action in actions]
-            held_out = environment.held_out(programs)
-            result[name] = score_table(programs, environment.scorer.score, held_out)
-            if name == "greedy":
-                result["greedy_program"] = programs[0]
+                episodes = play(
+                    module.backbone,
+                    environment,
+                    1 if programs and source is None else cfg.samples,
+                    max_new_tokens=run.rollout.max_new_tokens,
+                    max_actions=cfg.max_actions,
+                    generator=source,
+                    seed=derived_seed(cfg.seed),
+                )
+            result[policy] = statistics(episodes)
+            for number, episode in enumerate(episodes):
+                named = {"policy": policy, "episode": number}
+                actions += [named | record._asdict() for record in episode]
+            if programs:
+                texts = [environment.program_from_action(e[0].action) for e in episodes]
+                scores = environment.held_out(texts)
+                held_out = None if scores is None else fmean(score.reward for score in scores)
+                result[policy]["held_out_reward"] = held_out
+                if source is None:
+                    result["greedy_program"] = texts[0]
     finally:
         environment.close()
-    return result
+    return result, actions
 
 
-def report(result: dict[str, Any], folder: Path) -> None:
-    """Prints the table and writes `evaluation.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
-    table = Table(title=f"{result['dataset']}: {result['ckpt_path']}")
-    for column in ("policy", "programs", "valid", "mean reward", "held-out ROC AUC"):
+def result_table(result: dict[str, Any]) -> Table:
+    """One row per policy; held-out rewards count a failure as -1, as every reward does."""
+    programs = "greedy_program" in result
+    table = Table()
+    for column in ("policy", "episodes", "actions", "valid", "mean return", "95% interval"):
         table.add_column(column)
-    for name in ("greedy", "sampled"):
-        row = result[name]
-        held_out = "-" if row["held_out_auc"] is None else f"{row['held_out_auc']:.4f}"
-        cells = (f"{row['valid_rate']:.0%}", f"{row['mean_reward']:.4f}", held_out)
-        table.add_row(name, str(row["actions"]), *cells)
-    console = Console()
-    console.print(table)
-    console.print(result["greedy_program"], highlight=False, markup=False)
-    console.print(f"written: {folder / 'evaluation.json'}", soft_wrap=True)
+    table.add_column("mean held-out reward" if programs else "success")
+    for policy in ("greedy", "sampled"):
+        row = result[policy]
+        interval = row["interval"] and "{:.4f} to {:.4f}".format(*row["interval"])
+        last = row["held_out_reward"] if programs else row["success_rate"]
+        table.add_row(
+            policy,
+            str(row["episodes"]),
+            f"{row['mean_actions']:.1f}",
+            f"{row['valid_rate']:.0%}",
+            f"{row['mean_return']:.4f}",
+            interval or "-",
+            "-" if last is None else f"{last:.4f}" if programs else f"{last:.0%}",
+        )
+    return table
+
+
+def report(result: dict[str, Any], actions: list[dict[str, Any]], folder: Path) -> None:
+    """Prints the table and writes `evaluation.json` and `episodes.jsonl`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    with (folder / "episodes.jsonl").open("w", encoding="utf-8") as lines:
+        for action in actions:
+            lines.write(json.dumps(action) + "\n")
+    print(f"{result['environment']}: {result['ckpt_path']}")
+    # as wide as the table needs: a narrow terminal or a pipe must not cut its numbers
+    Console(width=200).print(result_table(result))
+    if "greedy_program" in result:
+        print(result["greedy_program"])
+    for name in ("evaluation.json", "episodes.jsonl"):
+        print(f"written: {folder / name}")
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")
 def hydra_main(cfg: DictConfig) -> None:
     quiet()
     with exit_on_bad_input():
-        report(evaluate(cfg), Path(cfg.paths.output_dir))
+        report(*evaluate(cfg), Path(cfg.paths.output_dir))
 
 
 def main() -> None:

@@ -139,7 +139,15 @@ def test_a_checkpoint_is_evaluated_as_the_pretrained_model(trained, command, tmp
     ended = command(evaluate.main, f"ckpt_path={folder}/checkpoints/best.ckpt", *arguments)
     assert ended.status == 0, ended.err
     result = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
-    assert result["greedy"]["mean_reward"] == pytest.approx(column(folder, "val/reward")[0])
+    assert result["greedy"]["mean_return"] == pytest.approx(column(folder, "val/reward")[0])
+
+
+def test_reflexion_says_what_it_needs(command, tmp_path):
+    arguments = ("algorithm=reflexion", "environment=household", f"hydra.run.dir={tmp_path}")
+    ended = command(train.main, *arguments)
+    assert (ended.status, ended.out) == (2, "")
+    assert "algorithm=reflexion" in ended.err
+    assert "environment=data_science" in ended.err
 
 
 @pytest.mark.parametrize("min_p", [0.0, 0.05])
