@@ -20,7 +20,7 @@ from hydra.errors import HydraException, InstantiationException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from etpo.errors import MAX_SEED, ConfigError, check_integer
+from etpo.errors import MAX_SEED, ConfigError, EnvironmentFailure, check_integer
 from etpo.models.backbone import tiny_checkpoint
 
 _PACKAGED = Path(__file__).parent / "conf"
@@ -41,15 +41,16 @@ def exit_on_bad_input() -> Iterator[None]:
     """Prints bad input on one line of stderr and exits with 2.
 
     That is a ConfigError, also one that Hydra wrapped, and, unless HYDRA_FULL_ERROR is set, what
-    else a constructor or OmegaConf raises.
+    an environment, or else a constructor or OmegaConf, raises.
     """
     try:
         yield
     except (ConfigError, InstantiationException, OmegaConfBaseException) as error:
         cause = first_cause(error)
-        if not isinstance(cause, ConfigError) and "HYDRA_FULL_ERROR" in os.environ:
+        whole = isinstance(cause, ConfigError) and not isinstance(cause, EnvironmentFailure)
+        if not whole and "HYDRA_FULL_ERROR" in os.environ:
             raise
-        told = "" if isinstance(cause, ConfigError) else " (HYDRA_FULL_ERROR=1 shows the traceback)"
+        told = "" if whole else " (HYDRA_FULL_ERROR=1 shows the traceback)"
         print(f"error: {error_line(error)}{told}", file=sys.stderr)
         sys.exit(2)
 

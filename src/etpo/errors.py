@@ -1,4 +1,4 @@
-"""The one exception that a user's input can raise, and the checks that several modules share."""
+"""The exceptions that a user's input can raise, and the checks that several modules share."""
 
 MAX_SEED = 2**32 - 1  # of NumPy and Lightning
 
@@ -8,6 +8,21 @@ class ConfigError(ValueError):
 
     Entry points print the message and exit with status 2; no traceback is shown.
     """
+
+
+class EnvironmentFailure(ConfigError):
+    """An exception that an environment raised, in one line; its cause is that exception.
+
+    With HYDRA_FULL_ERROR set an entry point shows the traceback instead.
+    """
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """At most `limit` characters of a text, on one line and without control characters."""
+    line = " ".join(text.split())
+    if len(line) > limit:
+        line = line[: limit - 3] + "..."
+    return "".join(c if c.isprintable() else "?" for c in line)
 
 
 def check_range(key: str, value: float, low: float, high: float, *, above: bool = False) -> None:

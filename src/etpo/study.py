@@ -10,7 +10,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,12 @@ def run_cell(cfg: DictConfig, run: Callable[[DictConfig], float | None]) -> floa
     """The optimised metric of a cell, which `run` trains unless that was done before.
 
     None where another process trains it or where it fails; a failure leaves `failed.txt`, one line
-    and the traceback. A cell that has a checkpoint goes on from there.
+    and the traceback. A cell that has a checkpoint goes on from there. An environment that changes
+    the working directory changes it for its own cell alone.
     """
     folder = Path(cfg.paths.output_dir)
     name = " ".join(HydraConfig.get().overrides.task)
-    with claimed(folder) as mine:
+    with claimed(folder) as mine, chdir(Path.cwd()):
         if not mine:
             print(f"\ncell {name}\n  is being run by another process", flush=True)
             return None

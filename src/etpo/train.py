@@ -220,6 +220,8 @@ def main() -> None:
     previous = signal.signal(signal.SIGTERM, terminate)  # Lightning calls it after its own
     try:
         hydra_main()
+    except KeyboardInterrupt:  # before or after training; `fit` ends it in an orderly way
+        sys.exit(INTERRUPTED)
     finally:
         signal.signal(signal.SIGTERM, previous)
 

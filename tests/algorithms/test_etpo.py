@@ -328,3 +328,22 @@ def test_the_sampled_states_stand_for_a_forward_of_the_policy(build_etpo, letter
     for name in ("log_pi", "rebased_q", "q_taken", "value", "kl"):
         one, other = (getattr(a, name)[actions.action_mask] for a in (given, computed))
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["policy_step", "critic_step"])
+def test_a_gradient_that_is_not_finite_is_never_stepped(
+    build_etpo, fit, letter_env, monkeypatch, part
+):
+    module = build_etpo()
+    before = {name: weight.clone() for name, weight in module.state_dict().items()}
+    step = getattr(module, part)
+
+    def spoiled(batch):
+        loss = step(batch)
+        return (loss[0] * float("nan"), loss[1]) if part == "policy_step" else loss * float("inf")
+
+    monkeypatch.setattr(module, part, spoiled)
+    with pytest.raises(ConfigError, match="gradient norm is (nan|inf) in iteration 1"):
+        fit(module, letter_env(4), 1)
+    for name, weight in module.state_dict().items():
+        assert torch.equal(weight, before[name]), name

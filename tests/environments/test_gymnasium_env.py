@@ -9,7 +9,7 @@ from gymnasium import spaces
 
 from etpo.environments.gymnasium_env import GymnasiumEnv
 from etpo.environments.text_env import AnyText
-from etpo.errors import ConfigError
+from etpo.errors import ConfigError, EnvironmentFailure
 
 
 class Countdown(gymnasium.Env):
@@ -158,8 +158,9 @@ def test_it_renders_and_closes_its_copies():
 def test_a_failure_of_an_environment_is_not_lost():
     environment = countdown(2)
     environment.reset(seed=0)
-    with pytest.raises(TypeError):
+    with pytest.raises(EnvironmentFailure, match=r"copy 0: step\(\) raised TypeError") as raised:
         environment.step([None, ""])
+    assert isinstance(raised.value.__cause__, TypeError)
 
 
 @pytest.mark.parametrize(

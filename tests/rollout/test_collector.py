@@ -1,9 +1,11 @@
 import itertools
 from threading import Event
 
+import numpy as np
 import pytest
 import torch
 
+from etpo.errors import ConfigError
 from etpo.models.backbone import Backbone
 from etpo.models.prompting import CompletionTemplate
 from etpo.rollout import collector
@@ -92,6 +94,61 @@ def test_a_group_is_answered_while_the_next_one_is_generated(checkpoint, letter_
     monkeypatch.setattr(collector, "sample", watch)
     played, _ = rollout(checkpoint("llama"), Patient(4), rounds=2, groups=2)
     assert len(played.records) == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({1: [0.0, float("nan")]}, "reward=nan: allowed is a finite number"),
+        ({1: torch.tensor([1e39, 0.0], dtype=torch.float64)}, "reward="),
+        ({1: [0.0]}, "1 rewards: allowed are 2"),
+        ({2: ["no", False]}, "terminated='no'"),
+        ({0: [{"prefix": "go"}] * 2}, "observation="),
+        ({4: {}}, "infos lacks final_obs"),
+    ],
+)
+def test_what_any_environment_sends_is_checked(checkpoint, letter_env, changes, words):
+    class Careless(letter_env):
+        def step_part(self, actions, envs):
+            answer = super().step_part(actions, envs)
+            return [changes.get(place, value) for place, value in enumerate(answer)]
+
+    for groups in (1, 2):
+        with pytest.raises(ConfigError, match=f"^environment letters: {words}"):
+            rollout(checkpoint("llama"), Careless(2 * groups), rounds=1, groups=groups)
+
+
+def test_records_are_plain_python(checkpoint, letter_env):
+    class Arrays(letter_env):
+        def step_part(self, actions, envs):
+            observations, rewards, *ended, infos = super().step_part(actions, envs)
+            infos["error"] = np.array([ValueError("bad"), np.False_], dtype=object)
+            infos["cached"] = torch.tensor([True, False])
+            return observations, rewards.astype(np.float32), *ended, infos
+
+    played, _ = rollout(checkpoint("llama"), Arrays(2), rounds=1)
+    assert [record.error for record in played.records] == ["bad", None]
+    assert [record.cached for record in played.records] == [True, False]
+    kinds = (int, int, str, str, float, (str, type(None)), bool)
+    for record in played.records:
+        assert all(isinstance(v, k) for v, k in zip(record, kinds, strict=True))
+        assert type(record.reward) is float
+
+
+def test_a_failure_is_told_while_another_group_hangs(checkpoint, letter_env):
+    released = Event()
+
+    class Hanging(letter_env):
+        def step_part(self, actions, envs):
+            if envs[0]:
+                released.wait(60)
+            raise RuntimeError("server gone")
+
+    try:
+        with pytest.raises(RuntimeError, match="server gone"):
+            rollout(checkpoint("llama"), Hanging(4), groups=2)
+    finally:
+        released.set()
 
 
 def test_layout_lays_tokens_of_an_environment_in_time_order():

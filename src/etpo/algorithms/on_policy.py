@@ -230,9 +230,19 @@ class OnPolicyAlgorithm(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Limits the gradient norm of each list of `clipped_together`."""
+        """Limits the gradient norm of each list of `clipped_together`.
+
+        Raises ConfigError for one that is not finite, before the optimizer's step.
+        """
         for parameters in self.clipped_together(optimizer):
-            torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+            if not torch.isfinite(norm):
+                raise ConfigError(
+                    f"algorithm: the gradient norm is {float(norm)} in iteration "
+                    f"{self.current_epoch + 1}; allowed are finite gradients. The step was not "
+                    "taken, and last.ckpt is of the iteration before. Smaller policy_lr and "
+                    "critic_lr, or model.dtype=float32, may help"
+                )
 
     def clipped_together(self, optimizer: Optimizer) -> list[list[nn.Parameter]]:
         """Parameters with a common limit on their gradient norm: the policy's, the critic's."""

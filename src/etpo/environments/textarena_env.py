@@ -12,9 +12,10 @@ from typing import Any
 import gymnasium
 
 from etpo.environments.text_env import AnyText
-from etpo.errors import ConfigError
+from etpo.errors import ConfigError, one_line
 
 _INVALID = "You attempted an invalid move. Reason: "
+_FETCH_WORDS = "python -m nltk.downloader words averaged_perceptron_tagger_eng"
 _ONE_AT_A_TIME = threading.RLock()  # the games draw from the module `random`
 
 
@@ -28,7 +29,8 @@ class TextArenaEnv(gymnasium.Env):
 
     A seed decides the whole game, side by side with others, and leaves the global generator as it
     was. Registered as `etpo/TextArena-v0`. Raises ConfigError for a game that is not known or
-    needs several players, ImportError where `textarena` is missing.
+    cannot be made (its words or a key are missing), ImportError where `textarena` is missing;
+    `reset` raises ConfigError for a game that needs several players.
     """
 
     metadata: Mapping[str, Any] = {"render_modes": ["ansi"], "render_fps": 1}
@@ -55,19 +57,19 @@ class TextArenaEnv(gymnasium.Env):
         self._name = game
         self.action_space, self.observation_space = AnyText(), AnyText()
         self._state = random.Random(0).getstate()
+        with self._own_random(), self._one_line():
+            self._make()  # so that what is missing is told before a model is loaded
+        self._state = random.Random(0).getstate()
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[str, dict[str, Any]]:
         """A new game; without a seed it is drawn from the generator that the last one seeded."""
         super().reset(seed=seed)
-        with self._own_random():
+        with self._own_random(), self._one_line():
             self._game = self._make()  # its wrappers would keep the last game's messages
-            try:
-                self._game.reset(num_players=1, seed=int(self.np_random.integers(2**31)))
-                return self._read(), {}
-            except (AssertionError, ValueError) as error:  # several players; no board to show
-                raise ConfigError(f"environment.kwargs.game={self._name}: {error}") from error
+            self._game.reset(num_players=1, seed=int(self.np_random.integers(2**31)))
+            return self._read(), {}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """One move; brackets around it are added where the game wants them."""
@@ -96,6 +98,21 @@ class TextArenaEnv(gymnasium.Env):
             return state.game_info[0]["reason"]
         texts = (text for _, text in reversed(state.logs) if text.startswith(_INVALID))
         return next(texts).removeprefix(_INVALID).partition(" Please resubmit")[0]
+
+    @contextlib.contextmanager
+    def _one_line(self) -> Iterator[None]:
+        """Raises ConfigError where the game cannot be made or played alone."""
+        key = f"environment.kwargs.game={self._name}"
+        try:
+            yield
+        except (AssertionError, ValueError, TypeError) as error:  # players, board, keys, options
+            raise ConfigError(f"{key}: {one_line(str(error))}") from error
+        except LookupError as error:
+            if "nltk" not in str(error):
+                raise
+            raise ConfigError(
+                f"{key}: its words are missing; fetch them: {_FETCH_WORDS}"
+            ) from error
 
     @contextlib.contextmanager
     def _own_random(self) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from etpo.environments import plain
 from etpo.environments.text_env import TextObservation, TextVectorEnv
+from etpo.environments.threads import DaemonThread
 from etpo.models.backbone import Backbone, PromptBatch
 from etpo.rollout.episode import Actions, Record, Rollout, pad_stack
 from etpo.rollout.sampler import Sample, action_texts, sample
@@ -52,26 +53,23 @@ class Group:
         self.texts = action_texts(backbone, self.prompts, self.taken)
         return self.texts
 
-    def receive(self, backbone: Backbone, answer: tuple[Any, ...], last: bool) -> None:
-        """Takes what `step` or `step_part` returned; `last`: open episodes are cut here."""
-        observations, rewards, terminated, truncated, infos = answer
-        ended = torch.as_tensor(terminated)
-        cut = ~ended if last else torch.as_tensor(truncated) & ~ended
+    def receive(self, backbone: Backbone, answer: plain.Answer, last: bool) -> None:
+        """Takes what came of the actions; `last`: open episodes are cut here."""
+        ended = torch.tensor(answer.terminated)
+        cut = ~ended if last else torch.tensor(answer.truncated) & ~ended
         following = []
         for row in cut.nonzero().flatten().tolist():
-            final = infos["final_obs"][row]
-            following.append(observations[row] if final is None else final)
-        reward = torch.as_tensor(rewards, dtype=torch.float32)
-        records = self.written(backbone, rewards, infos)
+            final = answer.final_obs[row]
+            following.append(answer.observations[row] if final is None else final)
+        reward = torch.tensor(answer.rewards, dtype=torch.float32)
+        records = self.written(backbone, answer)
         self.rounds.append(
             Round(self.prompts, self.taken, reward, ended, cut, self.attempt, following, records)
         )
         self.attempt = torch.where(ended | cut, 0, self.attempt + 1)
-        self.observations = list(observations)
+        self.observations = answer.observations
 
-    def written(
-        self, backbone: Backbone, rewards: Sequence[float], infos: dict[str, Any]
-    ) -> list[Record]:
+    def written(self, backbone: Backbone, answer: plain.Answer) -> list[Record]:
         """The actions as a person reads them."""
         return [
             Record(
@@ -79,9 +77,9 @@ class Group:
                 int(self.attempt[row]) + 1,
                 str(backbone.tokenizer.decode(self.prompts.ids[row][self.prompts.mask[row]])),
                 self.texts[row],
-                float(rewards[row]),
-                infos["error"][row],
-                bool(infos["cached"][row]),
+                answer.rewards[row],
+                answer.errors[row],
+                answer.cached[row],
             )
             for row, env in enumerate(self.envs)
         ]
@@ -103,20 +101,29 @@ def collect(
     thread) while those of the next are generated. Episodes that are open after the last round are
     truncated: their true next prompts are kept for bootstrapping. `on_progress(stage, done,
     total)` is called with stage "rollout".
+
+    Raises ConfigError for what an environment may not send (`etpo.environments.plain`).
     """
-    observations, _ = environment.reset(seed=seed, options={"evaluation": generator is None})
+    first, _ = environment.reset(seed=seed, options={"evaluation": generator is None})
+    source = f"environment {environment.task_name}"
+    with plain.sent_by(source):
+        observations = plain.observations(first, environment.num_envs)
     parts = [
         Group(envs, observations)
         for envs in np.array_split(np.arange(environment.num_envs), groups)
     ]
     answers: dict[int, Callable[[], tuple[Any, ...]]] = {}
     generate_seconds = score_seconds = 0.0
-    with ThreadPoolExecutor(1, "environment") as thread:
+    thread = DaemonThread("environment")
+    try:
         for number in range(rounds + 1):
             for index, part in enumerate(parts):
                 start = time.perf_counter()
                 if number > 0:
-                    part.receive(backbone, answers[index](), last=number == rounds)
+                    returned = answers[index]()
+                    with plain.sent_by(source):
+                        answer = plain.answer(returned, len(part.envs))
+                    part.receive(backbone, answer, last=number == rounds)
                 answered = time.perf_counter()
                 if number < rounds:
                     texts = part.act(backbone, max_new_tokens, generator)
@@ -130,6 +137,8 @@ def collect(
                 generate_seconds += time.perf_counter() - answered
             if on_progress is not None and number > 0:
                 on_progress("rollout", number, rounds)
+    finally:
+        thread.stop()
     done = [part.rounds[number] for number in range(rounds) for part in parts]
     next_prompts = encode_any(backbone, [o for r in done for o in r.following])
     return Rollout(
