@@ -6,7 +6,7 @@ import gymnasium
 import pytest
 
 from etpo.environments.gymnasium_env import GymnasiumEnv
-from etpo.errors import ConfigError
+from etpo.errors import ConfigError, EnvironmentFailure
 
 textarena = pytest.importorskip("textarena")
 
@@ -115,3 +115,35 @@ def test_a_game_that_cannot_be_played_alone_is_one_line(game, message):
     environment = copies(game, 1)
     with pytest.raises(ConfigError, match=f"^environment.kwargs.game={game}: .*{message}"):
         environment.reset(seed=0)
+
+
+NO_WORDS = "Resource 'words' not found. >>> import nltk >>> nltk.download('words')"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (LookupError(NO_WORDS), "python -m nltk.downloader words"),
+        (ValueError("OpenRouter API key not found.\nSet OPENROUTER_API_KEY"), "OPENROUTER_API_KEY"),
+    ],
+)
+def test_a_game_that_lacks_its_words_or_a_key_is_one_line_when_made(monkeypatch, error, words):
+    def make(game, **options):
+        raise error
+
+    monkeypatch.setattr(textarena, "make", make)
+    with pytest.raises(ConfigError) as raised:
+        copies("Wordle-v0-train")
+    line = str(raised.value)
+    assert line.startswith("environment.kwargs.game=Wordle-v0-train: ")
+    assert words in line
+    assert line.isprintable()
+
+
+def test_a_fault_of_a_game_keeps_its_kind(monkeypatch):
+    def make(game, **options):
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr(textarena, "make", make)
+    with pytest.raises(EnvironmentFailure, match="IndexError"):
+        copies("Wordle-v0-train")

@@ -370,13 +370,26 @@ def test_a_copy_that_cannot_be_made_closes_those_before_it():
     assert closed == [0]
 
 
-def test_a_copy_keeps_its_thread():
+def test_a_copy_lives_in_one_thread():
     seen = []
-    environment = sender(2, then=lambda number: seen.append(threading.get_ident()) or NOTHING)
+
+    class Bound(Sender):
+        def __init__(self):
+            seen.append(threading.get_ident())
+
+            def watch(result):
+                return lambda _: seen.append(threading.get_ident()) or result
+
+            super().__init__(first=watch(("go", {})), then=watch(NOTHING), close=watch(None))
+
+    gymnasium.register("test/Bound-v0", entry_point=Bound)
+    environment = GymnasiumEnv(id="test/Bound-v0", num_envs=2)
     environment.reset(seed=0)
     for _ in range(3):
         environment.step_part([""], np.array([1]))
-    assert len(set(seen)) == 1
+    environment.close()
+    assert len(seen) == 9
+    assert sorted(map(seen.count, set(seen))) == [3, 6]
 
 
 NOTHING = ("on", 0.0, False, False, {})

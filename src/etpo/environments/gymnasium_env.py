@@ -24,7 +24,7 @@ CLOSE_SECONDS = 5.0  # that all copies together have for closing
 
 
 class GymnasiumEnv(TextVectorEnv):
-    """`num_envs` copies of a registered environment, each stepped in a thread of its own.
+    """`num_envs` copies of a registered environment, each in a thread of its own.
 
     id: as `gymnasium.make` takes it; `module:name-v0` imports the module, which registers it.
     kwargs: arguments of the environment. max_episode_steps: actions after which an episode is
@@ -56,8 +56,9 @@ class GymnasiumEnv(TextVectorEnv):
         self.copies: list[Copy] = []
         try:
             for number in range(num_envs):
-                name = f"environment.id={id}: copy {number}"
-                self.copies.append(Copy(name, made(name, id, max_episode_steps, kwargs or {})))
+                copy = Copy(f"environment.id={id}: copy {number}")
+                copy.thread.submit(copy.make, id, max_episode_steps, kwargs or {}).result()
+                self.copies.append(copy)
         except BaseException:
             self.close()
             raise
@@ -129,7 +130,7 @@ class GymnasiumEnv(TextVectorEnv):
 
     def render(self) -> tuple[Any, ...]:
         """What every copy renders, in the `render_mode` that `kwargs` names."""
-        return tuple(env.render() for env in self.envs)
+        return tuple(results([copy.thread.submit(copy.call, "render") for copy in self.copies]))
 
     def close_extras(self, **kwargs: Any) -> None:
         """Closes every copy, side by side; warns of one that fails or takes too long."""
@@ -162,14 +163,29 @@ class Transition(NamedTuple):
 
 
 class Copy:
-    """One environment with a thread of its own; what it sends leaves as plain Python.
+    """One environment and the thread that it lives in; what it sends leaves as plain Python.
 
-    `reset` and `step` raise ConfigError and EnvironmentFailure, with `name` in front.
+    `make`, `reset` and `step` raise ConfigError and EnvironmentFailure, with `name` in front.
     """
 
-    def __init__(self, name: str, env: gymnasium.Env) -> None:
-        self.name, self.env = name, env
-        self.thread = DaemonThread(name)
+    env: gymnasium.Env
+
+    def __init__(self, name: str) -> None:
+        self.name, self.thread = name, DaemonThread(name)
+
+    def make(self, id: str, max_episode_steps: int | None, kwargs: Mapping[str, Any]) -> None:
+        """Makes the environment, without gymnasium's checker: every step is checked here."""
+        try:
+            self.env = gymnasium.make(
+                id, max_episode_steps=max_episode_steps, disable_env_checker=True, **kwargs
+            )
+        except ConfigError:
+            raise
+        except BaseException as error:  # SystemExit and KeyboardInterrupt too
+            raise EnvironmentFailure(
+                f"{self.name}: {described(error)}; allowed is the id of a registered environment "
+                "(module:name-v0 where a module registers it) and its arguments as kwargs"
+            ) from error
 
     def reset(self, seed: int | None, options: dict[str, Any] | None) -> TextObservation:
         """The first observation of a new episode."""
@@ -225,23 +241,6 @@ class Copy:
             raise EnvironmentFailure(
                 f"{self.name}: {method}() raised {described(error)}"
             ) from error
-
-
-def made(
-    name: str, id: str, max_episode_steps: int | None, kwargs: Mapping[str, Any]
-) -> gymnasium.Env:
-    """The environment of one copy, without gymnasium's checker: `Copy` checks every step."""
-    try:
-        return gymnasium.make(
-            id, max_episode_steps=max_episode_steps, disable_env_checker=True, **kwargs
-        )
-    except ConfigError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise EnvironmentFailure(
-            f"{name}: {described(error)}; allowed is the id of a registered environment "
-            "(module:name-v0 where a module registers it) and its arguments as kwargs"
-        ) from error
 
 
 def results(jobs: Sequence[Future[Any]]) -> list[Any]:
