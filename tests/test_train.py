@@ -79,7 +79,8 @@ def test_metrics_have_a_row_per_iteration_that_agrees_with_the_episodes(finished
         assert float(row["rollout/valid_rate"]) == fmean(line["error"] is None for line in taken)
     for line in episodes:
         assert set(line) == {
-            *("iteration", "env", "attempt", "prompt", "action", "reward", "error", "cached")
+            *("iteration", "env", "attempt", "prompt", "action", "reward", "error", "cached"),
+            "length_limited",
         }
         assert (line["reward"] == -1) == (line["error"] is not None)
         assert "build_model" in line["prompt"]

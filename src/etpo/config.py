@@ -32,8 +32,36 @@ def short_hash(*values: object) -> str:
     return hashlib.sha256("\n".join(map(str, values)).encode()).hexdigest()[:10]
 
 
-OmegaConf.register_new_resolver("tiny_checkpoint", tiny_checkpoint, replace=True)
-OmegaConf.register_new_resolver("short_hash", short_hash, replace=True)
+def environment_name(environment: DictConfig) -> str:
+    """The data set, the game, the gymnasium id, or the class of an environment's configuration."""
+    dataset = environment.get("dataset")
+    if dataset == "csv" and environment.get("path"):
+        return Path(environment.path).stem
+    if OmegaConf.is_list(dataset):
+        return "+".join(dataset)
+    game = (environment.get("kwargs") or {}).get("game")
+    # a gymnasium id may start with the module that registers it
+    return dataset or game or str(environment.get("id") or class_name(environment)).split(":")[-1]
+
+
+def model_name(name_or_path: str) -> str:
+    """`tiny` for the embedded model, else the last part of a hub id or a folder."""
+    return "tiny" if name_or_path == tiny_checkpoint() else Path(name_or_path).name
+
+
+def class_name(part: DictConfig) -> str:
+    """The name of the class that is the `_target_` of a part of the configuration."""
+    return str(part._target_).rpartition(".")[2]
+
+
+def run_name(algorithm: DictConfig, environment: DictConfig, model: DictConfig, seed: int) -> str:
+    """What W&B calls a run."""
+    names = class_name(algorithm).lower(), environment_name(environment)
+    return " ".join([*names, model_name(model.name_or_path), f"seed {seed}"])
+
+
+for resolver in (tiny_checkpoint, short_hash, environment_name, model_name, run_name):
+    OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
 @contextmanager
@@ -133,10 +161,26 @@ def check_config(cfg: DictConfig) -> None:
         )
     check_integer("seed", cfg.seed, 0, MAX_SEED)
     check_integer("trainer.max_epochs", cfg.trainer.max_epochs, 1)
+    check_trainer(cfg.trainer, cfg.algorithm.get("max_grad_norm"))
     if "critic" in cfg and "hidden_size" in cfg.critic:
         check_integer("critic.hidden_size", cfg.critic.hidden_size, 1)
     if cfg.ckpt_path is not None:
         load_checkpoint(cfg.ckpt_path)
+
+
+def check_trainer(trainer: DictConfig, max_grad_norm: float | None) -> None:
+    """Raises ConfigError for arguments of the Trainer that could not act here."""
+    for key, allowed in (("gradient_clip_val", max_grad_norm), ("gradient_clip_algorithm", "norm")):
+        if trainer.get(key) not in (None, allowed):
+            raise ConfigError(
+                f"trainer.{key}={trainer[key]}: allowed is null; the limit on gradient norms is "
+                f"algorithm.max_grad_norm={max_grad_norm}"
+            )
+    if trainer.get("overfit_batches"):
+        raise ConfigError(
+            f"trainer.overfit_batches={trainer.overfit_batches}: allowed is 0, for every iteration "
+            "samples fresh actions; trainer.limit_train_batches=1 takes one step with each"
+        )
 
 
 _UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, UnpicklingError)

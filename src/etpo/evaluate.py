@@ -97,7 +97,10 @@ def play(
                 prompt = str(backbone.tokenizer.decode(prompts.ids[row][prompts.mask[row]]))
                 number, error = len(wave[env]) + 1, infos["error"][row]
                 reward, known = float(rewards[row]), bool(infos["cached"][row])
-                wave[env].append(Record(int(env), number, prompt, texts[row], reward, error, known))
+                limited = bool(taken.length_limited[row])
+                wave[env].append(
+                    Record(int(env), number, prompt, texts[row], reward, error, known, limited)
+                )
                 playing[env] = not (terminated[row] or truncated[row] or number == max_actions)
         episodes += wave
     return episodes

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from etpo.callbacks.best_action import BestAction
 from etpo.callbacks.summary import RunSummary, print_closing, write_summary
-from etpo.callbacks.tracking import track_results
+from etpo.callbacks.tracking import start_tracking, track_results
 from etpo.config import (
     CONF,
     check_config,
@@ -61,6 +61,7 @@ def build(cfg: DictConfig) -> Run:
     callbacks = [instantiate(callback) for callback in (cfg.callbacks or {}).values()]
     trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks)
     datamodule.check(trainer.world_size)
+    start_tracking(trainer.loggers)
     module = instantiate(cfg.algorithm, backbone=instantiate(cfg.model))
     if cfg.ckpt_path is not None:
         check_weights(module, cfg.ckpt_path, cfg.model.name_or_path)
@@ -173,12 +174,14 @@ def quiet() -> None:
     """Silences what Lightning says about a loop that is meant to be as it is; no loading bars."""
     transformers_logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # prints its table
     for message in (
         r"Found \d+ module\(s\) in eval mode",
         r"Your `IterableDataset` has `__len__` defined",
         r".*does not have many workers",
         r".*exists and is not empty",
         r".*treespec, LeafSpec",
+        r"`gradient_checkpointing_enable` is deprecated",
     ):
         warnings.filterwarnings("ignore", message)
 

@@ -49,6 +49,7 @@ TAKEN = Taken(
     log_pi=LOG_PI,
     log_ref=LOG_PI - torch.tensor([[0.1, 0.2], [0.3, 9.0], [-0.1, 9.0], [0.2, 0.4]]),
     values=torch.tensor([[0.1, 0.2], [0.4, 9.0], [0.6, 9.0], [0.5, 0.7]]),
+    entropy=torch.zeros(4, 2),
     features=torch.zeros(4, 2, 1),
     support=torch.zeros(4, 2, 0).bool(),
     policy_features=torch.zeros(4, 2, 0),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
@@ -87,6 +88,8 @@ class Batches(IterableDataset):
 
 class DataModule(LightningDataModule):
     actions_per_iteration = 4
+    max_new_tokens = 5
+    update_epochs = 1
 
     def __init__(self, environment: Environment) -> None:
         super().__init__()
@@ -218,3 +221,4 @@ def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_MODE", "offline")  # restored at the end: the logger sets it
+    wandb.teardown()  # it has read the variables once

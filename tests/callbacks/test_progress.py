@@ -86,7 +86,7 @@ class Writes(TorchCheckpointIO):
 def test_a_line_comes_after_checkpoint_and_logs_and_before_the_next_rollout(
     fit, events, checkpoint
 ):
-    callbacks = [Rollouts(events), RolloutProgress(), checkpoint()]
+    callbacks = [RolloutProgress(), Rollouts(events), checkpoint()]
     fit(callbacks, 2, loggers=[Logs(events)], plugins=[Writes(events)])
     iteration = ["rollout", "checkpoint", "logs"]
     assert events == [*iteration, "iteration 1/2", *iteration, "iteration 2/2"]

@@ -3,13 +3,17 @@
 import json
 
 import pytest
+import wandb
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from etpo import train
 from etpo.callbacks.learning_curve import LearningCurve
 from etpo.callbacks.metrics_csv import MetricsCSV
-from etpo.callbacks.tracking import COLUMNS, Tracking
+from etpo.callbacks.tracking import COLUMNS, Tracking, start_tracking
+from etpo.config import CONF
 
 from .wandb_file import Offline
 
@@ -93,9 +97,56 @@ def test_tensorboard_gets_scalars_actions_and_the_figure(tmp_path, fit):
     ]
     assert len(texts) == 2  # iterations 0 and 2
     rows = texts[1].splitlines()
-    assert rows[0] == "| iteration | env | attempt | prompt | action | reward | error | cached |"
+    assert (
+        rows[0]
+        == "| iteration | env | attempt | prompt | action | reward | error | cached | length_limited |"
+    )
     assert rows[2:] == [
-        "| 2 | 0 | 1 | def f():<br> | a2.0.0 | 0.25 | None | False |",
-        "| 2 | 1 | 1 | def f():<br> | a2.0.1 | 0.5 | None | False |",
-        "| 2 | 0 | 2 | def f():<br> | a2.0.2 | 0.75 | None | False |",
+        "| 2 | 0 | 1 | def f():<br> | a2.0.0 | 0.25 | None | False | False |",
+        "| 2 | 1 | 1 | def f():<br> | a2.0.1 | 0.5 | None | False | False |",
+        "| 2 | 0 | 2 | def f():<br> | a2.0.2 | 0.75 | None | False | False |",
     ]
+
+
+@pytest.mark.parametrize("problem", ["no key", "bad key", "network"])
+def test_what_wandb_lacks_is_one_line_before_the_model_is_loaded(
+    problem, command, small_run, no_account, monkeypatch, tmp_path
+):
+    def refuse(*args, **kwargs):
+        raise wandb.errors.CommError("Run initialization has timed out\nafter 90.0 sec.")
+
+    loaded = []
+    monkeypatch.setattr("etpo.models.backbone.load_model", lambda *args: loaded.append(args))
+    monkeypatch.delenv("WANDB_MODE")
+    if problem == "bad key":
+        monkeypatch.setenv("WANDB_API_KEY", "short")
+    wandb.teardown()
+    if problem == "network":
+        monkeypatch.setattr(wandb, "init", refuse)
+    ended = command(train.main, *small_run, "logger=wandb", f"hydra.run.dir={tmp_path / 'run'}")
+    assert ended.status == 2
+    assert "Traceback" not in ended.err
+    (line,) = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+    assert "logger.wandb.offline=true" in line
+    assert not loaded
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled"])
+def test_wandb_mode_is_respected_and_nothing_is_deprecated(mode, no_account, monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    wandb.teardown()
+    warned = []
+    monkeypatch.setattr("wandb.termwarn", lambda text, **_: warned.append(text))
+    monkeypatch.setattr("wandb.errors.term.termwarn", lambda text, **_: warned.append(text))
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", [f"paths.output_dir={tmp_path}", "logger=wandb"])
+    logger = instantiate(cfg.logger.wandb)
+    try:
+        start_tracking([logger])
+        assert wandb.run is not None
+        assert wandb.run.disabled == (mode == "disabled")
+        if mode == "offline":
+            assert wandb.run.name == "etpo tic_tac_toe tiny seed 0"
+    finally:
+        wandb.finish()
+    assert not warned

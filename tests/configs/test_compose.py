@@ -117,3 +117,24 @@ def test_the_launcher_is_no_part_of_a_studys_name():
     name = study_arguments(["-m", "seed=0,1"])[-1]
     assert study_arguments(["-m", "seed=0,1", *parallel])[-1] == name
     assert study_arguments(["-m", "seed=0,2", *parallel])[-1] != name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "environment", "model"),
+    [
+        ([], "tic_tac_toe", "tiny"),
+        (["environment.dataset=csv", "environment.path=a/my.csv"], "my", "tiny"),
+        (["environment.dataset=[iris,wine]"], "iris+wine", "tiny"),
+        (["environment=household"], "etpo/Household-v0", "tiny"),
+        (["environment=textarena"], "FrozenLake-v0-train", "tiny"),
+        (["environment=gymnasium", "environment.id=my:Task-v0"], "Task-v0", "tiny"),
+        (["environment=token_mdp"], "TokenMDPEnv", "tiny"),
+        (["model=causal_lm", "model.name_or_path=Qwen/Qwen3-0.6B"], "tic_tac_toe", "Qwen3-0.6B"),
+    ],
+)
+def test_runs_are_named_after_environment_and_model(overrides, environment, model):
+    cfg = composed("logger=wandb", "seed=3", "paths.output_dir=out", *overrides)
+    assert cfg.logger.wandb.name == f"etpo {environment} {model} seed 3"
+    assert cfg.callbacks.credit.title == f"{environment}, seed 3"
+    curve = cfg.callbacks.learning_curve
+    assert (curve.environment, curve.model) == (environment, model)

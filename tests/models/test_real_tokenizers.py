@@ -217,7 +217,7 @@ def test_a_right_program_that_is_sampled_is_scored_as_right(
     for row, action in enumerate(actions):
         ids[row, : len(action)] = torch.tensor(action)
         mask[row, : len(action) + 1] = True
-    taken = sampler.Sample(ids, mask, mask.float(), mask[..., None].float())
+    taken = sampler.Sample(ids, mask, mask.float(), mask[..., None].float(), ~mask.any(1))
     texts = sampler.action_texts(backbone, backbone.encode(observations), taken)
     _, rewards, _, _, infos = environment.step(texts)
     assert [e for e in infos["error"] if e is not None] == []

@@ -328,3 +328,9 @@ def test_without_rows_there_is_no_page(tmp_path):
     assert page.exists()
     write_page(page, [], "t")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("advantage", "said"), [([0.0, 0.0, None], True), ([0.0, -1e-3], False)])
+def test_a_page_without_any_credit_explains_itself(advantage, said):
+    page = to_html([row(0, 0, advantage=advantage)], "title")
+    assert ("No token has an advantage" in page) == said

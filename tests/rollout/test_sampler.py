@@ -95,13 +95,15 @@ def test_inverse_cdf_gives_each_token_its_share_of_the_noise():
 def test_an_action_ends_with_its_first_stop_token(checkpoint):
     backbone = Backbone(str(checkpoint("llama")), CompletionTemplate())
     backbone.stop_ids = list(range(3, 60))
-    taken = sample(backbone, backbone.encode(OBSERVATIONS * 10), 16, generator())
+    taken = sample(backbone, backbone.encode(OBSERVATIONS * 10), 6, generator())
     lengths = taken.mask.sum(1)
-    for ids, mask, length in zip(taken.ids, taken.mask, lengths, strict=True):
+    assert 0 < taken.length_limited.sum() < len(lengths)
+    for row, (ids, mask, length) in enumerate(zip(taken.ids, taken.mask, lengths, strict=True)):
         assert mask[:length].all()
         stopped = torch.isin(ids[:length], torch.tensor(backbone.stop_ids))
         assert not stopped[:-1].any()
-        assert stopped[-1] or length == taken.ids.shape[1]
+        assert stopped[-1] or length == 6
+        assert taken.length_limited[row] == (not stopped[-1])
     assert lengths.unique().numel() > 1
 
 

@@ -197,6 +197,7 @@ def test_two_processes_take_the_step_of_one(
         weights = trainer.strategy.lightning_module_state_dict()
         if trainer.is_global_zero:
             torch.save(weights, tmp_path / "weights.pt")
+            torch.save(trainer.callback_metrics, tmp_path / "metrics.pt")
 
     in_two_processes(strategy, work)
     weights = torch.load(tmp_path / "weights.pt")
@@ -208,6 +209,10 @@ def test_two_processes_take_the_step_of_one(
         step, other = expected[name] - before[name], weights[name] - before[name]
         torch.testing.assert_close(other, step, rtol=1e-4, atol=1e-7)
     assert layout_of(tmp_path / "two.ckpt") == layout_of(tmp_path / "one.ckpt")
+    metrics = torch.load(tmp_path / "metrics.pt")
+    for name in ("entropy", "grad_norm/policy", "grad_norm/critic", "lr/policy", "clip_fraction"):
+        expected = one.callback_metrics[f"train/{name}"]
+        torch.testing.assert_close(metrics[f"train/{name}"], expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.slow

@@ -75,6 +75,7 @@ class Annotation(NamedTuple):
     q_taken: Tensor  # [B, L], Q of the taken tokens
     value: Tensor  # [B, L], soft value V
     kl: Tensor  # [B, L], KL(pi || pi_ref)
+    entropy: Tensor  # [B, L], of pi
     features: Tensor  # [B, L, D], of the reference
     policy_features: Tensor  # [B, L, D]
     critic_features: Tensor  # [B, L, C]
@@ -153,6 +154,12 @@ class ETPO(OnPolicyAlgorithm):
             return self.first_lambda
         return self.moved(self.first_lambda, 1.0, self.lambda_iters)
 
+    def annotated_width(self) -> int:
+        features = super().annotated_width()
+        if self.vocabulary_chunk is not None:
+            return 2 * features  # the policy's and the critic's, too
+        return features + 2 * self.backbone.vocabulary_size  # log pi_old and Q
+
     @torch.no_grad()
     def annotate(self, rollout: Rollout) -> TokenBatch:
         """Distributions, soft values and targets of fresh actions, under pi_old."""
@@ -179,6 +186,7 @@ class ETPO(OnPolicyAlgorithm):
             "rollout/explained_variance": objectives.explained_variance(
                 old.q_taken[actions.action_mask], returns[actions.action_mask]
             ),
+            "train/entropy": float(self.mean_over_tokens(old.entropy, actions.action_mask)),
         }
         return TokenBatch(
             prompt_ids=actions.prompt_ids,
@@ -214,7 +222,8 @@ class ETPO(OnPolicyAlgorithm):
             none = features[..., :0]
             q, q_taken, value, kl = self.token_numbers(log_pi, log_ref, outputs, action_ids)
             q = objectives.rebased_q(q, log_ref, log_pi, self.beta)
-            return Annotation(log_pi, q, q_taken, value, kl, features, none, none)
+            entropy = soft_bellman.entropy(log_pi)
+            return Annotation(log_pi, q, q_taken, value, kl, entropy, features, none, none)
         features = self.backbone.features(*inputs, reference=True)
         critic_features = self.target_critic.features(*inputs, features)
         if policy_features is None:
@@ -222,12 +231,12 @@ class ETPO(OnPolicyAlgorithm):
 
         def numbers_of(action_ids: Tensor, *read: Tensor) -> tuple[Tensor, ...]:
             distributions = self.from_features(self.backbone.head, action_ids, *read)
-            return self.token_numbers(*distributions, action_ids)[1:]
+            numbers = self.token_numbers(*distributions, action_ids)[1:]
+            return *numbers, soft_bellman.entropy(distributions[0])
 
         read = policy_features, features, critic_features
         none = features[..., :0]
-        q_taken, value, kl = chunked.in_chunks(numbers_of, self.vocabulary_chunk, action_ids, *read)
-        numbers = q_taken, value, kl
+        numbers = chunked.in_chunks(numbers_of, self.vocabulary_chunk, action_ids, *read)
         return Annotation(none, none, *numbers, features, policy_features, critic_features)
 
     def from_features(
@@ -353,14 +362,14 @@ class ETPO(OnPolicyAlgorithm):
         inputs = batch.prompt_ids, batch.prompt_mask, batch.action_ids
         taken = batch.action_ids, batch.advantages
 
-        def reduce(losses: Tensor, kl: Tensor) -> Tensor:
+        def reduce(losses: Tensor, kl: Tensor, clipped: Tensor) -> Tensor:
             return self.scale * ((losses * mask).sum(1) * batch.weights).mean()
 
         if self.vocabulary_chunk is None:
             old = batch.old_log_probs
             log_pi, _, log_kept = self.backbone(*inputs, support=old.isfinite())
-            losses, kl = self.losses(log_pi, log_kept, old, batch.q, *taken)
-            loss = reduce(losses, kl)
+            losses, kl, clipped = self.losses(log_pi, log_kept, old, batch.q, *taken)
+            loss = reduce(losses, kl, clipped)
         else:
 
             def losses_of(
@@ -376,7 +385,7 @@ class ETPO(OnPolicyAlgorithm):
                 return self.losses(log_pi, log_kept, log_old, q, action_ids, advantages)
 
             read = batch.old_features, batch.features, batch.critic_features
-            loss, (_, kl) = chunked.reduce_in_chunks(
+            loss, (_, kl, clipped) = chunked.reduce_in_chunks(
                 losses_of,
                 reduce,
                 self.vocabulary_chunk,
@@ -388,6 +397,8 @@ class ETPO(OnPolicyAlgorithm):
         kl = (kl * mask).sum(1).mean()
         self.log_mean("train/policy_loss", loss, len(mask))
         self.log_mean("train/kl_to_old", kl, len(mask))
+        if self.correction:
+            self.log_clip_fraction(clipped, mask)
         return loss, kl
 
     def losses(
@@ -398,12 +409,15 @@ class ETPO(OnPolicyAlgorithm):
         q: Tensor,
         action_ids: Tensor,
         advantages: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """The policy objective and KL(pi_old || pi) of tokens, [...] each.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The policy objective, KL(pi_old || pi) and 1 where the ratio is clipped, [...] each.
 
         log_pi, log_old and q, which is rebased to pi_old: [..., V]; the others [...].
         """
         kl = soft_bellman.kl_divergence(log_old, log_pi.detach())
+        clip = self.clip_low, self.clip_high
+        both = at_taken(log_pi, action_ids), at_taken(log_old, action_ids)
+        clipped = objectives.clipped(*both, *clip).to(kl.dtype)
         coefficient = self.beta + self.eta
         if self.correction:
             losses = objectives.doubly_robust_objective(
@@ -414,12 +428,12 @@ class ETPO(OnPolicyAlgorithm):
                 action_ids,
                 advantages,
                 coefficient,
-                clip_low=self.clip_low,
-                clip_high=self.clip_high,
+                0.0,
+                *clip,
             )
         else:
             losses = objectives.policy_objective(log_pi, log_old, None, q, coefficient)
-        return losses - self.leak * log_kept, kl
+        return losses - self.leak * log_kept, kl, clipped
 
     def old_distributions(self, batch: TokenBatch) -> Tensor:
         """log pi_old [B, L, V], which a batch itself may lack."""

@@ -61,6 +61,19 @@ def taken_token_correction(
     return -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
 
 
+def clipped(
+    log_pi_taken: Tensor, log_old_taken: Tensor, clip_low: float | None, clip_high: float | None
+) -> Tensor:
+    """Whether pi/pi_old is below 1 - `clip_low` or above 1 + `clip_high`: [...] -> bool [...].
+
+    None: no limit on that side. Without gradient.
+    """
+    ratio = (log_pi_taken.detach() - log_old_taken.detach()).exp()
+    low = 0.0 if clip_low is None else 1 - clip_low
+    high = float("inf") if clip_high is None else 1 + clip_high
+    return (ratio < low) | (ratio > high)
+
+
 def doubly_robust_objective(
     log_pi: Tensor,
     log_ref: Tensor,

@@ -10,6 +10,7 @@ from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -22,6 +23,7 @@ from etpo.sharding import ShardedStrategy
 
 # A training step's actions are computed in so many groups of similar length: less padding.
 LENGTH_GROUPS = 2
+GROUPS = ("policy", "critic")  # of the optimizer's parameters; the second only with a critic
 # features [..., D], tokens taken [...] -> log pi [..., V], log_kept [...]; as `Backbone.head`
 Head = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -147,6 +149,10 @@ class OnPolicyAlgorithm(LightningModule):
         prompts = rollout.bootstrap_ids.to(self.device), rollout.bootstrap_mask.to(self.device)
         return self.in_slices(evaluate, *prompts, torch.zeros_like(prompts[0][:, :1]))
 
+    def annotated_width(self) -> int:
+        """Floats that an annotated token takes until the iteration's last training step."""
+        return 2 * self.backbone.feature_size  # sampled ones and the reference's
+
     def annotate(self, rollout: Rollout) -> Any:
         """A NamedTuple of tensors whose first dimension is the action, without gradient.
 
@@ -230,12 +236,13 @@ class OnPolicyAlgorithm(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Limits the gradient norm of each list of `clipped_together`.
+        """Limits the gradient norm of each list of `clipped_together`; logs it as it was before.
 
         Raises ConfigError for one that is not finite, before the optimizer's step.
         """
-        for parameters in self.clipped_together(optimizer):
+        for name, parameters in self.clipped_together(optimizer).items():
             norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             if not torch.isfinite(norm):
                 raise ConfigError(
                     f"algorithm: the gradient norm is {float(norm)} in iteration "
@@ -243,10 +250,13 @@ class OnPolicyAlgorithm(LightningModule):
                     "taken, and last.ckpt is of the iteration before. Smaller policy_lr and "
                     "critic_lr, or model.dtype=float32, may help"
                 )
+            if any(parameter.grad is not None for parameter in parameters):
+                self.log_mean(f"train/grad_norm/{name}", norm, 1)
 
-    def clipped_together(self, optimizer: Optimizer) -> list[list[nn.Parameter]]:
+    def clipped_together(self, optimizer: Optimizer) -> dict[str, list[nn.Parameter]]:
         """Parameters with a common limit on their gradient norm: the policy's, the critic's."""
-        return [group["params"] for group in optimizer.param_groups]
+        groups = zip(GROUPS, optimizer.param_groups, strict=False)
+        return {name: group["params"] for name, group in groups}
 
     def on_fit_start(self) -> None:
         """Raises ConfigError for a model that cannot be computed in chunks."""
@@ -261,6 +271,9 @@ class OnPolicyAlgorithm(LightningModule):
             for name, value in self.rollout_metrics.items():
                 self.log_mean(name, value, 1)
             self.log_mean("train/beta", self.beta, 1)
+            groups = self.trainer.optimizers[0].param_groups
+            for name, group in zip(GROUPS, groups, strict=False):
+                self.log_mean(f"train/lr/{name}", group["lr"], 1)
         loss = kl = torch.zeros((), device=self.device)
         for part in by_length(batch, LENGTH_GROUPS):
             share = len(part.weights) / len(batch.weights)
@@ -300,6 +313,11 @@ class OnPolicyAlgorithm(LightningModule):
     def mean_over_tokens(self, values: Tensor, mask: Tensor) -> Tensor:
         """The mean of `values` [B, L] over what `mask` [B, L] marks, in all processes: []."""
         return self.mean_over_ranks(values[mask].sum()) / self.mean_over_ranks(mask.sum())
+
+    def log_clip_fraction(self, clipped: Tensor, mask: Tensor) -> None:
+        """Logs the fraction of what `mask` marks that is `clipped`: [B, K] each."""
+        count = int(mask.sum())
+        self.log_mean("train/clip_fraction", (clipped * mask).sum() / count, count)
 
     def of_all_ranks(self, rows: Tensor) -> Tensor:
         """Every process's `rows` [N, K], padded with 0 to the widest: [ranks * N, K], by rank."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from etpo.algorithms import advantages, chunked, objectives
 from etpo.algorithms.on_policy import OnPolicyAlgorithm, TokenValues
-from etpo.algorithms.soft_bellman import at_taken
+from etpo.algorithms.soft_bellman import at_taken, entropy
 from etpo.errors import check_range
 from etpo.models.backbone import Backbone
 from etpo.rollout.episode import Actions, Rollout
@@ -38,6 +38,7 @@ class Taken(NamedTuple):
     log_pi: Tensor  # float32 [B, L]
     log_ref: Tensor  # float32 [B, L]
     values: Tensor  # float32 [B, L]; 0 without a critic
+    entropy: Tensor  # float32 [B, L], of pi_old
     features: Tensor  # [B, L, D]
     support: Tensor  # bool [B, L, V] or [B, L, 0]
     policy_features: Tensor  # [B, L, D] or [B, L, 0]
@@ -92,7 +93,8 @@ class PolicyGradient(OnPolicyAlgorithm):
         credited, returns = self.credit(actions, taken, rollout)
         log_ratio = (taken.log_pi - taken.log_ref) * mask
         self.rollout_metrics = rollout_metrics(rollout) | {
-            "rollout/kl_to_reference": float(log_ratio.sum(1).mean())
+            "rollout/kl_to_reference": float(log_ratio.sum(1).mean()),
+            "train/entropy": float(self.mean_over_tokens(taken.entropy, mask)),
         }
         batch = TakenBatch(
             prompt_ids=actions.prompt_ids,
@@ -135,7 +137,7 @@ class PolicyGradient(OnPolicyAlgorithm):
         if self.vocabulary_chunk is None:
             log_probs = self.backbone(*inputs, known_features=policy_features).log_probs
             support = log_probs.isfinite() if self.backbone.min_p > 0 else none.bool()
-            log_pi = at_taken(log_probs, action_ids)
+            log_pi, entropies = at_taken(log_probs, action_ids), entropy(log_probs)
             log_ref, features, _ = self.backbone(*inputs, reference=True)
             log_ref = at_taken(log_ref, action_ids)
             policy_features = none.float()
@@ -143,7 +145,7 @@ class PolicyGradient(OnPolicyAlgorithm):
             features = self.backbone.features(*inputs, reference=True)
             if policy_features is None:
                 policy_features = self.backbone.features(*inputs)
-            log_pi, log_ref = chunked.in_chunks(
+            log_pi, entropies, log_ref = chunked.in_chunks(
                 self.taken_of_features, self.vocabulary_chunk, policy_features, features, action_ids
             )
             support = none.bool()
@@ -152,15 +154,15 @@ class PolicyGradient(OnPolicyAlgorithm):
         values = torch.zeros_like(log_pi)
         if self.critic is not None:
             values = self.prefix_values(*inputs, features)
-        return Taken(log_pi, log_ref, values, features, support, policy_features)
+        return Taken(log_pi, log_ref, values, entropies, features, support, policy_features)
 
     def taken_of_features(
         self, policy_features: Tensor, features: Tensor, action_ids: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """log pi and log pi_ref of taken tokens [...], of the two models' features [..., D]."""
+    ) -> tuple[Tensor, ...]:
+        """log pi, entropy of pi, log pi_ref [...] at taken tokens, of both models' [..., D]."""
         log_pi, _ = self.backbone.head(policy_features, action_ids)
         log_ref, _ = self.backbone.head(features, action_ids, reference=True)
-        return at_taken(log_pi, action_ids), at_taken(log_ref, action_ids)
+        return at_taken(log_pi, action_ids), entropy(log_pi), at_taken(log_ref, action_ids)
 
     def prefix_values(self, *inputs: Tensor) -> Tensor:
         """The critic's values [B, L] of the L prefixes; `inputs` as a critic takes them."""
@@ -234,6 +236,7 @@ class PolicyGradient(OnPolicyAlgorithm):
         loss = (losses / self.divisor(batch)).mean()
         self.log_mean("train/policy_loss", loss, len(mask))
         self.log_mean("train/kl_to_old", kl, len(mask))
+        self.log_clip_fraction(*self.clipped(log_pi, log_old, mask))
         return loss, kl
 
     def kept_of_features(
@@ -246,6 +249,13 @@ class PolicyGradient(OnPolicyAlgorithm):
                 support = self.old_head(old_features, action_ids)[0].isfinite()
         log_pi, log_kept = self.backbone.head(features, action_ids, support=support)
         return at_taken(log_pi, action_ids), log_kept
+
+    def clipped(self, log_pi: Tensor, log_old: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Which probability ratios are beyond the limits, and which exist: bool [B, K] each.
+
+        log_pi, log_old: of taken tokens [B, L], 0 where the mask is false.
+        """
+        return objectives.clipped(log_pi, log_old, self.clip, self.clip), mask
 
     def divisor(self, batch: TakenBatch) -> Tensor:
         """What the loss of every action, a sum over its tokens, is divided by: [B]."""

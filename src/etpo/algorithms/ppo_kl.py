@@ -35,6 +35,11 @@ class PPOKL(GeneralizedAdvantage):
     def token_values(self, *inputs: Tensor) -> TokenValues:
         return at_prompt(super().token_values(*inputs))
 
+    def clipped(self, log_pi: Tensor, log_old: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The ratio is that of a whole action."""
+        whole = log_pi.sum(1, keepdim=True), log_old.sum(1, keepdim=True)
+        return super().clipped(*whole, mask[:, :1])
+
     def surrogate(self, log_pi: Tensor, log_old: Tensor, batch: TakenBatch) -> Tensor:
         return objectives.taken_token_correction(
             log_pi.sum(1), log_old.sum(1), batch.advantages[:, 0], self.clip, self.clip

@@ -31,6 +31,11 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return expectation(log_p, log_p - log_q)
 
 
+def entropy(log_p: Tensor) -> Tensor:
+    """H(p) in nats, from 0 to log V: [..., V] -> [...]; p(w) = 0 counts 0."""
+    return -expectation(log_p, log_p)
+
+
 def soft_value(log_pi: Tensor, log_ref: Tensor, q: Tensor, beta: float) -> Tensor:
     """V(x) = E_pi[Q(x, .)] - beta KL(pi || pi_ref), all at the same prefix: [..., V] -> [...].
 

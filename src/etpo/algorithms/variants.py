@@ -130,5 +130,5 @@ class AdaptiveBetaETPO(ETPO):
 class JointClipETPO(ETPO):
     """One limit on the gradient norm of policy and critic together."""
 
-    def clipped_together(self, optimizer: Optimizer) -> list[list[nn.Parameter]]:
-        return [[p for group in optimizer.param_groups for p in group["params"]]]
+    def clipped_together(self, optimizer: Optimizer) -> dict[str, list[nn.Parameter]]:
+        return {"all": [p for group in optimizer.param_groups for p in group["params"]]}

@@ -18,12 +18,12 @@ class LearningCurve(Callback):
 
     TensorBoard gets the figure, too.
 
-    dataset, model (hub id or folder), seed: name the run in the title.
+    environment, model, seed: name the run in the title.
     """
 
-    def __init__(self, folder: str, dataset: object, model: str, seed: int) -> None:
+    def __init__(self, folder: str, environment: str, model: str, seed: int) -> None:
         self.folder = Path(folder)
-        self.title = f"{dataset}, {'/'.join(Path(model).parts[-2:])}, seed {seed}"
+        self.title = f"{environment}, {model}, seed {seed}"
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.draw(trainer)

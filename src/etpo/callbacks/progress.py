@@ -28,8 +28,14 @@ COLUMNS = (
 )
 
 
+QUIET_SECONDS = 30.0
+
+
 class RolloutProgress(Callback):
-    """Prints on rank zero; without a terminal only the lines.
+    """Prints on rank zero; without a terminal lines only.
+
+    There a line says how far an iteration is, when the first part of the run is done and whenever
+    `QUIET_SECONDS` have passed without one.
 
     An iteration's line comes when its checkpoint and its logs are written: a run that is stopped
     after a line goes on with the next iteration.
@@ -44,14 +50,20 @@ class RolloutProgress(Callback):
         self.started = 0.0
         self.number = 0  # of the iteration that `line` tells of, from 1
         self.line: str | None = None  # not printed yet
+        self.printed = float("-inf")  # when the last line was
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.started = time.perf_counter()
-        if trainer.is_global_zero and self.console.is_terminal:
+        if not trainer.is_global_zero:
+            return
+        if self.console.is_terminal:
             self.open(trainer)
+        trainer.datamodule.on_progress = self.show
+        if hasattr(trainer.datamodule.environment, "on_score"):
+            trainer.datamodule.environment.on_score = partial(self.show, "scoring")
 
     def open(self, trainer: Trainer) -> None:
-        """Shows the bars and has the collector and the environment report to them."""
+        """Shows the bars."""
         self.bars = Progress(
             TextColumn("{task.description:10}"),
             BarColumn(),
@@ -65,14 +77,20 @@ class RolloutProgress(Callback):
             "iterations", total=trainer.max_epochs, completed=trainer.current_epoch
         )
         self.stage = self.bars.add_task("rollout", total=None)
-        trainer.datamodule.on_progress = self.show
-        if hasattr(trainer.datamodule.environment, "on_score"):
-            trainer.datamodule.environment.on_score = partial(self.show, "scoring")
         self.bars.start()
 
     def show(self, stage: str, done: int, total: int) -> None:
-        """Sets the lower bar: `done` of `total` parts of a stage of the iteration."""
-        self.bars.update(self.stage, description=stage, completed=done, total=total)
+        """Sets the lower bar, or prints: `done` of `total` parts of a stage of the iteration."""
+        if self.bars is not None:
+            self.bars.update(self.stage, description=stage, completed=done, total=total)
+        elif time.perf_counter() - self.printed > QUIET_SECONDS:
+            seconds = time.perf_counter() - self.started
+            self.print(f"  {stage} {done}/{total}, {seconds:.0f} s")
+
+    def print(self, line: str) -> None:
+        """Writes a line to standard output at once."""
+        self.console.print(line, soft_wrap=True, markup=False, highlight=False)
+        self.printed = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.tell()
@@ -80,7 +98,7 @@ class RolloutProgress(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.bars is not None:
+        if trainer.is_global_zero:
             self.show("updating", batch_idx + 1, trainer.num_training_batches)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,7 +115,7 @@ class RolloutProgress(Callback):
         if self.line is None:
             return
         line, self.line = self.line, None
-        self.console.print(line, soft_wrap=True, markup=False, highlight=False)
+        self.print(line)
         log.info(line)
         if self.bars is not None:
             self.bars.advance(self.iterations)
@@ -115,10 +133,11 @@ class RolloutProgress(Callback):
 
     def close(self, trainer: Trainer) -> None:
         """Gives the terminal back."""
-        if self.bars is None:
+        if not trainer.is_global_zero:
             return
-        self.bars.stop()
-        self.bars = None
+        if self.bars is not None:
+            self.bars.stop()
+            self.bars = None
         trainer.datamodule.on_progress = None
         if hasattr(trainer.datamodule.environment, "on_score"):
             trainer.datamodule.environment.on_score = None

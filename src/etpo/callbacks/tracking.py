@@ -1,4 +1,4 @@
-"""What W&B and TensorBoard are told beyond the metrics: configuration, actions, results."""
+"""What W&B and TensorBoard get beyond the metrics: configuration, actions, results."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +10,30 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from etpo.callbacks.best_action import FILES
+from etpo.errors import ConfigError
 from etpo.rollout.episode import Record
 
 COLUMNS = ("iteration", *Record._fields)
+
+
+def start_tracking(loggers: Sequence[Logger]) -> None:
+    """Starts the runs of W&B's loggers, so that what they lack shows before a model is loaded.
+
+    Raises ConfigError where W&B refuses: without a login, with a bad key, without a network.
+    """
+    for logger in loggers:
+        if not isinstance(logger, WandbLogger):
+            continue
+        wandb.finish()  # what a failed cell of a multirun may have left open
+        logger._wandb_init.pop("anonymous", None)  # deprecated, Lightning always passes it
+        try:
+            logger.experiment  # noqa: B018
+        except (wandb.Error, ValueError, OSError, TimeoutError) as error:
+            line = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ConfigError(
+                f"logger=wandb: {line} (logger.wandb.offline=true needs no account and no network; "
+                "`wandb login` stores a key)"
+            ) from error
 
 
 class Tracking(Callback):

@@ -53,6 +53,7 @@ def to_html(rows: Sequence[dict[str, Any]], title: str) -> str:
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     return environment.get_template("credit.html.j2").render(
         title=title,
+        uncoloured=not any(x for row in rows for x in row.get("advantage") or ()),
         iterations=spread(iterations, PAGE_ITERATIONS),
         left_out=max(0, len(iterations) - PAGE_ITERATIONS),
         script=Markup(script),

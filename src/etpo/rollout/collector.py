@@ -80,6 +80,7 @@ class Group:
                 answer.rewards[row],
                 answer.errors[row],
                 answer.cached[row],
+                bool(self.taken.length_limited[row]),
             )
             for row, env in enumerate(self.envs)
         ]

@@ -26,7 +26,10 @@ class Actions(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One action as a person reads it; a line of `episodes.jsonl`."""
+    """One action as a person reads it; a line of `episodes.jsonl`.
+
+    length_limited: it was cut at `max_new_tokens`, before a stop token or a stop string.
+    """
 
     env: int
     attempt: int
@@ -35,6 +38,7 @@ class Record(NamedTuple):
     reward: float
     error: str | None
     cached: bool
+    length_limited: bool = False
 
 
 class Rollout(NamedTuple):

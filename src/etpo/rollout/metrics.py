@@ -15,6 +15,8 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "rollout/episode_reward": sum(r.reward for r in records) / episodes,
         "rollout/best_reward": max(r.reward for r in records),
         "rollout/valid_rate": sum(r.error is None for r in records) / len(records),
+        "rollout/refused_rate": sum(r.error is not None for r in records) / len(records),
+        "rollout/length_limit_rate": sum(r.length_limited for r in records) / len(records),
         "rollout/distinct_actions": len({r.action for r in records}) / len(records),
         "rollout/cached_rate": sum(r.cached for r in records) / len(records),
         "rollout/action_tokens": tokens / len(records),

@@ -16,12 +16,14 @@ class Sample(NamedTuple):
     """ids int64, mask bool, log_probs float32 of the taken tokens: each [B, L].
 
     features: [B, L, D], the last hidden states that they were drawn from; 0 where `mask` is false.
+    length_limited: bool [B], cut after `max_new_tokens` tokens.
     """
 
     ids: Tensor
     mask: Tensor
     log_probs: Tensor
     features: Tensor
+    length_limited: Tensor
 
 
 @torch.no_grad()
@@ -90,7 +92,10 @@ def sample(
                 use_cache=True,
                 **cache.inputs,
             )
-    return Sample(*(field[:, : step + 1] for field in (ids, masks, log_probs, features)))
+    length_limited = torch.zeros(size[0], dtype=torch.bool, device=device)
+    length_limited[rows] = running
+    fields = (field[:, : step + 1] for field in (ids, masks, log_probs, features))
+    return Sample(*fields, length_limited)
 
 
 def inverse_cdf(log_p: Tensor, noise: Tensor) -> Tensor:

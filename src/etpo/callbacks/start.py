@@ -1,0 +1,148 @@
+"""What is printed before the first iteration: what is trained, on what, and what it will take."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from rich.console import Console
+from torch import nn
+
+from etpo.algorithms.on_policy import OnPolicyAlgorithm
+from etpo.callbacks.summary import peak_memory_mib
+
+MIB = 2**20
+# Floats per token that a training step holds beside the annotated actions: for every entry of the
+# vocabulary, and in every layer by hidden and by intermediate size. Fitted to the measurements of
+# docs/benchmarks.md.
+STEP_VOCABULARY, STEP_HIDDEN, STEP_INTERMEDIATE = 18, 16, 6
+
+
+class StartReport(Callback):
+    """Prints on rank zero, when the models are on their device.
+
+    folder: of the run. environment, model: their names.
+    """
+
+    def __init__(self, folder: str, environment: str, model: str) -> None:
+        self.folder, self.environment, self.model = Path(folder), environment, model
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        console = Console(soft_wrap=True, highlight=False)
+        algorithm = type(pl_module).__name__.lower()
+        console.print(f"[bold]{algorithm}[/bold] on {self.environment}, {self.model}")
+        rows = [
+            ("device", device_line(trainer, pl_module)),
+            ("parameters", parameters_line(pl_module)),
+            ("iterations", iterations_line(trainer)),
+            ("memory", f"about {size(memory(trainer, pl_module))} {MEMORY_COVERS}"),
+            *(("checkpoints", line) for line in checkpoint_lines(trainer, pl_module)),
+            ("folder", str(self.folder)),
+        ]
+        for label, text in rows:
+            console.print(f"  {label:<18}{text}", markup=False)
+
+
+MEMORY_COVERS = "at the peak, if actions are of the greatest length (prompts not counted)"
+
+
+def device_line(trainer: Trainer, module: LightningModule) -> str:
+    """Kind of device, precision, processes; threads on a CPU."""
+    parts = [str(module.device), str(trainer.precision)]
+    if module.device.type == "cuda":
+        parts[0] += f" ({torch.cuda.get_device_name(module.device)})"
+    if module.device.type == "cpu":
+        parts.append(f"threads: {torch.get_num_threads()}")
+    if trainer.world_size > 1:
+        parts.append(f"processes: {trainer.world_size}")
+    return ", ".join(parts)
+
+
+def parameters_line(module: nn.Module) -> str:
+    """Trained ones, and all: those of policy, reference and critics, shared ones once."""
+    return f"{short(count(module, trained=True))} trained of {short(count(module))} in all"
+
+
+def count(module: nn.Module, *, trained: bool = False) -> int:
+    """Parameters of a module; with `trained` those that are trained."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+def short(number: int) -> str:
+    """1234567 -> 1.2M."""
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= unit:
+            return f"{number / unit:.3g}{letter}"
+    return str(number)
+
+
+def size(mib: float) -> str:
+    """Mebibytes in a readable unit."""
+    return f"{mib / 1024:.1f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"
+
+
+def iterations_line(trainer: Trainer) -> str:
+    """How many there are, and what each costs."""
+    data = trainer.datamodule
+    actions, tokens = data.actions_per_iteration, data.max_new_tokens
+    return (
+        f"{trainer.max_epochs} x {actions} actions of at most {tokens} tokens "
+        f"(up to {actions * tokens:,} tokens each), passes: {data.update_epochs}"
+    )
+
+
+def checkpoint_lines(trainer: Trainer, module: LightningModule) -> list[str]:
+    """The size of the files that are written, one line; none without checkpoints."""
+    callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    sizes = [checkpoint_mib(module, optimizer=not c.save_weights_only) for c in callbacks]
+    if not sizes or trainer.fast_dev_run:
+        return []
+    return [" and ".join(f"about {size(each)}" for each in sizes) + ", written every iteration"]
+
+
+def checkpoint_mib(module: LightningModule, *, optimizer: bool) -> float:
+    """A checkpoint's weights, and AdamW's two moments of what is trained."""
+    content: dict[str, Any] = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(content)
+    weights = {t.untyped_storage().data_ptr(): t.nbytes for t in content["state_dict"].values()}
+    moments = 2 * trained_bytes(module) if optimizer else 0
+    return (sum(weights.values()) + moments) / MIB
+
+
+def trained_bytes(module: nn.Module) -> int:
+    return sum(p.nbytes for p in module.parameters() if p.requires_grad)
+
+
+def memory(trainer: Trainer, module: LightningModule) -> float:
+    """Expected peak of a process in MiB: what is held now, gradients and moments, an iteration."""
+    now = peak_memory_mib(module.device)
+    if not isinstance(module, OnPolicyAlgorithm):
+        return now
+    data, backbone = trainer.datamodule, module.backbone
+    config = backbone.policy.config.get_text_config()
+    chunk = module.vocabulary_chunk
+    actions = data.actions_per_rank * data.max_new_tokens  # tokens of an iteration
+    step = data.minibatch_size * data.max_new_tokens  # of a training step
+    width = module.annotated_width()  # floats of an annotated token
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    layer = STEP_HIDDEN * config.hidden_size + STEP_INTERMEDIATE * inner
+    trunks = trained_trunks(module)
+    if backbone.checkpointed:
+        activations = trunks * config.num_hidden_layers * config.hidden_size + layer
+    else:
+        activations = trunks * config.num_hidden_layers * layer
+    distributions = STEP_VOCABULARY * backbone.vocabulary_size * min(step, chunk or step)
+    floats = actions * width + step * activations + distributions
+    return now + (3 * trained_bytes(module) + 4 * floats) / MIB
+
+
+def trained_trunks(module: OnPolicyAlgorithm) -> int:
+    """Language models that a training step goes back through: the policy, and a critic's own."""
+    critic = module.critic
+    own = critic is not None and any(
+        p.requires_grad for name, p in critic.named_parameters() if not name.startswith("head")
+    )
+    return 1 + own
