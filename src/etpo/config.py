@@ -1,5 +1,6 @@
 """Where the configuration lies, how it is checked, and how bad input is told."""
 
+import functools
 import hashlib
 import os
 import re
@@ -20,8 +21,9 @@ from hydra.errors import HydraException, InstantiationException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from etpo.errors import MAX_SEED, ConfigError, EnvironmentFailure, check_integer
+from etpo.errors import MAX_SEED, ConfigError, EnvironmentFailure, OutputError, check_integer
 from etpo.models.backbone import tiny_checkpoint
+from etpo.overrides import hydra_value, split_arguments
 
 _PACKAGED = Path(__file__).parent / "conf"
 CONF = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "conf"
@@ -69,10 +71,14 @@ def exit_on_bad_input() -> Iterator[None]:
     """Prints bad input on one line of stderr and exits with 2.
 
     That is a ConfigError, also one that Hydra wrapped, and, unless HYDRA_FULL_ERROR is set, what
-    an environment, or else a constructor or OmegaConf, raises.
+    an environment, or else a constructor or OmegaConf, raises. After an OutputError the exit
+    status is 1.
     """
     try:
         yield
+    except OutputError as error:
+        print(f"error: {error_line(error)}", file=sys.stderr)
+        sys.exit(1)
     except (ConfigError, InstantiationException, OmegaConfBaseException) as error:
         cause = first_cause(error)
         whole = isinstance(cause, ConfigError) and not isinstance(cause, EnvironmentFailure)
@@ -84,8 +90,8 @@ def exit_on_bad_input() -> Iterator[None]:
 
 
 def first_cause(error: BaseException) -> BaseException:
-    """The ConfigError that led to `error`, else its first cause."""
-    while not isinstance(error, ConfigError) and error.__cause__ is not None:
+    """The ConfigError or OutputError that led to `error`, else its first cause."""
+    while not isinstance(error, ConfigError | OutputError) and error.__cause__ is not None:
         error = error.__cause__
     return error
 
@@ -93,8 +99,8 @@ def first_cause(error: BaseException) -> BaseException:
 def error_line(error: BaseException) -> str:
     """One line for a person: a ConfigError's text, else the first line, with OmegaConf's key."""
     cause = first_cause(error)
-    if isinstance(cause, ConfigError):
-        return str(cause)
+    if isinstance(cause, ConfigError | OutputError):
+        return " ".join(str(cause).splitlines())
     key = re.search(r"full_key: (\S+)", str(error))
     line = (str(cause).splitlines() or [type(cause).__name__])[0]
     return f"{key[1]}: {line}" if key else line
@@ -103,13 +109,14 @@ def error_line(error: BaseException) -> str:
 def check_overrides(config_name: str, arguments: Sequence[str]) -> DictConfig | None:
     """What the overrides among `arguments` compose to, sweeps by their first value, and `hydra`.
 
-    None where `arguments` name another configuration than the package's own. Raises ConfigError
-    where they do not compose.
+    None where `arguments` name another configuration than the package's own or ask for the
+    shell's completion. Raises ConfigError where they do not compose.
     """
     flags = get_args_parser().parse_args(list(arguments))
-    if flags.config_dir or flags.config_path or flags.config_name:
+    if flags.config_path or flags.config_name or flags.shell_completion:
         return None
     multirun = flags.multirun or "hydra.mode=MULTIRUN" in flags.overrides
+    split_arguments(arguments)  # refuses what Hydra cannot read
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             loader = GlobalHydra.instance().config_loader()  # finds what a glob(...) means
@@ -117,6 +124,8 @@ def check_overrides(config_name: str, arguments: Sequence[str]) -> DictConfig | 
             single = [
                 _first(o) if multirun and o.is_sweep_override() else o.input_line for o in parsed
             ]
+            if flags.config_dir:
+                single.append(f"hydra.searchpath=[{hydra_value(searched(flags.config_dir))}]")
             cfg = compose(config_name, single, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error)) from error
@@ -124,6 +133,20 @@ def check_overrides(config_name: str, arguments: Sequence[str]) -> DictConfig | 
     if interval is not None and "BasicSweeper" in cfg.hydra.sweeper._target_:
         raise ConfigError(f"{interval}: allowed is a list, or an interval with hydra/sweeper=tpe")
     return cfg
+
+
+def searched(config_dir: str) -> str:
+    """A folder of configurations, as Hydra's search path names it; ConfigError where none is."""
+    folder = Path(config_dir).absolute()
+    if not folder.is_dir():
+        raise ConfigError(f"--config-dir {config_dir}: no such folder")
+    return f"file://{folder}"
+
+
+@functools.cache
+def config_groups() -> tuple[str, ...]:
+    """The names of all config groups, below others too, as `model/prompt`."""
+    return tuple(str(p.relative_to(CONF)) for p in CONF.rglob("*") if p.is_dir())
 
 
 def _first(sweep: Override) -> str:
@@ -186,11 +209,31 @@ def check_trainer(trainer: DictConfig, max_grad_norm: float | None) -> None:
 _UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, UnpicklingError)
 
 
+def checkpoint_file(ckpt_path: object) -> Path:
+    """The absolute path of a checkpoint; of a folder, its `last.ckpt`, also in `checkpoints/`.
+
+    Raises ConfigError where there is none.
+    """
+    text = str(ckpt_path)
+    paths = [Path(form).expanduser().absolute() for form in (text, text.strip())]
+    files = [p / below for p in paths for below in ("", "last.ckpt", "checkpoints/last.ckpt")]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        folder = next((p for p in paths if p.is_dir()), None)
+        found = "no such file" if folder is None else "no checkpoints/last.ckpt in this folder"
+        raise ConfigError(f"ckpt_path={text}: {found}; allowed is a checkpoint")
+    return file
+
+
+def run_folder(file: Path) -> Path | None:
+    """The folder of the run that wrote the checkpoint `file`; None where it lies in none."""
+    folders = (path.parent.parent for path in (file.absolute(), file.resolve()))
+    return next((f for f in folders if (f / ".hydra" / "overrides.yaml").is_file()), None)
+
+
 def load_checkpoint(ckpt_path: str) -> dict[str, Any]:
     """The checkpoint's content, mapped from the file; ConfigError where it is no checkpoint."""
-    path = Path(str(ckpt_path))
-    if not path.is_file():
-        raise ConfigError(f"ckpt_path={path}: no such file; allowed is a checkpoint")
+    path = checkpoint_file(ckpt_path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         content["state_dict"]
@@ -199,35 +242,17 @@ def load_checkpoint(ckpt_path: str) -> dict[str, Any]:
     return content
 
 
-def resume_arguments(arguments: Sequence[str]) -> list[str]:
-    """The command line of a resumed run: the saved overrides, then the new ones, in its folder.
-
-    Without `ckpt_path=`, or with a checkpoint that lies in no run folder, `arguments` unchanged.
-    """
-    paths = [a.partition("=")[2] for a in arguments if a.startswith("ckpt_path=")]
-    if not paths or paths[-1] in ("", "null"):
-        return list(arguments)
-    folder = Path(paths[-1]).absolute().parent.parent
-    saved = folder / ".hydra" / "overrides.yaml"
-    if not saved.is_file():
-        return list(arguments)
-    kept = [o for o in OmegaConf.load(saved) if not o.startswith("ckpt_path=")]
-    added = [*arguments, f"hydra.run.dir={folder}"]
-    return [*(o for o in kept if o not in added), *dict.fromkeys(added)]
-
-
 def study_arguments(arguments: Sequence[str]) -> list[str]:
     """A multirun's `arguments`, its flag first, with their hash as `study` if none is named.
 
     The launcher is no part of the hash: where cells run does not change what they are.
     Raises ConfigError where the overrides do not compose.
     """
-    multirun = {"-m", "--multirun"} & set(arguments)
-    rest = [a for a in arguments if a not in multirun]
-    # argparse refuses overrides on both sides of a flag
-    arguments = ["--multirun", *rest] if multirun else rest
-    cfg = check_overrides("train", arguments)
-    if multirun and cfg is not None and cfg.study is None:
+    flags, overrides = split_arguments(arguments)
+    rest = [given.input_line for given in overrides]
+    cfg = check_overrides("train", [*flags, *rest])
+    if {"-m", "--multirun"} & set(flags) and cfg is not None and cfg.study is None:
         named = {a for a in rest if not a.startswith(("hydra/launcher", "hydra.launcher"))}
-        arguments.append(f"study={short_hash(*sorted(named))}")
-    return arguments
+        named |= set(flags) - {"-m", "--multirun"}
+        rest.append(f"study={short_hash(*sorted(named))}")
+    return [*flags, *rest]

@@ -1,4 +1,4 @@
-"""The exceptions that a user's input can raise, and the checks that several modules share."""
+"""The exceptions that end a command with one line, and the checks that several modules share."""
 
 MAX_SEED = 2**32 - 1  # of NumPy and Lightning
 
@@ -23,6 +23,17 @@ def one_line(text: str, limit: int = 300) -> str:
     if len(line) > limit:
         line = line[: limit - 3] + "..."
     return "".join(c if c.isprintable() else "?" for c in line)
+
+
+class UnknownMetric(ConfigError):
+    """`optimized_metric` names a metric that no iteration logs: no run of a study could have it."""
+
+
+class OutputError(RuntimeError):
+    """A file that cannot be written: one line that names it and the reason.
+
+    Entry points print the message and exit with status 1; no traceback is shown.
+    """
 
 
 def check_range(key: str, value: float, low: float, high: float, *, above: bool = False) -> None:

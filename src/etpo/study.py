@@ -5,28 +5,30 @@ common folder, share a study when each is given the same command: a cell belongs
 that holds its lock.
 """
 
-import fcntl
 import json
+import math
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import chdir, contextmanager
+from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from etpo.callbacks.metrics_csv import rows_before
 from etpo.config import error_line
-from etpo.errors import ConfigError
+from etpo.errors import ConfigError, OutputError, UnknownMetric
+from etpo.files import write_text
+from etpo.run_folder import claimed, is_main_process, save_config
 
 # of a cell's configuration: what may change between the sessions of a study
 CHANGEABLE = (
     "ckpt_path",
     "study",
+    "optimized_metric",
     "paths.log_dir",
     "environment.data_dir",
     "environment.path",
@@ -39,9 +41,10 @@ CHANGEABLE = (
 def run_cell(cfg: DictConfig, run: Callable[[DictConfig], float | None]) -> float | None:
     """The optimised metric of a cell, which `run` trains unless that was done before.
 
-    None where another process trains it or where it fails; a failure leaves `failed.txt`, one line
-    and the traceback. A cell that has a checkpoint goes on from there. An environment that changes
-    the working directory changes it for its own cell alone.
+    None where another process trains it, where it fails and where the metric is not finite; a
+    failure leaves `failed.txt`, one line and the traceback. A cell that has a checkpoint goes on
+    from there. An environment that changes the working directory changes it for its own cell alone.
+    An unknown metric ends the process with status 2.
     """
     folder = Path(cfg.paths.output_dir)
     name = " ".join(HydraConfig.get().overrides.task)
@@ -54,34 +57,26 @@ def run_cell(cfg: DictConfig, run: Callable[[DictConfig], float | None]) -> floa
             check_unchanged(folder, cfg)
             if shortcoming(folder) is None:
                 print(f"\ncell {name}\n  was finished before: {folder}", flush=True)
-                return last_metric(folder, cfg.optimized_metric)
+                return finite(last_metric(folder, cfg.optimized_metric))
             last = folder / "checkpoints" / "last.ckpt"
             if cfg.ckpt_path is None and last.is_file():
                 cfg.ckpt_path = str(last)
             print(f"\ncell {name}", flush=True)
-            return run(cfg)
+            if is_main_process():
+                save_config(folder, cfg)
+            return finite(run(cfg))
+        except UnknownMetric as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(2)
         except Exception as error:  # the other cells are still to be run
             line = error_line(error)
             report = f"{line}\n\n{traceback.format_exc()}"
-            (folder / "failed.txt").write_text(report, encoding="utf-8")
+            try:
+                write_text(folder / "failed.txt", report)
+            except OutputError as full:  # the line below is then all that is left
+                print(f"error: {full}", file=sys.stderr, flush=True)
             print(f"error: {line}", file=sys.stderr, flush=True)
             return None
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[bool]:
-    """Whether this process alone holds the folder, until the end of the context or its own end."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if rank_zero_only.rank != 0:  # what rank zero claims is claimed for all
-        yield True
-        return
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
 
 
 def check_unchanged(folder: Path, cfg: DictConfig) -> None:
@@ -92,7 +87,7 @@ def check_unchanged(folder: Path, cfg: DictConfig) -> None:
     present = OmegaConf.to_container(kept, resolve=False)
     file = folder / "cell.json"
     if not file.exists():
-        file.write_text(json.dumps(present, indent=2) + "\n", encoding="utf-8")
+        write_text(file, json.dumps(present, indent=2) + "\n")
         return
     key = difference(json.loads(file.read_text(encoding="utf-8")), present)
     if key is not None:
@@ -126,9 +121,19 @@ def shortcoming(cell: Path) -> str | None:
 
 
 def last_metric(folder: Path, name: str) -> float | None:
-    """A metric of the last iteration, from `metrics.csv`."""
-    value = rows_before(folder / "metrics.csv", sys.maxsize)[-1].get(name)
+    """A metric of the last iteration, from `metrics.csv`, else from `summary.json`."""
+    rows = rows_before(folder / "metrics.csv", sys.maxsize)
+    if rows:
+        value = rows[-1].get(name)
+    else:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        value = summary.get("last_metrics", {}).get(name)
     return None if value is None else float(value)
+
+
+def finite(value: float | None) -> float | None:
+    """`value`; None, a failed trial of a search, where it is no finite number."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 class StudyReport(Callback):

@@ -2,9 +2,11 @@
 
 import ctypes
 import logging
+import math
 import signal
 import sys
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -13,14 +15,16 @@ from typing import Any
 import hydra
 import wandb
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.utilities import rank_zero_only
+from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig, OmegaConf
 from transformers.utils import logging as transformers_logging
 
 from etpo.callbacks.best_action import BestAction
+from etpo.callbacks.same_rewards import SameRewards
 from etpo.callbacks.summary import RunSummary, print_closing, write_summary
 from etpo.callbacks.tracking import start_tracking, track_results
 from etpo.config import (
@@ -28,11 +32,14 @@ from etpo.config import (
     check_config,
     exit_on_bad_input,
     load_checkpoint,
-    resume_arguments,
+    short_hash,
     study_arguments,
 )
 from etpo.environments.text_env import TextVectorEnv
-from etpo.errors import ConfigError
+from etpo.errors import ConfigError, UnknownMetric
+from etpo.files import output_errors
+from etpo.resume import check_optimizer, check_progress, resume_arguments
+from etpo.run_folder import held, save_config
 from etpo.study import run_cell
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -57,14 +64,21 @@ def build(cfg: DictConfig) -> Run:
     """Everything that `cfg` names; the environment's input is checked before a model is loaded."""
     environment = instantiate(cfg.environment)
     datamodule = instantiate(cfg.rollout, environment=environment)
-    loggers = [instantiate(logger) for logger in (cfg.logger or {}).values()]
-    callbacks = [instantiate(callback) for callback in (cfg.callbacks or {}).values()]
-    trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks)
+    loggers = [instantiate(logger) for logger in (cfg.get("logger") or {}).values()]
+    callbacks = [instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()]
+    own = [RunStart(cfg), SameRewards(reward_key(environment, cfg.environment))]
+    limits = {}
+    if not any(isinstance(callback, Checkpoint) for callback in callbacks):
+        limits["enable_checkpointing"] = False  # else Lightning adds a callback of its own
+    trainer = instantiate(cfg.trainer, logger=loggers, callbacks=[*own, *callbacks], **limits)
     datamodule.check(trainer.world_size)
     start_tracking(trainer.loggers)
     module = instantiate(cfg.algorithm, backbone=instantiate(cfg.model))
     if cfg.ckpt_path is not None:
+        content = load_checkpoint(cfg.ckpt_path)
+        check_progress(content, cfg.ckpt_path, cfg.trainer.max_epochs)
         check_weights(module, cfg.ckpt_path, cfg.model.name_or_path)
+        check_optimizer(module, content)
     return Run(environment, module, datamodule, trainer)
 
 
@@ -98,9 +112,41 @@ def fit(run: Run, ckpt_path: str | None) -> str:
     return "finished"
 
 
+def reward_key(environment: TextVectorEnv, cfg: DictConfig) -> str:
+    """Names what rewards depend on besides the action, as far as it is known."""
+    own = getattr(environment, "reward_key", None)
+    return own or short_hash(OmegaConf.to_yaml(cfg, resolve=True))
+
+
+class RunStart(Callback):
+    """Writes the first files of a run once everything is checked, and watches its first metrics.
+
+    Raises UnknownMetric after the first iteration of a multirun that logs no `optimized_metric`.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.cfg = cfg
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = Path(self.cfg.paths.output_dir)
+        if trainer.is_global_zero:
+            log_to(folder / "train.log")
+            save_config(folder, self.cfg)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(OmegaConf.to_container(self.cfg, resolve=True))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        name, known = self.cfg.optimized_metric, trainer.callback_metrics
+        multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+        if not multirun or name in known or str(name) == "val/reward":
+            return
+        raise UnknownMetric(f"optimized_metric={name}: allowed are {', '.join(sorted(known))}")
+
+
 def close(run: Run, cfg: DictConfig, status: str) -> dict[str, Any]:
     """Scores the best program on the held-out rows, once, and writes `summary.json`."""
-    best = run.callback(BestAction).best
+    kept = run.callback(BestAction)
+    best = None if kept is None else kept.best
     held_out_auc = None
     if best is not None and hasattr(run.environment, "held_out_score"):
         held_out_auc = run.environment.held_out_score(best["action"])
@@ -113,6 +159,9 @@ def close(run: Run, cfg: DictConfig, status: str) -> dict[str, Any]:
         "seed": cfg.seed,
         "sandbox": getattr(run.environment, "sandbox_level", None),
     }
+    metrics = {name: float(value) for name, value in run.trainer.callback_metrics.items()}
+    identity["iterations"] = run.trainer.current_epoch
+    identity["last_metrics"] = {n: v for n, v in sorted(metrics.items()) if math.isfinite(v)}
     return write_summary(
         Path(cfg.paths.output_dir),
         status=status,
@@ -122,20 +171,29 @@ def close(run: Run, cfg: DictConfig, status: str) -> dict[str, Any]:
     )
 
 
+def is_complete(trainer: Trainer, max_epochs: int) -> bool:
+    """Whether all iterations ran, each with all of its updates."""
+    limit = trainer.limit_train_batches
+    whole = isinstance(limit, float) and limit == 1.0
+    return trainer.current_epoch >= max_epochs and whole and not trainer.fast_dev_run
+
+
 def train(cfg: DictConfig) -> tuple[dict[str, Any], Run]:
-    """Trains as `cfg` says; returns the summary and the objects of the run."""
+    """Trains as `cfg` says; returns the summary and the objects of the run.
+
+    Its status is finished; stopped, where a limit (`trainer.max_time`, `max_steps`,
+    `limit_train_batches`, `fast_dev_run`) or a callback ended it before its last iteration or
+    update; or interrupted, after Ctrl-C or SIGTERM.
+    """
     check_config(cfg)
     folder = Path(cfg.paths.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if rank_zero_only.rank == 0:
-        log_to(folder / "train.log")
     seed_everything(cfg.seed, workers=True, verbose=False)
     run = build(cfg)
-    for logger in run.trainer.loggers:
-        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     try:
         status = fit(run, cfg.ckpt_path)
-        summary = {}
+        if status == "finished" and not is_complete(run.trainer, cfg.trainer.max_epochs):
+            status = "stopped"
+        summary = {"status": status}
         if run.trainer.is_global_zero:
             summary = close(run, cfg, status)
             track_results(run.trainer.loggers, summary, folder)
@@ -146,13 +204,22 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], Run]:
     return summary, run
 
 
+class LogFile(logging.FileHandler):
+    """Ends the run with one line where the disk is full; logging itself prints a traceback."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        with output_errors(Path(self.baseFilename)):
+            raise
+
+
 def log_to(file: Path) -> None:
     """Sends the records of the logger `etpo` to `file` alone."""
     logger = logging.getLogger("etpo")
     for handler in list(logger.handlers):
         handler.close()
         logger.removeHandler(handler)
-    handler = logging.FileHandler(file, encoding="utf-8")
+    with output_errors(file):
+        handler = LogFile(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -192,7 +259,7 @@ def hydra_main(cfg: DictConfig) -> float | None:
     keep_freed_memory()
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return run_cell(cfg, train_and_judge)
-    with exit_on_bad_input():
+    with exit_on_bad_input(), held(cfg):
         return train_and_judge(cfg)
 
 
@@ -219,7 +286,12 @@ def terminate(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Console script: `etpo-train [key=value ...]`."""
     with exit_on_bad_input():
-        sys.argv[1:] = study_arguments(resume_arguments(sys.argv[1:]))
+        if not {"-sc", "--shell-completion", "--shell_completion"} & set(sys.argv[1:]):
+            sys.argv[1:] = study_arguments(resume_arguments(sys.argv[1:]))
+        with suppress(ImportError):  # without the extra `sweep`
+            from etpo.search import Search
+
+            Plugins.instance().register(Search)
     previous = signal.signal(signal.SIGTERM, terminate)  # Lightning calls it after its own
     try:
         hydra_main()

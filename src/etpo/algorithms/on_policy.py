@@ -1,6 +1,7 @@
 """What on-policy algorithms share: policy, optimizer, trust region, minibatches, checkpoints."""
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -225,10 +226,13 @@ class OnPolicyAlgorithm(LightningModule):
         if self.critic is not None:
             trained = [p for p in self.critic.parameters() if p.requires_grad]
             groups.append({"params": trained, "lr": self.critic_lr})
-        optimizer = self.optimizer(groups)
-        if self.scheduler is None:
-            return {"optimizer": optimizer}
-        return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}
+        try:
+            optimizer = self.optimizer(groups)
+            if self.scheduler is None:
+                return {"optimizer": optimizer}
+            return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"algorithm.optimizer, algorithm.scheduler: {error}") from error
 
     def configure_gradient_clipping(
         self,
@@ -262,6 +266,31 @@ class OnPolicyAlgorithm(LightningModule):
         """Raises ConfigError for a model that cannot be computed in chunks."""
         if self.vocabulary_chunk is not None:
             self.backbone.check_output_layer(f"algorithm.vocabulary_chunk={self.vocabulary_chunk}")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves the learning rates to the present configuration: `on_train_start` sets them."""
+        checkpoint["lr_schedulers"] = []
+
+    def on_train_start(self) -> None:
+        """Has the options of a resumed run's optimizer and scheduler act, not the checkpoint's.
+
+        The scheduler makes the steps of the iterations so far again, which gives the same learning
+        rates to the last bit where nothing has changed.
+        """
+        if not (self.trainer.ckpt_path and self.trainer.current_epoch):
+            return
+        configured: Any = self.configure_optimizers()
+        fresh, scheduler = configured["optimizer"], configured.get("lr_scheduler")
+        if scheduler is not None:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+                for _ in range(self.trainer.current_epoch):
+                    scheduler.step()
+            for config in self.trainer.lr_scheduler_configs:
+                config.scheduler.load_state_dict(scheduler.state_dict())
+        for optimizer in self.trainer.optimizers:
+            for group, options in zip(optimizer.param_groups, fresh.param_groups, strict=True):
+                group |= {key: value for key, value in options.items() if key != "params"}
 
     def on_train_epoch_start(self) -> None:
         self.policy_stopped = False

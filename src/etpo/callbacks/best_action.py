@@ -6,6 +6,7 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from etpo.callbacks.ranks import gather
+from etpo.files import write_text
 
 FILES = ("best_action.py", "best_action.txt")
 
@@ -37,16 +38,18 @@ class BestAction(Callback):
 
     def write(self, environment: Any) -> None:
         """Brings the files of `folder` in line with `best`."""
+        present = None
+        if self.best is not None:
+            action = self.best["action"]
+            if self.best["error"] is None and hasattr(environment, "write_best_action"):
+                environment.write_best_action(self.folder, action)
+                present = "best_action.py"
+            else:
+                write_text(self.folder / "best_action.txt", action)
+                present = "best_action.txt"
         for name in FILES:
-            (self.folder / name).unlink(missing_ok=True)
-        if self.best is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        action = self.best["action"]
-        if self.best["error"] is None and hasattr(environment, "write_best_action"):
-            environment.write_best_action(self.folder, action)
-        else:
-            (self.folder / "best_action.txt").write_text(action, encoding="utf-8")
+            if name != present:
+                (self.folder / name).unlink(missing_ok=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}

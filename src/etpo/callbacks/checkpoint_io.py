@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from etpo.files import written
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the target and renames: a stop at any moment leaves the last whole checkpoint.
@@ -18,11 +20,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str, storage_options: Any | None = None
     ) -> None:
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f"{target.name}.part")
-        with part.open("wb") as file:
+        with written(Path(path)) as part, part.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, target)

@@ -16,6 +16,7 @@ from etpo.algorithms.on_policy import OnPolicyAlgorithm
 from etpo.algorithms.soft_bellman import at_taken
 from etpo.callbacks.episodes import cut_back
 from etpo.errors import check_integer
+from etpo.files import append_lines
 from etpo.models.backbone import Backbone
 from etpo.models.token_text import label, token_texts
 from etpo.reporting.credit import read_rows, write_page
@@ -97,9 +98,7 @@ class TokenCredit(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not (trainer.is_global_zero and self.lines):
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in self.lines)
+        append_lines(self.file, [json.dumps(line) + "\n" for line in self.lines])
         self.write(pl_module)
 
     def write(self, module: LightningModule) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from lightning import Callback, LightningModule, Trainer
 
 from etpo.callbacks.ranks import gather
+from etpo.files import append_lines
 
 
 class EpisodeLog(Callback):
@@ -33,9 +34,7 @@ class EpisodeLog(Callback):
                 if len(ranks) > 1:
                     line["rank"] = rank
                 lines.append(json.dumps(line) + "\n")
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a") as file:
-            file.writelines(lines)
+        append_lines(self.file, lines)
 
 
 def cut_back(file: Path, iteration: int) -> None:

@@ -1,16 +1,19 @@
-"""`learning_curve.png`: what a run learned, from its `metrics.csv`."""
+"""`learning_curve.png`: what a run learned."""
 
 from pathlib import Path
+from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from torch import Tensor
 
-from etpo.callbacks.metrics_csv import rows_before
+from etpo.files import written
 
 # the first two colours of Okabe and Ito's palette that differ in lightness too
 MEAN, GREEDY = "#0072B2", "#D55E00"
+METRICS = ("rollout/reward", "val/reward", "rollout/valid_rate")
 
 
 class LearningCurve(Callback):
@@ -24,6 +27,24 @@ class LearningCurve(Callback):
     def __init__(self, folder: str, environment: str, model: str, seed: int) -> None:
         self.folder = Path(folder)
         self.title = f"{environment}, {model}, seed {seed}"
+        self.rows: list[dict[str, float]] = []  # of the completed iterations
+        self.before: dict[str, Tensor] = {}
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.before = dict(trainer.callback_metrics)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = trainer.callback_metrics
+        # Lightning keeps the last value of what this iteration has not logged
+        logged = [m for m in METRICS if m in metrics and metrics[m] is not self.before.get(m)]
+        row = {name: metrics[name].item() for name in logged}
+        self.rows.append({"iteration": trainer.current_epoch, **row})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = list(state_dict["rows"])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.draw(trainer)
@@ -37,17 +58,19 @@ class LearningCurve(Callback):
         """Writes the figure, if an iteration was completed."""
         if not trainer.is_global_zero:
             return
-        rows = rows_before(self.folder / "metrics.csv", trainer.current_epoch)
+        # without the iteration that an exception has ended before its checkpoint
+        rows = [row for row in self.rows if row["iteration"] < trainer.current_epoch]
         if rows:
             figure = learning_curve(rows, trainer.datamodule.actions_per_iteration, self.title)
-            figure.savefig(self.folder / "learning_curve.png", dpi=150)
+            with written(self.folder / "learning_curve.png") as part:
+                figure.savefig(part, dpi=150, format="png")
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_figure("learning_curve", figure, trainer.global_step)
 
 
-def learning_curve(rows: list[dict[str, str]], actions_per_iteration: int, title: str) -> Figure:
-    """Rewards above, valid rate below, of the rows of a `metrics.csv`."""
+def learning_curve(rows: list[dict[str, float]], actions_per_iteration: int, title: str) -> Figure:
+    """Rewards above, valid rate below, of rows with an iteration and its `METRICS`."""
     figure = Figure(figsize=(7, 5), layout="constrained")
     reward, valid = figure.subplots(2, sharex=True, height_ratios=(2, 1))
     for axes, name, label, colour in (
@@ -56,9 +79,9 @@ def learning_curve(rows: list[dict[str, str]], actions_per_iteration: int, title
         (valid, "rollout/valid_rate", None, MEAN),
     ):
         points = [
-            ((int(row["iteration"]) + 1) * actions_per_iteration, float(row[name]))
+            ((row["iteration"] + 1) * actions_per_iteration, row[name])
             for row in rows
-            if row.get(name)
+            if name in row
         ]
         axes.plot(*zip(*points, strict=True), color=colour, label=label, marker="o", markersize=3)
     reward.set_title(title)

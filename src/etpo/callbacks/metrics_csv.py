@@ -1,11 +1,12 @@
 """`metrics.csv`: one row per iteration, in the run's folder."""
 
 import csv
-import os
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
+
+from etpo.files import written
 
 
 class MetricsCSV(Callback):
@@ -55,10 +56,7 @@ def rows_before(file: Path, iteration: int) -> list[dict[str, str]]:
 def write_rows(file: Path, rows: list[dict[str, str]]) -> None:
     """Replaces `file`; metrics that a row lacks are left empty."""
     names = sorted(set().union(*rows) - {"iteration", "step"})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".csv.part")
-    with part.open("w", newline="") as lines:
+    with written(file) as part, part.open("w", newline="") as lines:
         writer = csv.DictWriter(lines, ["iteration", "step", *names], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(part, file)

@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import platform
 import resource
-import shlex
 import sys
 import time
 from importlib.metadata import version
@@ -17,6 +15,8 @@ from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 
 from etpo.callbacks.ranks import gather
+from etpo.files import write_text
+from etpo.overrides import shell_word
 
 PACKAGES = ("etpo", "lightning", "torch", "transformers", "scikit-learn", "numpy")
 
@@ -84,9 +84,9 @@ class RunSummary(Callback):
         best = max(rank["best_reward"] for rank in ranks)
         if self.iterations == 0:
             self.numbers |= {key: metrics.get(name) for key, name in FIRST.items()}
-            self.numbers["best_reward"] = best
         self.numbers |= {key: metrics.get(name) for key, name in LAST.items()}
-        self.numbers["best_reward"] = max(best, self.numbers["best_reward"])
+        before = self.numbers["best_reward"]  # None at first, and where the data has changed
+        self.numbers["best_reward"] = best if before is None else max(best, before)
         pl_module.log("rollout/best_reward_so_far", self.numbers["best_reward"], sync_dist=True)
         self.generate_seconds += metrics["time/generate_seconds"]
         self.iterations = trainer.current_epoch + 1
@@ -128,50 +128,47 @@ def write_summary(
     folder: Path,
     *,
     status: str,
-    collected: RunSummary,
+    collected: RunSummary | None,
     identity: dict[str, Any],
     held_out_auc: float | None,
 ) -> dict[str, Any]:
     """Writes `folder/summary.json` in one step and returns what it holds.
 
-    status: finished or interrupted. identity: algorithm, environment, dataset, model, seed,
-    sandbox and what else tells runs apart. Numbers that are not finite become null.
+    collected: None leaves its numbers out. Numbers that are not finite become null.
     """
     versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
     summary = {
         "status": status,
         **identity,
-        **collected.summary(),
+        **({} if collected is None else collected.summary()),
         "held_out_auc": held_out_auc,
         "versions": versions,
     }
     for key, value in summary.items():
         if isinstance(value, float) and not math.isfinite(value):
             summary[key] = None
-    part = folder / "summary.json.part"
-    part.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, folder / "summary.json")
+    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
 def print_closing(summary: dict[str, Any], folder: Path) -> None:
     """Says how the run went, where its files are, and how to go on."""
-    iterations, interrupted = summary["iterations"], summary["status"] == "interrupted"
+    iterations, finished = summary["iterations"], summary["status"] == "finished"
     rows = closing_numbers(summary)
     for label, name in FILES:
         if (folder / name).exists():
             rows.append((label, str(folder / name)))
     last = folder / "checkpoints" / "last.ckpt"
     if last.exists():
-        checkpoint = shlex.quote(f"ckpt_path={last}")
-        more = "" if interrupted else f" trainer.max_epochs={2 * iterations}"
-        rows.append(("go on" if interrupted else "train longer", f"etpo-train {checkpoint}{more}"))
+        checkpoint = shell_word("ckpt_path", str(last))
+        more = f" trainer.max_epochs={2 * iterations}" if finished else ""
+        rows.append(("train longer" if finished else "go on", f"etpo-train {checkpoint}{more}"))
         rows.append(("evaluate", f"etpo-evaluate {checkpoint}"))
+    counts = f"{iterations} iterations"
+    if "env_steps" in summary:
+        counts += f", {summary['env_steps']} actions, {summary['wall_seconds']:.0f} s"
     console = Console(soft_wrap=True, highlight=False)
-    console.print(
-        f"\n[bold]{summary['status'].capitalize()}[/bold] after {iterations} iterations, "
-        f"{summary['env_steps']} actions, {summary['wall_seconds']:.0f} s"
-    )
+    console.print(f"\n[bold]{summary['status'].capitalize()}[/bold] after {counts}")
     for label, text in rows:
         console.print(f"  {label:<18}{text}", markup=False)
 
@@ -180,7 +177,7 @@ def closing_numbers(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Label and text of the numbers that are known."""
 
     def text(key: str, form: str) -> str:
-        return "-" if summary[key] is None else f"{summary[key]:{form}}"
+        return "-" if summary.get(key) is None else f"{summary[key]:{form}}"
 
     rows = [
         ("mean reward", f"{text('first_mean_reward', '.3f')} -> {text('last_mean_reward', '.3f')}"),

@@ -101,7 +101,8 @@ def track_results(loggers: Sequence[Logger], summary: dict[str, Any], folder: Pa
             page = folder / "credit.html"
             if page.exists():
                 html = wandb.Html(page.read_text(encoding="utf-8"), inject=False)
-                run.log({"credit": html, "env_steps": summary["env_steps"]})
+                steps = {key: summary[key] for key in ("env_steps",) if key in summary}
+                run.log({"credit": html, **steps})
             for file in (folder / name for name in FILES):
                 if file.exists():
                     artifact = wandb.Artifact(f"best_action-{run.id}", type="action")

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -113,6 +114,7 @@ class Backbone(nn.Module):
         self.temperature, self.min_p = temperature, min_p
         self.max_prompt_tokens = max_prompt_tokens
         self.stop_strings = [unescaped(text) for text in texts("model.stop_strings", stop_strings)]
+        name_or_path = os.path.expanduser(name_or_path)
         self.tokenizer = load_tokenizer(name_or_path)
         self.stop_ids = stop_ids(
             self.tokenizer, texts("model.stop_tokens", stop_tokens), model_eos_ids(name_or_path)

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+
+from etpo.files import write_text
 
 # iterations on a page at most, so that its size stays in bounds however long a run is
 PAGE_ITERATIONS = 50
@@ -27,9 +28,7 @@ def write_page(page: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
     if not rows:
         page.unlink(missing_ok=True)
         return
-    part = page.with_name(f"{page.name}.part")
-    part.write_text(to_html(rows, title), encoding="utf-8")
-    os.replace(part, page)
+    write_text(page, to_html(rows, title))
 
 
 def to_html(rows: Sequence[dict[str, Any]], title: str) -> str:

@@ -21,6 +21,7 @@ from etpo.environments.data_science.script import best_program_script, write_pro
 from etpo.environments.sandbox import Sandbox
 from etpo.environments.text_env import Step, TextObservation, TextVectorEnv
 from etpo.errors import MAX_SEED, ConfigError, check_integer
+from etpo.files import write_text
 
 
 class DataScienceEnv(TextVectorEnv):
@@ -174,6 +175,11 @@ class DataScienceEnv(TextVectorEnv):
         return self.dataset.content_hash
 
     @property
+    def reward_key(self) -> str:
+        """Names what a program's score depends on besides its text."""
+        return self.scorer.key
+
+    @property
     def sandbox_level(self) -> str:
         """The confinement that programs run under."""
         return self.sandbox.level
@@ -182,18 +188,24 @@ class DataScienceEnv(TextVectorEnv):
         """Writes `best_action.py`, runnable by itself, and the data file that it reads."""
         program = prompts.program_from_action(action)
         text = best_program_script(program, self.scorer)
-        (folder / "best_action.py").write_text(text, encoding="utf-8")
         write_program_data(self.scorer, folder)
+        write_text(folder / "best_action.py", text)
 
     def state_dict(self) -> dict[str, Any]:
-        """The scores so far, so that a resumed run scores no program again, and the memory."""
-        state: dict[str, Any] = {"scores": self.scorer.known_scores()}
+        """The scores so far, so that a resumed run scores no program again, and the memory.
+
+        Another environment takes them over where its `reward_key` is the same.
+        """
+        scores = self.scorer.known_scores()
+        state: dict[str, Any] = {"reward_key": self.reward_key, "scores": scores}
         if self.mode == "remember":
             best, errors = self._memory
             state["memory"] = {"best": best and tuple(best), "errors": errors}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("reward_key") != self.reward_key:
+            return  # of other data, splits or limits
         self.scorer.load_scores(state_dict["scores"])
         if "memory" in state_dict:
             best, errors = state_dict["memory"]["best"], state_dict["memory"]["errors"]

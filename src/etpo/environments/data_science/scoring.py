@@ -6,12 +6,13 @@ leaves a class out of a half, where ROC AUC is not defined, is drawn again.
 """
 
 import hashlib
+import json
 import platform
 import sqlite3
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.impute import SimpleImputer
@@ -22,7 +23,7 @@ from etpo.environments.data_science.encoding import Dataset
 from etpo.environments.data_science.renaming import canonical_form
 from etpo.environments.data_science.score_cache import ScoreCache
 from etpo.environments.sandbox import Outcome, Sandbox, Split
-from etpo.errors import ConfigError
+from etpo.errors import ConfigError, OutputError
 
 FAILURE_REWARD = -1.0
 HELD_OUT_FRACTION = 0.4
@@ -148,7 +149,7 @@ class ProgramScorer:
         fresh = [p for p in distinct if p not in self._cache]
         ran = self._score_fresh(fresh, on_result)
         if self._disk is not None:
-            self._disk.put(
+            self._keep_on_disk(
                 {
                     program: self._cache[program][:2]
                     for program in fresh
@@ -236,8 +237,15 @@ class ProgramScorer:
     def _is_refused(self, program: str) -> bool:
         return self.protocol == "paper" and "GridSearchCV(" in program
 
-    def _open_cache(self, path: Path, max_entries: int) -> ScoreCache:
-        task = {
+    @property
+    def key(self) -> str:
+        """JSON of `task`."""
+        return json.dumps(self.task, sort_keys=True)
+
+    @property
+    def task(self) -> dict[str, Any]:
+        """What a score depends on besides the program: data, splits, seed, limits, versions."""
+        return {
             "data": self.dataset.content_hash,
             "protocol": self.protocol,
             "split_seed": self.split_seed,
@@ -247,8 +255,17 @@ class ProgramScorer:
             "versions": {name: version(name) for name in ("numpy", "scipy", "scikit-learn")},
             "python": platform.python_version(),
         }
+
+    def _keep_on_disk(self, scores: dict[str, tuple[float, str | None]]) -> None:
+        assert self._disk is not None
         try:
-            return ScoreCache(path, task, max_entries)
+            self._disk.put(scores)
+        except sqlite3.Error as error:
+            raise OutputError(f"environment.score_cache={self._disk.path}: {error}") from error
+
+    def _open_cache(self, path: Path, max_entries: int) -> ScoreCache:
+        try:
+            return ScoreCache(path, self.task, max_entries)
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(
                 f"environment.score_cache={path}: {error}; allowed is a file that this run may "

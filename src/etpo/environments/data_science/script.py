@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from etpo.environments.data_science.scoring import ProgramScorer, impute, roc_auc
+from etpo.files import written
 
 DATA_FILE = "best_action_data.csv"
 
@@ -109,5 +110,6 @@ def write_program_data(scorer: ProgramScorer, folder: Path) -> Path:
     table["class"] = dataset.target
     table["split"] = split
     file = Path(folder) / DATA_FILE
-    table.to_csv(file, index=False, header=[*dataset.feature_names, "class", "split"])
+    with written(file) as part:
+        table.to_csv(part, index=False, header=[*dataset.feature_names, "class", "split"])
     return file
