@@ -1,5 +1,3 @@
-import pytest
-
 from etpo.callbacks.learning_curve import LearningCurve, learning_curve
 from etpo.callbacks.metrics_csv import MetricsCSV
 
