@@ -37,10 +37,12 @@ class Task(gymnasium.Env):
         step = next(steps)
         if self.kind == "nan later" and step >= 6:  # 4 sampled, 2 greedy
             return "", float("nan"), True, False, {}
-        if self.kind.startswith("hangs") and self.number == 1:
+        if self.kind in ("hangs", "hangs and fails") and self.number == 1:
             print("hangs", flush=True)
             time.sleep(600)
-        if self.kind in ("hangs and fails", "fails"):
+        if self.kind == "hangs in rank 1" and os.environ.get("LOCAL_RANK") == "1":
+            time.sleep(600)
+        if self.kind in ("hangs and fails", "fails", "hangs in rank 1"):
             raise RuntimeError("server gone")
         if self.kind == "odd":
             return b"go", True, 1, None or 0, {"error": {"code": ValueError("bad")}, "cached": 0}
@@ -154,6 +156,16 @@ def test_a_failure_ends_the_process_though_another_copy_hangs(
     assert status == 2, out + err
     assert "copy 0: step() raised RuntimeError: server gone" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_a_failure_ends_the_other_processes(start_train, arguments, tmp_path):
+    process = start_train(
+        tmp_path, *arguments("hangs in rank 1"), "trainer=ddp_cpu", "rollout.minibatch_size=2"
+    )
+    status, out, err = ended_within(process, 120)  # the pipes are open while the other one lives
+    assert status == 2, out + err
+    assert "server gone" in err
 
 
 @pytest.mark.slow

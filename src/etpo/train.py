@@ -109,6 +109,11 @@ def fit(run: Run, ckpt_path: str | None) -> str:
             raise
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning left it ignored
         return "interrupted"
+    except Exception:
+        launcher = run.trainer.strategy.launcher
+        if launcher is not None:  # a process that waits for its environment would stay
+            launcher.kill(signal.SIGKILL)
+        raise
     return "finished"
 
 
