@@ -46,6 +46,7 @@ class TextVectorEnv(VectorEnv[Sequence[TextObservation], Sequence[str], np.ndarr
     next observation of the episode that ended (None elsewhere). `infos["error"]` holds the error
     text of a failed action or None, `infos["attempt"]` the 1-based number of the action in its
     episode; `infos["cached"]` is true where the reward was known before. All four are always there.
+    The collector checks what is sent (`etpo.environments.plain`).
 
     `reset(options={"evaluation": True})`: what is done until the next reset is looked at only, and
     may leave no trace in later prompts.
@@ -73,7 +74,10 @@ class TextVectorEnv(VectorEnv[Sequence[TextObservation], Sequence[str], np.ndarr
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps beyond the episodes, which a resumed run starts afresh."""
+        """What a checkpoint keeps beyond the episodes, which a resumed run starts afresh.
+
+        Plain Python and tensors only: checkpoints are read with `weights_only`.
+        """
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
