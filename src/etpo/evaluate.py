@@ -22,8 +22,10 @@ from etpo.config import (
     CONF,
     check_missing,
     check_overrides,
+    checkpoint_file,
     exit_on_bad_input,
     load_checkpoint,
+    run_folder,
 )
 from etpo.environments.text_env import TextVectorEnv
 from etpo.errors import MAX_SEED, ConfigError, check_integer
@@ -39,7 +41,8 @@ def saved_config(ckpt_path: str, overrides: list[str]) -> DictConfig:
 
     Raises ConfigError where the run folder's `.hydra/config.yaml` is missing.
     """
-    config = Path(ckpt_path).absolute().parent.parent / ".hydra" / "config.yaml"
+    file = checkpoint_file(ckpt_path)
+    config = (run_folder(file) or file.parent.parent) / ".hydra" / "config.yaml"
     if not config.is_file():
         raise ConfigError(f"ckpt_path={ckpt_path}: its run folder lacks {config.name} ({config})")
     cfg = OmegaConf.load(config)

@@ -9,7 +9,14 @@ from omegaconf import DictConfig
 from peft import PeftModel
 from transformers import GenerationConfig
 
-from etpo.config import CONF, check_missing, check_overrides, exit_on_bad_input, load_checkpoint
+from etpo.config import (
+    CONF,
+    check_missing,
+    check_overrides,
+    checkpoint_file,
+    exit_on_bad_input,
+    load_checkpoint,
+)
 from etpo.errors import ConfigError
 from etpo.evaluate import load_weights, saved_config
 from etpo.models.backbone import Backbone
@@ -25,7 +32,7 @@ def load_backbone(ckpt_path: str) -> Backbone:
     """
     state = load_checkpoint(ckpt_path)["state_dict"]
     run = saved_config(ckpt_path, [])
-    run.paths.output_dir = str(Path(ckpt_path).absolute().parent.parent)
+    run.paths.output_dir = str(checkpoint_file(ckpt_path).parent.parent)
     # plain lists: peft writes model.lora as JSON
     backbone = instantiate(run.model, _convert_="all")()
     policy = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}

@@ -52,7 +52,10 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[Override]
     """
     multirun = [a for a in arguments if a in ("-m", "--multirun")]
     # argparse refuses overrides on both sides of a flag
-    arguments = [*multirun[:1], *(a for a in arguments if a not in multirun)]
+    arguments = [
+        *(["--multirun"] if multirun else []),
+        *(a for a in arguments if a not in multirun),
+    ]
     given = get_args_parser().parse_args(arguments).overrides
     left = list(given)
     flags = []

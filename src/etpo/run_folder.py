@@ -13,7 +13,7 @@ from hydra.experimental.callback import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from etpo.config import exit_on_bad_input, run_folder
+from etpo.config import exit_on_bad_input, load_checkpoint, run_folder
 from etpo.errors import ConfigError
 from etpo.files import output_errors, write_text
 from etpo.resume import check_unchanged
@@ -152,6 +152,8 @@ def check_owner(folder: Path, cfg: DictConfig) -> None:
     if resumed is not None and resumed.resolve() == folder.resolve():
         check_unchanged(folder, cfg)
     elif has_results(folder):
+        if cfg.ckpt_path is not None:
+            load_checkpoint(cfg.ckpt_path)
         raise ConfigError(
             f"hydra.run.dir={folder}: it holds the results of a run; allowed is another folder, or "
             f"ckpt_path={folder} to resume that run"

@@ -7,6 +7,7 @@ that holds its lock.
 
 import json
 import math
+import shutil
 import sys
 import traceback
 from collections.abc import Callable
@@ -53,6 +54,7 @@ def run_cell(cfg: DictConfig, run: Callable[[DictConfig], float | None]) -> floa
             print(f"\ncell {name}\n  is being run by another process", flush=True)
             return None
         (folder / "failed.txt").unlink(missing_ok=True)
+        new = not (folder / "cell.json").exists()
         try:
             check_unchanged(folder, cfg)
             if shortcoming(folder) is None:
@@ -66,6 +68,8 @@ def run_cell(cfg: DictConfig, run: Callable[[DictConfig], float | None]) -> floa
                 save_config(folder, cfg)
             return finite(run(cfg))
         except UnknownMetric as error:
+            if new:
+                shutil.rmtree(folder)
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
         except Exception as error:  # the other cells are still to be run

@@ -15,7 +15,6 @@ from typing import Any
 import hydra
 import wandb
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
@@ -67,6 +66,8 @@ def build(cfg: DictConfig) -> Run:
     loggers = [instantiate(logger) for logger in (cfg.get("logger") or {}).values()]
     callbacks = [instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()]
     own = [RunStart(cfg), SameRewards(reward_key(environment, cfg.environment))]
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        callbacks.append(KnownMetric(str(cfg.optimized_metric)))
     limits = {}
     if not any(isinstance(callback, Checkpoint) for callback in callbacks):
         limits["enable_checkpointing"] = False  # else Lightning adds a callback of its own
@@ -124,10 +125,7 @@ def reward_key(environment: TextVectorEnv, cfg: DictConfig) -> str:
 
 
 class RunStart(Callback):
-    """Writes the first files of a run once everything is checked, and watches its first metrics.
-
-    Raises UnknownMetric after the first iteration of a multirun that logs no `optimized_metric`.
-    """
+    """Writes the first files of a run, once everything is checked."""
 
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg = cfg
@@ -140,12 +138,21 @@ class RunStart(Callback):
         for logger in trainer.loggers:
             logger.log_hyperparams(OmegaConf.to_container(self.cfg, resolve=True))
 
+
+class KnownMetric(Callback):
+    """Raises UnknownMetric after the first iteration of a multirun that logs no `name`.
+
+    It comes after the callbacks that log.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        name, known = self.cfg.optimized_metric, trainer.callback_metrics
-        multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-        if not multirun or name in known or str(name) == "val/reward":
-            return
-        raise UnknownMetric(f"optimized_metric={name}: allowed are {', '.join(sorted(known))}")
+        known = {*trainer.callback_metrics, "val/reward"}  # not every iteration validates
+        if self.name not in known:
+            allowed = ", ".join(sorted(known))
+            raise UnknownMetric(f"optimized_metric={self.name}: allowed are {allowed}")
 
 
 def close(run: Run, cfg: DictConfig, status: str) -> dict[str, Any]:
@@ -294,9 +301,9 @@ def main() -> None:
         if not {"-sc", "--shell-completion", "--shell_completion"} & set(sys.argv[1:]):
             sys.argv[1:] = study_arguments(resume_arguments(sys.argv[1:]))
         with suppress(ImportError):  # without the extra `sweep`
-            from etpo.search import Search
+            from etpo.search import register
 
-            Plugins.instance().register(Search)
+            register()
     previous = signal.signal(signal.SIGTERM, terminate)  # Lightning calls it after its own
     try:
         hydra_main()

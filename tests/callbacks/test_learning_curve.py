@@ -1,5 +1,4 @@
 from etpo.callbacks.learning_curve import LearningCurve, learning_curve
-from etpo.callbacks.metrics_csv import MetricsCSV
 
 PNG = b"\x89PNG\r\n"
 
@@ -32,7 +31,7 @@ def test_the_title_names_the_run(tmp_path):
 
 
 def test_a_finished_run_leaves_a_figure(tmp_path, fit):
-    fit([MetricsCSV(tmp_path), callback(tmp_path)], 2)
+    fit([callback(tmp_path)], 2)
     assert (tmp_path / "learning_curve.png").read_bytes().startswith(PNG)
 
 
@@ -42,12 +41,12 @@ def test_an_interrupted_run_draws_its_completed_iterations(tmp_path, fit, interr
         "etpo.callbacks.learning_curve.learning_curve",
         lambda rows, *args: drawn.append(rows) or learning_curve(rows, *args),
     )
-    callbacks = [MetricsCSV(tmp_path), callback(tmp_path)]
+    callbacks = [callback(tmp_path)]
     assert fit(callbacks, 4, module=interrupted(2)).interrupted
-    assert [row["iteration"] for row in drawn[0]] == ["0", "1"]
+    assert [row["iteration"] for row in drawn[0]] == [0, 1]
     assert (tmp_path / "learning_curve.png").read_bytes().startswith(PNG)
 
 
 def test_no_completed_iteration_no_figure(tmp_path, fit, interrupted):
-    fit([MetricsCSV(tmp_path), callback(tmp_path)], 2, module=interrupted(0))
+    fit([callback(tmp_path)], 2, module=interrupted(0))
     assert not (tmp_path / "learning_curve.png").exists()

@@ -1,10 +1,12 @@
 import json
 import math
+import shlex
 
 import pytest
 import torch
 
 from etpo.callbacks.summary import RunSummary, peak_memory_mib, print_closing, write_summary
+from etpo.overrides import parse
 
 IDENTITY = {"algorithm": "etpo", "dataset": "iris", "seed": 0}
 
@@ -112,8 +114,11 @@ def test_the_closing_says_how_it_went_and_how_to_go_on(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert any("-0.312 -> 0.500" in line for line in lines)
     assert any(line.endswith(str(folder / "metrics.csv")) for line in lines)
-    assert f"etpo-train 'ckpt_path={last}' trainer.max_epochs=6" in "\n".join(lines)
-    assert f"etpo-evaluate 'ckpt_path={last}'" in "\n".join(lines)
+    for command, rest in (("etpo-train", ["trainer.max_epochs=6"]), ("etpo-evaluate", [])):
+        (line,) = (line for line in lines if command in line)
+        word, checkpoint, *others = shlex.split(line[line.index(command) :])
+        assert (word, others) == (command, rest)
+        assert parse(checkpoint).value() == str(last)
     assert not any("learning_curve.png" in line or "held-out" in line for line in lines)
     closing(folder, "interrupted")
     assert "max_epochs" not in capsys.readouterr().out

@@ -79,7 +79,7 @@ def learning_curve(rows: list[dict[str, float]], actions_per_iteration: int, tit
         (valid, "rollout/valid_rate", None, MEAN),
     ):
         points = [
-            ((row["iteration"] + 1) * actions_per_iteration, row[name])
+            ((int(row["iteration"]) + 1) * actions_per_iteration, float(row[name]))
             for row in rows
             if name in row
         ]

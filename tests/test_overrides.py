@@ -1,0 +1,77 @@
+"""The command line: quotes that hold, hints for what Hydra cannot read, `null` for a group."""
+
+import shlex
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from etpo import train
+from etpo.config import CONF, check_overrides, config_groups
+from etpo.errors import ConfigError
+from etpo.overrides import parse, shell_word, split_arguments, without_null_groups
+
+TEXTS = [
+    *("plain", "a b", "lr=0.1", "data (1)", "a,b", "[x]", "{y}", "数据", "it's", 'say "x"', "~/m"),
+    *("$HOME", "${oc.env:HOME}", "back\\slash", "end\\", "a'b\"c", "null", "007", "1e3", "a:b"),
+    *(" lead", "trail ", "", "#x", "%s", "a;b&c", "ü", "true", "\\${x}"),
+]
+
+
+def test_a_printed_value_comes_back_from_shell_and_hydra():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for text in TEXTS:
+            if text.startswith("\\$"):
+                continue  # OmegaConf has no way to write an escaped interpolation's escape
+            path = f"/tmp/{text}/last.ckpt"
+            for value in (text, path):
+                (word,) = shlex.split(shell_word("ckpt_path", value))
+                assert compose("train", [word]).ckpt_path == value, word
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        *("environment.path=data (1).csv", "environment.path=a=b.csv", "environment.path=数据.csv"),
+        *("model.name_or_path=~/model", "environment.target=petal length (cm)", "study=it's"),
+    ],
+)
+def test_what_hydra_cannot_read_is_answered_with_its_quotes(argument):
+    with pytest.raises(ConfigError) as refusal:
+        split_arguments([argument])
+    line = str(refusal.value)
+    assert line.startswith(f"{argument}: ")
+    assert "\n" not in line
+    (word,) = shlex.split(line.rpartition("characters: ")[2])
+    key, _, value = argument.partition("=")
+    assert (parse(word).key_or_group, parse(word).value()) == (key, value)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (["logger=null"], ["logger=csv"]),
+        (["logger=wandb", "logger=null", "seed=1"], ["seed=1", "logger=csv"]),
+        (["callbacks=null"], ["callbacks=none"]),
+        (["experiment=plain", "experiment=null"], []),
+        (["sweep=null", "debug=null", "ckpt_path=null"], ["ckpt_path=null"]),
+    ],
+)
+def test_null_for_a_group_means_none(given, kept):
+    left = without_null_groups([parse(o) for o in given], config_groups())
+    assert [o.input_line for o in left] == kept
+    assert check_overrides("train", kept) is not None
+
+
+@pytest.mark.parametrize("group", ["algorithm", "model", "model/prompt", "critic", "trainer"])
+def test_null_for_a_group_that_needs_an_option(group):
+    with pytest.raises(ConfigError, match=f"{group}=null"):
+        without_null_groups([parse(f"{group}=null")], config_groups())
+
+
+def test_the_shells_completion_installs_and_answers(command, monkeypatch):
+    ended = command(train.main, "-sc", "install=bash")
+    assert ended.status == 0, ended.err
+    assert "complete" in ended.out
+    monkeypatch.setenv("COMP_LINE", "etpo-train environment=house")
+    ended = command(train.main, "-sc", "query=bash")
+    assert ended.out.split() == ["environment=household"]
