@@ -3,10 +3,10 @@
     python benchmarks/threads.py [--rounds 2] [--iterations 3] [--out benchmarks/results]
 
 The variants are settings of libgomp, the OpenMP runtime of PyTorch, in the environment of
-`etpo-train`. On the busy machine one process per core computes without end. The embedded model in the
-household, whose rewards take no time. The variants alternate in each round; of each run the first
-iteration is dropped. An update is what sampling leaves of an iteration. Writes `threads.csv`; the
-table has medians.
+`etpo-train`. On the busy machine one process per core computes without end. The embedded model in
+the household, whose rewards take no time. The variants alternate in each round; of each run the
+first iteration is dropped. An update is what sampling leaves of an iteration. Writes `threads.csv`;
+the table has medians.
 """
 
 import argparse

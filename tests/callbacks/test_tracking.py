@@ -97,8 +97,7 @@ def test_tensorboard_gets_scalars_actions_and_the_figure(tmp_path, fit):
     ]
     assert len(texts) == 2  # iterations 0 and 2
     rows = texts[1].splitlines()
-    columns = "iteration env attempt prompt action reward error cached length_limited".split()
-    assert rows[0] == f"| {' | '.join(columns)} |"
+    assert rows[0] == f"| {' | '.join(COLUMNS)} |"
     assert rows[2:] == [
         "| 2 | 0 | 1 | def f():<br> | a2.0.0 | 0.25 | None | False | False |",
         "| 2 | 1 | 1 | def f():<br> | a2.0.1 | 0.5 | None | False | False |",

@@ -158,7 +158,7 @@ class ETPO(OnPolicyAlgorithm):
         features = super().annotated_width()
         if self.vocabulary_chunk is not None:
             return 2 * features  # the policy's and the critic's, too
-        return features + 2 * self.backbone.vocabulary_size  # log pi_old and Q
+        return features + 2 * int(self.backbone.vocabulary_size)  # log pi_old and Q
 
     @torch.no_grad()
     def annotate(self, rollout: Rollout) -> TokenBatch:
@@ -236,7 +236,10 @@ class ETPO(OnPolicyAlgorithm):
 
         read = policy_features, features, critic_features
         none = features[..., :0]
-        numbers = chunked.in_chunks(numbers_of, self.vocabulary_chunk, action_ids, *read)
+        q_taken, value, kl, entropy = chunked.in_chunks(
+            numbers_of, self.vocabulary_chunk, action_ids, *read
+        )
+        numbers = q_taken, value, kl, entropy
         return Annotation(none, none, *numbers, features, policy_features, critic_features)
 
     def from_features(

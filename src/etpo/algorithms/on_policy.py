@@ -152,7 +152,7 @@ class OnPolicyAlgorithm(LightningModule):
 
     def annotated_width(self) -> int:
         """Floats that an annotated token takes until the iteration's last training step."""
-        return 2 * self.backbone.feature_size  # sampled ones and the reference's
+        return 2 * int(self.backbone.feature_size)  # sampled ones and the reference's
 
     def annotate(self, rollout: Rollout) -> Any:
         """A NamedTuple of tensors whose first dimension is the action, without gradient.

@@ -95,19 +95,20 @@ def iterations_line(trainer: Trainer) -> str:
 
 
 def checkpoint_lines(trainer: Trainer, module: LightningModule) -> list[str]:
-    """The size of the files that are written, one line; none without checkpoints."""
+    """The sizes of the files that are written, one line; none without checkpoints."""
     callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-    sizes = [checkpoint_mib(module, optimizer=not c.save_weights_only) for c in callbacks]
-    if not sizes or trainer.fast_dev_run:
-        return []
-    return [" and ".join(f"about {size(each)}" for each in sizes) + ", written every iteration"]
+    files = [
+        f"{c.filename} about {size(checkpoint_mib(module, optimizer=not c.save_weights_only))}"
+        for c in callbacks
+    ]
+    return [", ".join(files)] if files and not trainer.fast_dev_run else []
 
 
 def checkpoint_mib(module: LightningModule, *, optimizer: bool) -> float:
     """A checkpoint's weights, and AdamW's two moments of what is trained."""
-    content: dict[str, Any] = {"state_dict": module.state_dict()}
+    content: dict[str, Any] = {"state_dict": module.state_dict(keep_vars=True)}
     module.on_save_checkpoint(content)
-    weights = {t.untyped_storage().data_ptr(): t.nbytes for t in content["state_dict"].values()}
+    weights = {id(tensor): tensor.nbytes for tensor in content["state_dict"].values()}  # tied: once
     moments = 2 * trained_bytes(module) if optimizer else 0
     return (sum(weights.values()) + moments) / MIB
 
@@ -117,23 +118,28 @@ def trained_bytes(module: nn.Module) -> int:
 
 
 def memory(trainer: Trainer, module: LightningModule) -> float:
-    """Expected peak of a process in MiB: what is held now, gradients and moments, an iteration."""
+    """Expected peak of a process in MiB: what is held now, gradients and moments, an iteration.
+
+    For actions of the greatest length; prompts are not counted.
+    """
     now = peak_memory_mib(module.device)
     if not isinstance(module, OnPolicyAlgorithm):
         return now
     data, backbone = trainer.datamodule, module.backbone
     config = backbone.policy.config.get_text_config()
+    hidden, layers = backbone.feature_size, getattr(config, "num_hidden_layers", 1)
     chunk = module.vocabulary_chunk
     actions = data.actions_per_rank * data.max_new_tokens  # tokens of an iteration
     step = data.minibatch_size * data.max_new_tokens  # of a training step
     width = module.annotated_width()  # floats of an annotated token
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    layer = STEP_HIDDEN * config.hidden_size + STEP_INTERMEDIATE * inner
+    inner = getattr(config, "intermediate_size", None)
+    inner = inner if isinstance(inner, int) else 4 * hidden
+    layer = STEP_HIDDEN * hidden + STEP_INTERMEDIATE * inner
     trunks = trained_trunks(module)
     if backbone.checkpointed:
-        activations = trunks * config.num_hidden_layers * config.hidden_size + layer
+        activations = trunks * layers * hidden + layer
     else:
-        activations = trunks * config.num_hidden_layers * layer
+        activations = trunks * layers * layer
     distributions = STEP_VOCABULARY * backbone.vocabulary_size * min(step, chunk or step)
     floats = actions * width + step * activations + distributions
     return now + (3 * trained_bytes(module) + 4 * floats) / MIB

@@ -94,8 +94,10 @@ def sample(
             )
     length_limited = torch.zeros(size[0], dtype=torch.bool, device=device)
     length_limited[rows] = running
-    fields = (field[:, : step + 1] for field in (ids, masks, log_probs, features))
-    return Sample(*fields, length_limited)
+    ids, masks, log_probs, features = (
+        field[:, : step + 1] for field in (ids, masks, log_probs, features)
+    )
+    return Sample(ids, masks, log_probs, features, length_limited)
 
 
 def inverse_cdf(log_p: Tensor, noise: Tensor) -> Tensor:
