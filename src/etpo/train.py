@@ -260,7 +260,7 @@ def quiet() -> None:
         r".*does not have many workers",
         r".*exists and is not empty",
         r".*treespec, LeafSpec",
-        r"`gradient_checkpointing_enable` is deprecated",
+        r"`(is_)?gradient_checkpointing(_enable)?` is deprecated",
     ):
         warnings.filterwarnings("ignore", message)
 

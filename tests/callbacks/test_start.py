@@ -6,6 +6,8 @@ import re
 import pytest
 
 from etpo.callbacks.start import StartReport, short
+from etpo.models.backbone import load_tokenizer, tiny_checkpoint
+from etpo.models.fresh import fresh_llama, save_checkpoint
 
 MIB = {"MiB": 1, "GiB": 1024}
 
@@ -22,10 +24,11 @@ def sizes(text):
     return [float(n) * MIB[unit] for n, unit in re.findall(r"([\d.]+) (MiB|GiB)", text)]
 
 
-def check_expected(out, folder):
+def check_expected(out, folder, differing_prompt_tokens=0):
     """Memory and checkpoints are within 30% of what the run took."""
     summary = json.loads((folder / "summary.json").read_text())
-    (memory,) = sizes(row(out, "memory"))
+    memory, more = sizes(row(out, "memory"))
+    memory += more * differing_prompt_tokens / 100
     assert memory == pytest.approx(summary["peak_memory_mib"], rel=0.3)
     files = [folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]
     expected = [file.stat().st_size / 2**20 for file in files]
@@ -57,3 +60,26 @@ def test_without_checkpoints_none_are_expected(tmp_path, fit, capsys):
     out = capsys.readouterr().out
     assert "some model" in out
     assert not re.search("^  checkpoints ", out, re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["algorithm=grpo"], ["algorithm.vocabulary_chunk=64"]])
+def test_a_larger_model_takes_what_is_expected(options, start_train, tmp_path):
+    tokenizer = load_tokenizer(tiny_checkpoint())
+    tokenizer.add_tokens([f"<new {n}>" for n in range(4096 - len(tokenizer))])
+    sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6}
+    save_checkpoint(tmp_path / "model", fresh_llama(tokenizer, 0, **sizes), tokenizer)
+    process = start_train(
+        tmp_path,
+        *("model=causal_lm", f"model.name_or_path={tmp_path / 'model'}", "environment=household"),
+        *("model.max_prompt_tokens=256", "model.gradient_checkpointing=false"),
+        *("rollout.num_envs=8", "rollout.actions_per_iteration=16", "rollout.minibatch_size=8"),
+        *("rollout.update_epochs=1", "rollout.max_new_tokens=64", "trainer.max_epochs=1"),
+        *(f"hydra.run.dir={tmp_path / 'run'}", *options),
+    )
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    lines = (tmp_path / "run" / "episodes.jsonl").read_text().splitlines()
+    prompts = {json.loads(line)["prompt"] for line in lines}
+    lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    check_expected(out, tmp_path / "run", max(lengths))

@@ -38,15 +38,12 @@ class StartReport(Callback):
             ("device", device_line(trainer, pl_module)),
             ("parameters", parameters_line(pl_module)),
             ("iterations", iterations_line(trainer)),
-            ("memory", f"about {size(memory(trainer, pl_module))} {MEMORY_COVERS}"),
+            ("memory", memory_line(trainer, pl_module)),
             *(("checkpoints", line) for line in checkpoint_lines(trainer, pl_module)),
             ("folder", str(self.folder)),
         ]
         for label, text in rows:
             console.print(f"  {label:<18}{text}", markup=False)
-
-
-MEMORY_COVERS = "at the peak, if actions are of the greatest length (prompts not counted)"
 
 
 def device_line(trainer: Trainer, module: LightningModule) -> str:
@@ -107,6 +104,8 @@ def checkpoint_lines(trainer: Trainer, module: LightningModule) -> list[str]:
 def checkpoint_mib(module: LightningModule, *, optimizer: bool) -> float:
     """A checkpoint's weights, and AdamW's two moments of what is trained."""
     content: dict[str, Any] = {"state_dict": module.state_dict(keep_vars=True)}
+    if optimizer:  # the module may keep less beside none
+        content["optimizer_states"] = []
     module.on_save_checkpoint(content)
     weights = {id(tensor): tensor.nbytes for tensor in content["state_dict"].values()}  # tied: once
     moments = 2 * trained_bytes(module) if optimizer else 0
@@ -117,14 +116,24 @@ def trained_bytes(module: nn.Module) -> int:
     return sum(p.nbytes for p in module.parameters() if p.requires_grad)
 
 
-def memory(trainer: Trainer, module: LightningModule) -> float:
-    """Expected peak of a process in MiB: what is held now, gradients and moments, an iteration.
+def memory_line(trainer: Trainer, module: LightningModule) -> str:
+    """The expected peak of a process, and what it is for."""
+    if not isinstance(module, OnPolicyAlgorithm):
+        return f"{size(peak_memory_mib(module.device))} so far"
+    peak, prompts = memory(trainer, module)
+    return (
+        f"about {size(peak)} if actions have the greatest length, "
+        f"{size(prompts)} more per 100 tokens of prompts that differ"
+    )
 
-    For actions of the greatest length; prompts are not counted.
+
+def memory(trainer: Trainer, module: OnPolicyAlgorithm) -> tuple[float, float]:
+    """Expected peak of a process in MiB, without prompts, and what 100 tokens of them add.
+
+    It is what is held now, gradients, the optimizer's moments, annotated actions and a training
+    step. Equal prompts are computed once and count as none.
     """
     now = peak_memory_mib(module.device)
-    if not isinstance(module, OnPolicyAlgorithm):
-        return now
     data, backbone = trainer.datamodule, module.backbone
     config = backbone.policy.config.get_text_config()
     hidden, layers = backbone.feature_size, getattr(config, "num_hidden_layers", 1)
@@ -142,7 +151,8 @@ def memory(trainer: Trainer, module: LightningModule) -> float:
         activations = trunks * layers * layer
     distributions = STEP_VOCABULARY * backbone.vocabulary_size * min(step, chunk or step)
     floats = actions * width + step * activations + distributions
-    return now + (3 * trained_bytes(module) + 4 * floats) / MIB
+    peak = now + (3 * trained_bytes(module) + 4 * floats) / MIB
+    return peak, 100 * data.minibatch_size * activations * 4 / MIB
 
 
 def trained_trunks(module: OnPolicyAlgorithm) -> int:

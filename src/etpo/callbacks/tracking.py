@@ -107,4 +107,7 @@ def track_results(loggers: Sequence[Logger], summary: dict[str, Any], folder: Pa
                 if file.exists():
                     artifact = wandb.Artifact(f"best_action-{run.id}", type="action")
                     artifact.add_file(str(file))
+                    data = file.with_name("best_action_data.csv")  # what the script reads
+                    if file.suffix == ".py" and data.exists():
+                        artifact.add_file(str(data))
                     run.log_artifact(artifact)
