@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 
 from etpo.config import CONF
 from etpo.environments.text_env import TextObservation, TextVectorEnv
-from etpo.models.backbone import Backbone, load_tokenizer, tiny_checkpoint
+from etpo.models.backbone import Backbone, tiny_checkpoint
 from etpo.models.fresh import fresh_llama, save_checkpoint
+from etpo.models.loading import load_tokenizer
 from etpo.rollout.datamodule import RolloutDataModule
 
 RESULTS = Path("benchmarks/results")

@@ -1,5 +1,8 @@
 """The exceptions that end a command with one line, and the checks that several modules share."""
 
+import re
+import textwrap
+
 MAX_SEED = 2**32 - 1  # of NumPy and Lightning
 
 
@@ -34,6 +37,18 @@ class OutputError(RuntimeError):
 
     Entry points print the message and exit with status 1; no traceback is shown.
     """
+
+
+def reason(error: BaseException, length: int = 300) -> str:
+    """What a library's error says, on one line: whole sentences of about `length` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    sentences = re.split(r"(?<=[.!?;]) (?=[A-Z`])", text)
+    kept = sentences.pop(0)
+    for sentence in sentences:
+        if len(kept) + len(sentence) >= length:
+            break
+        kept += f" {sentence}"
+    return textwrap.shorten(kept.rstrip("."), 2 * length, placeholder=" ...")
 
 
 def check_range(key: str, value: float, low: float, high: float, *, above: bool = False) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
-from etpo.models.backbone import language_model
+from etpo.models.causal_lm import language_model
 from etpo.models.decoding import ExpandedPrompts, SharedPrompts, decoding_cache
 from etpo.models.shared_prompt import encode_prompts, position_ids
 

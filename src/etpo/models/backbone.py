@@ -4,19 +4,15 @@ import contextlib
 import copy
 import functools
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -25,6 +21,9 @@ from transformers import (
 
 from etpo.environments.text_env import TextObservation
 from etpo.errors import ConfigError, check_integer, check_range
+from etpo.models.causal_lm import language_model, trunk
+from etpo.models.loading import expanded, load_model, load_tokenizer
+from etpo.models.probe import check_forwards
 from etpo.models.prompting import PromptTemplate
 from etpo.models.shared_prompt import checkpointed_layers, forward_actions
 from etpo.models.token_text import added_text
@@ -114,7 +113,7 @@ class Backbone(nn.Module):
         self.temperature, self.min_p = temperature, min_p
         self.max_prompt_tokens = max_prompt_tokens
         self.stop_strings = [unescaped(text) for text in texts("model.stop_strings", stop_strings)]
-        name_or_path = os.path.expanduser(name_or_path)
+        name_or_path = expanded(name_or_path)
         self.tokenizer = load_tokenizer(name_or_path)
         self.stop_ids = stop_ids(
             self.tokenizer, texts("model.stop_tokens", stop_tokens), model_eos_ids(name_or_path)
@@ -124,19 +123,24 @@ class Backbone(nn.Module):
         model = load_model(name_or_path, DTYPES[dtype], attn_implementation)
         model.generation_config = None
         if gradient_checkpointing:  # before any copy is made
+            if not model.supports_gradient_checkpointing:
+                raise ConfigError(
+                    "model.gradient_checkpointing=true: allowed with a model of type "
+                    f"{model.config.model_type} is false"
+                )
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.reference = None if lora else copy.deepcopy(model).requires_grad_(False)
         self.checkpointed = checkpointed_layers(model)
         self.policy = get_peft_model(model, LoraConfig(**lora)) if lora else model
         largest = max(self.tokenizer.get_vocab().values())
-        self.vocabulary_size = min(model.config.get_text_config().vocab_size, largest + 1)
-        self.feature_size = model.config.get_text_config().hidden_size
-        self.context_size = getattr(
-            model.config.get_text_config(), "max_position_embeddings", float("inf")
-        )
+        rows, self.feature_size = model.get_output_embeddings().weight.shape
+        self.vocabulary_size = min(rows, largest + 1)
+        self.context_size = context_size(model.config.get_text_config())
         pad = self.tokenizer.pad_token_id
         self.pad_id = pad if pad is not None else self.stop_ids[0]
         self.eval()
+        if attn_implementation in ("eager", "sdpa"):  # the others need a GPU, and the weights on it
+            check_forwards(self, name_or_path)
 
     def train(self, mode: bool = True) -> "Backbone":
         """Keeps evaluation mode: dropout is off in every forward."""
@@ -339,63 +343,10 @@ class Backbone(nn.Module):
         return log_probs >= log_probs.amax(-1, keepdim=True) + math.log(self.min_p)
 
 
-def language_model(model: nn.Module, last: int, **inputs: Any) -> tuple[Tensor, Tensor]:
-    """Logits and features of a causal LM at the last `last` positions; 0: at all."""
-    features: list[Tensor] = []
-    # what its output layer reads; `output_hidden_states` would hold those of all layers
-    hook = model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, read: features.append(read[0])
-    )
-    try:
-        logits = model(**inputs, logits_to_keep=last).logits
-    finally:
-        hook.remove()
-    return logits, features[0]
-
-
-def trunk(model: nn.Module, last: int, **inputs: Any) -> tuple[Tensor]:
-    """Features of a causal LM at the last `last` positions, an adapter included; 0: at all."""
-    if isinstance(model, PeftModel):
-        model = model.get_base_model()
-    return (model.base_model(**inputs).last_hidden_state[:, -last:],)
-
-
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub id or folder; ConfigError where there is none."""
-    check_model_path(name_or_path)
-    try:
-        return AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(_not_a_model(name_or_path, error)) from error
-
-
-def load_model(name_or_path: str, dtype: torch.dtype, attn_implementation: str) -> nn.Module:
-    """The causal LM of a hub id or folder; ConfigError where there is none."""
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            name_or_path, dtype=dtype, attn_implementation=attn_implementation
-        )
-    except ImportError as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ConfigError(f"model.attn_implementation={attn_implementation}: {reason}") from error
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(_not_a_model(name_or_path, error)) from error
-
-
-def check_model_path(name_or_path: str) -> None:
-    """Raises ConfigError unless `name_or_path` has a readable model configuration."""
-    try:
-        AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(_not_a_model(name_or_path, error)) from error
-
-
-def _not_a_model(name_or_path: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:160]
-    return (
-        f"model.name_or_path={name_or_path}: not a causal language model that can be loaded; "
-        f"allowed are a hub id or a folder with config.json, weights and tokenizer ({reason})"
-    )
+def context_size(config: PreTrainedConfig) -> int | float:
+    """Tokens of prompt and action that a model can read at most; infinity where it has no limit."""
+    sizes = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((size for size in sizes if size), float("inf"))
 
 
 def stop_ids(

@@ -8,8 +8,9 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from etpo.errors import ConfigError
+from etpo.errors import ConfigError, reason
 from etpo.models.backbone import Backbone
+from etpo.models.causal_lm import trunk_of
 from etpo.models.shared_prompt import checkpointed_layers, forward_actions
 
 Copied = TypeVar("Copied", bound=nn.Module)
@@ -108,7 +109,7 @@ class TrunkCritic(Critic):
         self, backbone: Backbone, hidden_size: int = 512, head: type[nn.Module] = DuelingHead
     ) -> None:
         super().__init__()
-        self.trunk = copy.deepcopy(pretrained(backbone).base_model).requires_grad_(True).float()
+        self.trunk = copy.deepcopy(trunk_of(pretrained(backbone))).requires_grad_(True).float()
         self.checkpointed = checkpointed_layers(self.trunk)
         self.head = head(backbone.feature_size, backbone.vocabulary_size, hidden_size)
 
@@ -151,11 +152,11 @@ class LoraCritic(TrunkCritic):
         lora: dict[str, Any],
     ) -> None:
         nn.Module.__init__(self)
-        trunk = copy_sharing_frozen(pretrained(backbone).base_model)
+        trunk = copy_sharing_frozen(trunk_of(pretrained(backbone)))
         try:
             self.trunk = inject_adapter_in_model(LoraConfig(**lora), trunk)
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"critic.lora: {' '.join(str(error).split())[:160]}") from error
+            raise ConfigError(f"critic.lora: {reason(error)}") from error
         for parameter in self.trunk.parameters():
             if parameter.requires_grad:  # peft gives it the type of the weights that it lies on
                 parameter.data = parameter.data.float()
@@ -197,7 +198,7 @@ class LanguageModelCritic(Critic):
         self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor, features: Tensor
     ) -> Tensor:
         inputs = prompt_ids, prompt_mask, action_ids
-        return last_states(self.model.base_model, *inputs, self.checkpointed)
+        return last_states(trunk_of(self.model), *inputs, self.checkpointed)
 
     def head(self, features: Tensor) -> tuple[None, Tensor]:
         """Features [..., D] -> no value, and Q [..., V]."""

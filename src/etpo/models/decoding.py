@@ -1,7 +1,8 @@
 """Caches of keys and values for decoding one action per row, many rows on one prompt.
 
 With `SharedPrompts` the prompt's part of attention is one matrix product for all rows on it, and a
-prompt is held once. `ExpandedPrompts` holds it for every row; any causal LM can use that.
+prompt is held once. `ExpandedPrompts` holds it for every row, as keys and values or as recurrent
+states; any causal LM with a `DynamicCache` can use that.
 """
 
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from etpo.models.shared_prompt import Encoded
+from etpo.models.shared_prompt import Encoded, Run, position_ids
 
 ATTENTION = "etpo_shared_prompts"
 # their attention is scaled and causal, nothing else
@@ -50,9 +51,9 @@ class PreallocatedLayer(DynamicLayer):
         self.show(end)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         size = self.keys.shape[-2]
-        self.buffers = [buffer[indices] for buffer in self.buffers]
+        self.buffers = [buffer[beam_idx] for buffer in self.buffers]
         self.show(size)
 
 
@@ -62,9 +63,9 @@ class ExpandedPrompts(DynamicCache):
     def __init__(self, encoded: Encoded, room: int) -> None:
         super().__init__()
         self.layers = encoded.cache.layers
-        self.batch_select_indices(encoded.rows)
+        self.reorder_cache(encoded.rows)  # unlike batch_select_indices, recurrent states too
         for index, layer in enumerate(self.layers):
-            if type(layer) is DynamicLayer:  # sliding windows stay as they are
+            if type(layer) is DynamicLayer:  # sliding windows and recurrent states stay
                 self.layers[index] = PreallocatedLayer(layer.keys, layer.values, room)
         self.order = torch.arange(len(encoded.rows), device=encoded.rows.device)
         self.inputs: dict[str, Any] = {}
@@ -75,7 +76,7 @@ class ExpandedPrompts(DynamicCache):
 
     def keep(self, rows: Tensor) -> Tensor:
         """Drops all rows but `rows` [b]; returns these."""
-        self.batch_select_indices(rows)
+        self.reorder_cache(rows)
         return rows
 
 
@@ -135,7 +136,7 @@ class SharedPrompts(DynamicCache):
     def keep(self, rows: Tensor) -> Tensor:
         """Drops all rows but `rows` [b]; returns these in the order that they now have."""
         rows = rows[self.regroup(self.prompt_of[rows])]
-        self.batch_select_indices(rows)
+        self.reorder_cache(rows)
         return rows
 
 
@@ -149,6 +150,29 @@ def decoding_cache(
     if config.model_type in MODEL_TYPES and all(size <= window for window in windows):
         return SharedPrompts(encoded, room)
     return ExpandedPrompts(encoded, room)
+
+
+def run_next(
+    run: Run,
+    config: PreTrainedConfig,
+    cache: SharedPrompts | ExpandedPrompts,
+    token: Tensor,
+    mask: Tensor,
+) -> tuple[Tensor, ...]:
+    """What `run` says after one more token [b] per row: tensors [b, 1, ...].
+
+    mask: bool [b, T], of all tokens up to this one.
+    """
+    with cache.attention(config):
+        return run(
+            last=1,
+            input_ids=token[:, None],
+            attention_mask=mask.long(),
+            position_ids=position_ids(mask)[:, -1:],
+            past_key_values=cache,
+            use_cache=True,
+            **cache.inputs,
+        )
 
 
 def attend(

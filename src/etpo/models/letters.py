@@ -10,6 +10,7 @@ from etpo.environments.token_mdp_env import VOCABULARY_SIZES, letters
 from etpo.errors import MAX_SEED, check_integer
 from etpo.models.backbone import Backbone
 from etpo.models.fresh import fresh_llama, save_checkpoint
+from etpo.models.loading import expanded
 from etpo.models.prompting import PromptTemplate
 
 EOS = "</s>"
@@ -63,7 +64,7 @@ def letter_backbone(
     """
     check_integer("model.vocabulary_size", vocabulary_size, *VOCABULARY_SIZES)
     check_integer("model.init_seed", init_seed, 0, MAX_SEED)
-    folder = Path(name_or_path)
+    folder = Path(expanded(name_or_path))
     if not folder.exists():
         save_letter_checkpoint(folder, vocabulary_size, init_seed)
     return Backbone(name_or_path, prompt, **settings)

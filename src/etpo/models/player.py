@@ -18,6 +18,7 @@ from etpo.environments.text_env import TextVectorEnv
 from etpo.errors import MAX_SEED, ConfigError, check_integer
 from etpo.models.backbone import Backbone
 from etpo.models.fresh import fresh_llama, save_checkpoint
+from etpo.models.loading import expanded
 from etpo.models.prompting import PromptTemplate
 
 EOS = "</s>"
@@ -117,7 +118,7 @@ def player_backbone(
         raise ConfigError(f"model.hidden_size={hidden_size}: allowed are multiples of 8")
     check_integer("model.num_layers", num_layers, 1)
     check_integer("model.init_seed", init_seed, 0, MAX_SEED)
-    folder = Path(name_or_path)
+    folder = Path(expanded(name_or_path))
     if not folder.exists():
         texts = random_play(environment, moves, ROUNDS, init_seed)
         tokenizer = line_tokenizer(texts, moves, vocabulary_size)

@@ -1,7 +1,8 @@
 """One forward over prompts and actions in which equal prompts, and equal rows, are computed once.
 
 Works with any causal LM of transformers that keeps keys and values in a `DynamicCache`; gradients
-flow through the cache into the prompt.
+flow through the cache into the prompt. A model with recurrent states runs prompt and action in one
+sequence: it cannot go on from a state with several tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 # run(last=n, input_ids=..., ...) -> tensors [b, n, ...] over the last n positions; 0: over all
 Run = Callable[..., tuple[Tensor, ...]]
@@ -33,7 +35,7 @@ class Encoded(NamedTuple):
 
     def expanded(self) -> tuple[tuple[Tensor, ...], DynamicCache]:
         """The parts [B, 1, ...] and the cache of all B rows."""
-        self.cache.batch_select_indices(self.rows)
+        self.cache.reorder_cache(self.rows)
         return tuple(part[self.rows] for part in self.parts), self.cache
 
 
@@ -71,7 +73,7 @@ def forward_actions(
     the distinct rows is run once: a trained policy writes the same action many times.
     checkpointed: `checkpointed_layers` of the model; with them nothing is shared.
     """
-    if checkpointed:
+    if checkpointed or is_recurrent(config):
         return forward_whole(run, checkpointed, prompt_ids, prompt_mask, action_ids)
     size = prompt_ids.shape[1]
     read = torch.cat([prompt_ids, prompt_mask.long(), action_ids[:, :-1]], dim=1)
@@ -120,6 +122,12 @@ def forward_whole(
     finally:
         for layer in layers:
             layer.training = False
+
+
+def is_recurrent(config: PreTrainedConfig) -> bool:
+    """Whether a layer's cache is a recurrent state (Mamba, linear attention, convolutions)."""
+    layers = DynamicCache(config=config).layers
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
 
 
 def checkpointed_layers(model: nn.Module) -> list[nn.Module]:

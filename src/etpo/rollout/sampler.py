@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from etpo.models.backbone import Backbone, PromptBatch, language_model
-from etpo.models.decoding import decoding_cache
-from etpo.models.shared_prompt import encode_prompts, position_ids
+from etpo.models.backbone import Backbone, PromptBatch
+from etpo.models.causal_lm import language_model
+from etpo.models.decoding import decoding_cache, run_next
+from etpo.models.shared_prompt import encode_prompts
 
 
 class Sample(NamedTuple):
@@ -82,16 +83,7 @@ def sample(
         if remaining <= len(rows) // 2:
             kept = cache.keep(running.nonzero()[:, 0])
             rows, mask, token, running = rows[kept], mask[kept], token[kept], running[kept]
-        with cache.attention(config):
-            logits, states = run(
-                last=1,
-                input_ids=token[:, None],
-                attention_mask=mask.long(),
-                position_ids=position_ids(mask)[:, -1:],
-                past_key_values=cache,
-                use_cache=True,
-                **cache.inputs,
-            )
+        logits, states = run_next(run, config, cache, token, mask)
     length_limited = torch.zeros(size[0], dtype=torch.bool, device=device)
     length_limited[rows] = running
     ids, masks, log_probs, features = (
