@@ -13,12 +13,17 @@ from etpo.files import append_lines, write_text, written
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def fail_half_way(file):
+    with written(file) as part:
+        part.write_text("half")
+        raise FULL
+
+
 def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
     file = tmp_path / "summary.json"
     write_text(file, "old")
-    with pytest.raises(OutputError, match="summary.json.*No space"), written(file) as part:
-        part.write_text("half")
-        raise FULL
+    with pytest.raises(OutputError, match="summary.json.*No space"):
+        fail_half_way(file)
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
 
