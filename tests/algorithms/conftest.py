@@ -176,6 +176,8 @@ def assert_same_gradient():
 class Paid:
     """An environment whose rewards are `reward(action)`."""
 
+    task_name = "paid"
+
     def __init__(self, env, reward):
         self.env, self.reward = env, reward
         self.num_envs = env.num_envs
