@@ -176,7 +176,9 @@ def records(*rewards: float, error: str | None = None) -> list[Record]:
 
 def test_statistics_by_hand():
     """Returns 1, 0, 1, 0: standard deviation 1/sqrt(3), t(3; 0.975) = 3.18245."""
-    found = evaluate.statistics([records(0, 1), records(0), records(1), records(0, 0, error="no")])
+    found = evaluate.statistics(
+        [records(0, 1), records(0), records(1), records(0, 0, error="no")], has_success=True
+    )
     assert found["episodes"] == 4
     assert found["mean_actions"] == 1.5
     assert found["valid_rate"] == pytest.approx(4 / 6)
@@ -189,7 +191,7 @@ def test_statistics_by_hand():
 
 
 def test_statistics_that_are_not_defined():
-    found = evaluate.statistics([records(0.25)])
+    found = evaluate.statistics([records(0.25)], has_success=False)
     assert found["mean_return"] == 0.25
     assert found["standard_error"] is found["interval"] is found["success_rate"] is None
 

@@ -109,13 +109,18 @@ def play(
     return episodes
 
 
-def statistics(episodes: list[list[Record]]) -> dict[str, Any]:
+def returns_of(episodes: list[list[Record]]) -> list[float]:
+    """The sum of each episode's rewards."""
+    return [sum(record.reward for record in episode) for episode in episodes]
+
+
+def statistics(episodes: list[list[Record]], *, has_success: bool) -> dict[str, Any]:
     """Returns and actions of episodes; null where a number is not defined.
 
-    interval: 95%, of Student's t distribution. success_rate: share of episodes with return 1 where
-    every return is -1, 0 or 1; success_interval: 95%, after Wilson.
+    interval: 95%, of Student's t distribution. success_rate, where `has_success`: share of
+    episodes with return 1; success_interval: 95%, after Wilson.
     """
-    returns = [sum(record.reward for record in episode) for episode in episodes]
+    returns = returns_of(episodes)
     actions = [record for episode in episodes for record in episode]
     count, mean = len(returns), fmean(returns)
     error = interval = rate = rate_interval = None
@@ -123,7 +128,7 @@ def statistics(episodes: list[list[Record]]) -> dict[str, Any]:
         error = stdev(returns) / count**0.5
         half = float(stats.t.ppf(0.975, count - 1)) * error
         interval = [mean - half, mean + half]
-    if set(returns) <= {-1.0, 0.0, 1.0}:
+    if has_success:
         found = stats.binomtest(returns.count(1.0), count)
         rate = float(found.statistic)
         rate_interval = [*map(float, found.proportion_ci(method="wilson"))]
@@ -139,10 +144,11 @@ def statistics(episodes: list[list[Record]]) -> dict[str, Any]:
     }
 
 
-def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Greedy and sampled episodes of a checkpoint: their statistics, and every action.
+def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, list[list[Record]]]]:
+    """Greedy and sampled episodes of a checkpoint: their statistics, and the episodes by policy.
 
-    The data-science task is played for first attempts, which are also scored on the held-out rows.
+    success_rate is defined where every return of both policies is -1, 0 or 1. The data-science task
+    is played for first attempts, which are also scored on the held-out rows.
     """
     check_missing(cfg)
     check_integer("samples", cfg.samples, 1)
@@ -166,11 +172,11 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     programs = hasattr(environment, "held_out")
     name = environment.dataset.name if programs else environment.task_name
     result: dict[str, Any] = {"ckpt_path": str(cfg.ckpt_path), "environment": name}
-    actions: list[dict[str, Any]] = []
+    played: dict[str, list[list[Record]]] = {}
     try:
         for policy, source in (("greedy", None), ("sampled", generator)):
             with mixed:
-                episodes = play(
+                played[policy] = play(
                     module.backbone,
                     environment,
                     1 if programs and source is None else cfg.samples,
@@ -179,20 +185,19 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
                     generator=source,
                     seed=derived_seed(cfg.seed),
                 )
-            result[policy] = statistics(episodes)
-            for number, episode in enumerate(episodes):
-                named = {"policy": policy, "episode": number}
-                actions += [named | record._asdict() for record in episode]
+        returns = {value for episodes in played.values() for value in returns_of(episodes)}
+        has_success = not programs and returns <= {-1.0, 0.0, 1.0}
+        for policy, episodes in played.items():
+            result[policy] = statistics(episodes, has_success=has_success)
             if programs:
                 texts = [environment.program_from_action(e[0].action) for e in episodes]
                 scores = environment.held_out(texts)
                 held_out = None if scores is None else fmean(score.reward for score in scores)
                 result[policy]["held_out_reward"] = held_out
-                if source is None:
-                    result["greedy_program"] = texts[0]
+                result.setdefault("greedy_program", texts[0])
     finally:
         environment.close()
-    return result, actions
+    return result, played
 
 
 def result_table(result: dict[str, Any]) -> Table:
@@ -218,13 +223,15 @@ def result_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def report(result: dict[str, Any], actions: list[dict[str, Any]], folder: Path) -> None:
+def report(result: dict[str, Any], played: dict[str, list[list[Record]]], folder: Path) -> None:
     """Prints the table and writes `evaluation.json` and `episodes.jsonl`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     with (folder / "episodes.jsonl").open("w", encoding="utf-8") as lines:
-        for action in actions:
-            lines.write(json.dumps(action) + "\n")
+        for policy, episodes in played.items():
+            for number, episode in enumerate(episodes):
+                named = {"policy": policy, "episode": number}
+                lines.writelines(json.dumps(named | r._asdict()) + "\n" for r in episode)
     print(f"{result['environment']}: {result['ckpt_path']}")
     # as wide as the table needs: a narrow terminal or a pipe must not cut its numbers
     Console(width=200).print(result_table(result))

@@ -37,6 +37,7 @@ from etpo.config import (
 from etpo.environments.text_env import TextVectorEnv
 from etpo.errors import ConfigError, UnknownMetric
 from etpo.files import output_errors
+from etpo.models.backbone import tiny_checkpoint
 from etpo.resume import check_optimizer, check_progress, resume_arguments
 from etpo.run_folder import held, save_config
 from etpo.study import run_cell
@@ -96,6 +97,18 @@ def check_weights(module: LightningModule, ckpt_path: str, model: str) -> None:
         raise ConfigError(
             f"ckpt_path={ckpt_path}: its weights do not fit model.name_or_path={model} ({name}); "
             "allowed are the model=, model.lora= and critic= that it was trained with"
+        )
+
+
+@rank_zero_only
+def warn_of_embedded_model(environment: TextVectorEnv, model: str) -> None:
+    """Warns of a run that is unlikely to learn: the embedded model writes programs only."""
+    if model == tiny_checkpoint() and environment.task_name != "data_science":
+        print(
+            f"warning: the embedded model (model=tiny) writes scikit-learn programs, whatever "
+            f"{environment.task_name} asks; model=causal_lm model.name_or_path=<id or folder> "
+            "takes another model",
+            file=sys.stderr,
         )
 
 
@@ -201,6 +214,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], Run]:
     folder = Path(cfg.paths.output_dir)
     seed_everything(cfg.seed, workers=True, verbose=False)
     run = build(cfg)
+    warn_of_embedded_model(run.environment, cfg.model.name_or_path)
     try:
         status = fit(run, cfg.ckpt_path)
         if status == "finished" and not is_complete(run.trainer, cfg.trainer.max_epochs):
