@@ -275,6 +275,7 @@ def quiet() -> None:
         r".*exists and is not empty",
         r".*treespec, LeafSpec",
         r"`(is_)?gradient_checkpointing(_enable)?` is deprecated",
+        r"torch\.distributed\.nn\.functional\.all_gather is deprecated",
     ):
         warnings.filterwarnings("ignore", message)
 

@@ -1,5 +1,6 @@
 """What is printed before the first iteration: what is trained, on what, and what it will take."""
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def trained_bytes(module: nn.Module) -> int:
 def memory_line(trainer: Trainer, module: LightningModule) -> str:
     """The expected peak of a process, and what it is for."""
     if not isinstance(module, OnPolicyAlgorithm):
-        return f"{size(peak_memory_mib(module.device))} so far"
+        return f"{size(held_mib(module.device))} so far"
     peak, prompts = memory(trainer, module)
     return (
         f"about {size(peak)} if actions have the greatest length, "
@@ -133,7 +134,7 @@ def memory(trainer: Trainer, module: OnPolicyAlgorithm) -> tuple[float, float]:
     It is what is held now, gradients, the optimizer's moments, annotated actions and a training
     step. Equal prompts are computed once and count as none.
     """
-    now = peak_memory_mib(module.device)
+    now = held_mib(module.device)
     data, backbone = trainer.datamodule, module.backbone
     config = backbone.policy.config.get_text_config()
     hidden, layers = backbone.feature_size, getattr(config, "num_hidden_layers", 1)
@@ -153,6 +154,16 @@ def memory(trainer: Trainer, module: OnPolicyAlgorithm) -> tuple[float, float]:
     floats = actions * width + step * activations + distributions
     peak = now + (3 * trained_bytes(module) + 4 * floats) / MIB
     return peak, 100 * data.minibatch_size * activations * 4 / MIB
+
+
+def held_mib(device: torch.device) -> float:
+    """What is held now: of this process on a CPU, of its tensors on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / MIB
+    pages = Path("/proc/self/statm")
+    if not pages.exists():  # not Linux
+        return peak_memory_mib(device)
+    return int(pages.read_text().split()[1]) * resource.getpagesize() / MIB
 
 
 def trained_trunks(module: OnPolicyAlgorithm) -> int:
