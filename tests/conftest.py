@@ -159,7 +159,7 @@ SMALL_RUN = (
     "rollout.max_new_tokens=48",
     "model.temperature=0.5",  # so that programs come twice
     "environment.n_splits=1",
-    "algorithm.scheduler.total_iters=3",  # also where a part of the three iterations is run
+    "schedule_iters=3",  # also where a part of the three iterations is run
 )
 
 

@@ -2,8 +2,11 @@
 
 import errno
 import os
+import resource
+import signal
 
 import pytest
+import torch
 
 from etpo.callbacks.checkpoint_io import AtomicCheckpointIO
 from etpo.callbacks.metrics_csv import write_rows
@@ -13,17 +16,17 @@ from etpo.files import append_lines, write_text, written
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def fail_half_way(file):
-    with written(file) as part:
-        part.write_text("half")
-        raise FULL
-
-
 def test_a_failed_write_leaves_the_file_as_it_was(tmp_path):
     file = tmp_path / "summary.json"
     write_text(file, "old")
-    with pytest.raises(OutputError, match="summary.json.*No space"):
-        fail_half_way(file)
+
+    def fill():
+        with written(file) as part:
+            part.write_text("half")
+            raise FULL
+
+    with pytest.raises(OutputError, match=r"summary\.json.*No space"):
+        fill()
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
 
@@ -44,12 +47,9 @@ def test_a_folder_that_is_a_file_is_one_line(tmp_path, write):
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_lines_are_added_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_lines_are_added_whole_or_not_at_all(tmp_path):
     file = tmp_path / "episodes.jsonl"
     append_lines(file, ["a\n"])
-    resource = pytest.importorskip("resource")
-    import signal
-
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
@@ -63,8 +63,6 @@ def test_lines_are_added_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path, monkeypatch):
-    import torch
-
     file = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"a": 1}, str(file))
 

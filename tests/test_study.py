@@ -1,13 +1,16 @@
 """A multirun is a study: the same command again does what is left."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
 from etpo import report, train
-from etpo.study import claimed, difference
+from etpo.config import CONF
+from etpo.run_folder import claimed
+from etpo.study import difference
 
 
 @pytest.fixture
@@ -34,7 +37,7 @@ def study(command, monkeypatch, tmp_path):
         trained.clear()
         return command(train.main, "-m", "study=s", *overrides)
 
-    run.trained, run.failing = trained, failing
+    run.trained, run.failing, run.command = trained, failing, command
     run.folder = tmp_path / "logs" / "train" / "multiruns" / "s"
     return run
 
@@ -196,3 +199,77 @@ def left_by(cells):
     """What the runs of cells wrote: all but the lock and what Hydra writes before a cell."""
     files = (file for cell in cells for file in cell.rglob("*") if file.is_file())
     return [f for f in files if f.name != "lock" and ".hydra" not in f.parts]
+
+
+def test_a_trial_that_ends_with_nan_ends_no_search(study, monkeypatch):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    stand_in = train.train_and_judge
+    values = iter([math.nan, 0.5, math.inf])
+    monkeypatch.setattr(train, "train_and_judge", lambda cfg: stand_in(cfg) and next(values))
+    ended = study(*SEARCH, "hydra.sweeper.n_trials=3")
+    assert ended.status == 0, ended.err
+    assert len(study.trained) == 3
+    assert OmegaConf.load(study.folder / "optimization_results.yaml").best_value == 0.5
+
+
+def test_a_search_without_a_result_is_one_line(study):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    study.failing |= set(range(1000))
+    ended = study(*SEARCH, "hydra.sweeper.n_trials=2")
+    assert ended.status == 1
+    assert "Traceback" not in ended.err
+    assert "no trial" in ended.err
+    assert "0 cells finished" in ended.out
+
+
+@pytest.mark.parametrize("arguments", [("seed=0,1",), SEARCH])
+def test_an_unknown_metric_ends_a_study_at_its_first_cell(study, monkeypatch, small_run, arguments):
+    monkeypatch.undo()  # the real training
+    monkeypatch.chdir(study.folder.parents[3])
+    ended = study(*small_run, *arguments, "optimized_metric=val/rewrd", "environment.dataset=iris")
+    assert ended.status == 2, ended.err
+    assert ended.err.startswith("error: optimized_metric=val/rewrd")
+    assert ended.err.count("\n") == 1
+    for name in ("val/reward", "rollout/best_reward_so_far", "time/iteration_seconds"):
+        assert name in ended.err
+    assert not list(study.folder.glob("*/"))  # no cell is left
+
+
+FILES_OF = {
+    "episodes": {"episodes.jsonl"},
+    "credit": {"credit.jsonl", "credit.html"},
+    "best_action": {"best_action.py", "best_action_data.csv"},
+    "metrics": {"metrics.csv"},
+    "learning_curve": {"learning_curve.png"},
+    "best_checkpoint": {"checkpoints/best.ckpt"},
+    "last_checkpoint": {"checkpoints/last.ckpt"},
+}
+ALL = set().union(*FILES_OF.values()) | {"summary.json", "train.log"}
+
+
+def left(cell):
+    files = {str(p.relative_to(cell)) for p in cell.rglob("*") if p.is_file()}
+    return {f for f in files if not f.startswith(".hydra")} - {"lock", "cell.json"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*OmegaConf.load(CONF / "callbacks" / "default.yaml"), None])
+def test_a_callback_left_out_leaves_out_its_file_alone(name, study, monkeypatch, small_run):
+    """In a study that is run twice and a run that is trained longer. None: all callbacks."""
+    monkeypatch.undo()
+    monkeypatch.chdir(study.folder.parents[3])
+    gone = "callbacks=null" if name is None else f"~callbacks.{name}"
+    expected = {"summary.json", "train.log"} if name is None else ALL - FILES_OF.get(name, set())
+    arguments = (*small_run, gone, "trainer.max_epochs=1", "environment.dataset=iris")
+    ended = study(*arguments)
+    assert ended.status == 0, ended.err
+    (cell,) = study.folder.glob("*/")
+    assert left(cell) == expected
+    ended = study(*arguments)
+    assert "was finished before" in ended.out
+    assert "1 cells finished, 0 not finished" in ended.out
+    if (cell / "checkpoints" / "last.ckpt").exists():
+        ended = study.command(train.main, f"ckpt_path={cell}", "trainer.max_epochs=2")
+        assert ended.status == 0, ended.err
+        assert left(cell) == expected
+        assert json.loads((cell / "summary.json").read_text())["iterations"] == 2

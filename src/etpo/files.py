@@ -47,11 +47,12 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
     """Adds `lines` to `path`: all or, with an OutputError, none."""
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
-            end = file.tell()
+        # unbuffered: a buffer would write its rest again when the file is closed
+        with path.open("ab", buffering=0) as file:
+            end, rest = file.tell(), "".join(lines).encode("utf-8")
             try:
-                file.write("".join(lines).encode("utf-8", errors="surrogatepass"))
-                file.flush()
+                while rest:
+                    rest = rest[file.write(rest) :]
             except OSError:
-                os.truncate(path, end)
+                file.truncate(end)
                 raise

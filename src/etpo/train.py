@@ -200,6 +200,7 @@ def is_complete(trainer: Trainer, max_epochs: int) -> bool:
     """Whether all iterations ran, each with all of its updates."""
     limit = trainer.limit_train_batches
     whole = isinstance(limit, float) and limit == 1.0
+    whole = whole and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
     return trainer.current_epoch >= max_epochs and whole and not trainer.fast_dev_run
 
 
