@@ -138,10 +138,6 @@ def test_what_a_resumed_run_is_given_acts_or_is_refused(once, command, tmp_path)
     lines = [json.loads(line) for line in (run / "episodes.jsonl").read_text().splitlines()]
     rewards = [line["reward"] for line in lines if line["iteration"] == 1]
     assert summary["best_reward"] == max(rewards)
-    new = {line["action"] for line in lines if line["iteration"] == 1}
-    assert new & {line["action"] for line in lines if line["iteration"] == 0}, "nothing comes again"
-    firsts = {line["action"]: line for line in reversed(lines[16:])}.values()
-    assert not any(line["cached"] for line in firsts if line["error"] is None)
 
 
 @pytest.mark.parametrize(

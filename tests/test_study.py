@@ -1,6 +1,7 @@
 """A multirun is a study: the same command again does what is left."""
 
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -31,6 +32,8 @@ def study(command, monkeypatch, tmp_path):
         return float(f"0.{cfg.seed}")
 
     monkeypatch.setattr(train, "train_and_judge", stand_in)
+    # Optuna's handler keeps the stderr of the first test that imports it
+    monkeypatch.setattr(logging, "raiseExceptions", False)
     monkeypatch.chdir(tmp_path)
 
     def run(*overrides):
@@ -225,6 +228,7 @@ def test_a_search_without_a_result_is_one_line(study):
 @pytest.mark.parametrize("arguments", [("seed=0,1",), SEARCH])
 def test_an_unknown_metric_ends_a_study_at_its_first_cell(study, monkeypatch, small_run, arguments):
     monkeypatch.undo()  # the real training
+    monkeypatch.setattr(logging, "raiseExceptions", False)
     monkeypatch.chdir(study.folder.parents[3])
     ended = study(*small_run, *arguments, "optimized_metric=val/rewrd", "environment.dataset=iris")
     assert ended.status == 2, ended.err
