@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from etpo.errors import ConfigError
 from etpo.models.backbone import Backbone
@@ -168,6 +168,63 @@ def test_bad_values_are_config_errors(checkpoint, settings, message):
 def test_a_folder_without_a_model_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match="model.name_or_path=.*not a causal language model"):
         build(tmp_path)
+
+
+@pytest.fixture
+def with_tokens(checkpoint, tmp_path):
+    """with_tokens(change): a checkpoint whose tokenizer was changed."""
+
+    def make(change):
+        folder = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        change(tokenizer)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def beyond(tokenizer):
+    """Eight added tokens, the last of which has no row in the embedding of 266."""
+    tokenizer.add_tokens([f"<extra {i}>" for i in range(8)], special_tokens=True)
+
+
+def test_a_token_without_a_row_is_refused_where_a_prompt_has_it(with_tokens):
+    backbone = build(with_tokens(beyond))
+    assert backbone.vocabulary_size == 266
+    backbone.encode(observations("hello <extra 6>"))
+    with pytest.raises(ConfigError, match="model.name_or_path=.*<extra 7>.*266"):
+        backbone.encode(observations("hello <extra 7>"))
+
+
+def test_a_pad_token_without_a_row_is_not_looked_up(with_tokens):
+    def change(tokenizer):
+        beyond(tokenizer)
+        tokenizer.pad_token = "<extra 7>"
+
+    backbone = build(with_tokens(change))
+    assert backbone.pad_id == backbone.tokenizer.eos_token_id
+    prompts = backbone.encode(observations("hello", "a longer prompt"))
+    assert after_prompt(backbone, prompts).log_probs.isfinite().all()
+
+
+def test_an_end_that_cannot_be_sampled_is_refused(with_tokens):
+    def change(tokenizer):
+        beyond(tokenizer)
+        tokenizer.eos_token = "<extra 7>"
+
+    with pytest.raises(ConfigError, match="model.stop_tokens"):
+        build(with_tokens(change))
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(checkpoint, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("llama"), folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(200)
+    model.save_pretrained(folder)
+    with pytest.raises(ConfigError, match="model.name_or_path=.*259 tokens.*200"):
+        build(folder)
 
 
 def test_polyak_update_is_an_average():

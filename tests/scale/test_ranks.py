@@ -301,10 +301,11 @@ def test_mixed_precision_trains(algorithm, checkpoint, letter_env, tmp_path):
         assert any(not torch.equal(p, before[n]) for n, p in after.items() if n.startswith(part))
 
 
-def test_precision_that_rounds_the_buffer_is_refused(checkpoint, letter_env, tmp_path):
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_weights_of_another_precision_are_refused(precision, checkpoint, letter_env, tmp_path):
     module = build(ETPO, checkpoint("llama"))
-    with pytest.raises(ConfigError, match="trainer.precision=bf16-true: allowed are 32-true, bf16"):
-        fitted(module, letter_env(2 * ENVS), [], ENVS * ROUNDS, tmp_path, precision="bf16-true")
+    with pytest.raises(ConfigError, match=f"trainer.precision={precision}: allowed are 32-true"):
+        fitted(module, letter_env(2 * ENVS), [], ENVS * ROUNDS, tmp_path, precision=precision)
 
 
 def test_sharded_strategies_are_those_of_the_configuration():

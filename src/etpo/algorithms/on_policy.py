@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -205,11 +204,6 @@ class OnPolicyAlgorithm(LightningModule):
                     f"algorithm.vocabulary_chunk={self.vocabulary_chunk}: allowed with "
                     "trainer=fsdp is null, for a model is gathered as a whole"
                 )
-        if isinstance(self.trainer.precision_plugin, HalfPrecision):
-            raise ConfigError(
-                f"trainer.precision={self.trainer.precision}: allowed are 32-true, bf16-mixed, for "
-                "it would round log-probabilities; model.dtype=bfloat16 gives weights in bfloat16"
-            )
         if isinstance(strategy, DeepSpeedStrategy) and self.trainer.precision != "32-true":
             raise ConfigError(
                 f"trainer.precision={self.trainer.precision}: allowed with trainer=deepspeed is "

@@ -136,8 +136,11 @@ class Backbone(nn.Module):
         rows, self.feature_size = model.get_output_embeddings().weight.shape
         self.vocabulary_size = min(rows, largest + 1)
         self.context_size = context_size(model.config.get_text_config())
-        pad = self.tokenizer.pad_token_id
-        self.pad_id = pad if pad is not None else self.stop_ids[0]
+        self.embedding_size = model.get_input_embeddings().weight.shape[0]
+        self.check_vocabulary(name_or_path)
+        # padding is never read, but it is looked up
+        pads = (self.tokenizer.pad_token_id, *self.stop_ids)
+        self.pad_id = next(i for i in pads if i is not None and i < self.embedding_size)
         self.eval()
         if attn_implementation in ("eager", "sdpa"):  # the others need a GPU, and the weights on it
             check_forwards(self, name_or_path)
@@ -145,6 +148,20 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> "Backbone":
         """Keeps evaluation mode: dropout is off in every forward."""
         return super().train(False)
+
+    def check_vocabulary(self, name_or_path: str) -> None:
+        """Raises ConfigError where the model lacks words of the tokenizer, or every end."""
+        rows, key = self.embedding_size, f"model.name_or_path={name_or_path}"
+        if self.tokenizer.vocab_size > rows:
+            raise ConfigError(
+                f"{key}: its tokenizer has {self.tokenizer.vocab_size} tokens; allowed are at most "
+                f"{rows}, the rows of its embedding"
+            )
+        if min(self.stop_ids) >= self.vocabulary_size:
+            raise ConfigError(
+                f"{key}: its tokens that end an action, {self.stop_ids}, are none of the model's "
+                f"{self.vocabulary_size}; model.stop_tokens names others"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -162,6 +179,13 @@ class Backbone(nn.Module):
             )
             for texts in {tuple(o.items()) for o in observations}
         }
+        largest = max(i for prompt in encoded.values() for i in prompt.ids)
+        if largest >= self.embedding_size:  # a token that was added without a row
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise ConfigError(
+                f"model.name_or_path={self.tokenizer.name_or_path}: a prompt has the token "
+                f"{token!r} ({largest}); allowed are the {self.embedding_size} of its embedding"
+            )
         prompts = [encoded[tuple(o.items())] for o in observations]
         width = max(len(p.ids) for p in prompts)
         ids = torch.full((len(prompts), width), self.pad_id)

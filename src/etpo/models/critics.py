@@ -155,7 +155,9 @@ class LoraCritic(TrunkCritic):
         trunk = copy_sharing_frozen(trunk_of(pretrained(backbone)))
         try:
             self.trunk = inject_adapter_in_model(LoraConfig(**lora), trunk)
-        except (TypeError, ValueError) as error:
+            with torch.no_grad():  # a layer that only looks linear, such as a router, fails here
+                self.trunk(input_ids=torch.zeros(1, 1, dtype=torch.long, device=backbone.device))
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ConfigError(f"critic.lora: {reason(error)}") from error
         for parameter in self.trunk.parameters():
             if parameter.requires_grad:  # peft gives it the type of the weights that it lies on

@@ -15,6 +15,8 @@ from etpo.rollout.episode import Rollout
 from etpo.rollout.replay import OnPolicyBuffer
 from etpo.sharding import gathered
 
+PRECISIONS = ("32-true", "bf16-mixed")
+
 
 def derived_seed(*keys: int) -> int:
     """A 63-bit seed that is a function of `keys` (>= 0) alone."""
@@ -96,6 +98,11 @@ class RolloutDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         self.check(self.running.world_size)
+        if self.running.precision not in PRECISIONS:
+            raise ConfigError(
+                f"trainer.precision={self.running.precision}: allowed are {', '.join(PRECISIONS)}, "
+                "for log-probabilities are float32; model.dtype=bfloat16 gives weights in bfloat16"
+            )
         batches, joined = self.batches_per_pass, self.running.accumulate_grad_batches
         if batches % joined:
             raise ConfigError(

@@ -1,0 +1,170 @@
+"""Each architecture, small and random: sampled, trained with every critic, resumed, exported.
+
+`pytest -m slow tests/models/test_architectures.py -s` prints the table of docs/models.md.
+"""
+
+import json
+
+import gymnasium
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from etpo import export, train
+from etpo.environments.text_env import AnyText
+from etpo.errors import ConfigError
+from etpo.models.backbone import Backbone
+from etpo.models.decoding import MODEL_TYPES
+from etpo.models.prompting import CompletionTemplate
+from etpo.models.shared_prompt import is_recurrent
+from etpo.rollout.sampler import sample
+
+from .architectures import ARCHITECTURES, save_architecture
+
+FAST = ("GPT-2", "OPT-350m", "MPT", "Gemma 2", "Mistral", "Qwen3-Next", "LFM2", "Llama 4", "RWKV")
+CRITICS = ("full", "lora", "frozen_trunk", "lm_copy")
+COLUMNS = ("Architecture", "`model_type`", "Prompt in the cache", "Padded = alone", *CRITICS)
+COLUMNS += ("Resume", "Export")
+TINY = (
+    "environment=gymnasium",
+    "environment.id=Lengths-v0",
+    "model=causal_lm",
+    "model.max_prompt_tokens=100",
+    "model.gradient_checkpointing=false",
+    "rollout.num_envs=2",
+    "rollout.actions_per_iteration=4",
+    "rollout.minibatch_size=4",
+    "rollout.update_epochs=1",
+    "rollout.max_new_tokens=4",
+    "algorithm.policy_lr=1e-2",
+    "trainer.max_epochs=1",
+)
+
+
+class Lengths(gymnasium.Env):
+    """Prompts of several lengths; a longer action is worth more."""
+
+    action_space = observation_space = AnyText()
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return "go " * int(self.np_random.integers(1, 9)), {}
+
+    def step(self, action):
+        return "", len(action) / 4, True, False, {}
+
+
+gymnasium.register("Lengths-v0", entry_point=Lengths)
+
+
+@pytest.fixture
+def small(checkpoint, tmp_path):
+    """small(name): the folder of the architecture's checkpoint."""
+
+    def make(name):
+        return save_architecture(tmp_path / "model", ARCHITECTURES[name], checkpoint("llama"))
+
+    return make
+
+
+def build(folder, name):
+    implementation = ARCHITECTURES[name].attn_implementation
+    return Backbone(str(folder), CompletionTemplate(), attn_implementation=implementation)
+
+
+@torch.no_grad()
+def agrees(backbone, folder, name):
+    """Sampler and annotation against an ordinary forward of each row by transformers alone."""
+    implementation = ARCHITECTURES[name].attn_implementation
+    alone = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=implementation)
+    texts = ("go", "a much longer prompt", "go", "x")
+    prompts = backbone.encode([{"instruction": "", "prefix": p, "suffix": ""} for p in texts])
+    backbone.stop_ids = list(range(3, 30))  # so that some actions end before others
+    taken = sample(backbone, prompts, 8, torch.Generator().manual_seed(0))
+    assert taken.mask.any(1).all()
+    annotated = backbone(prompts.ids, prompts.mask, taken.ids).log_probs
+    features = backbone.features(prompts.ids, prompts.mask, taken.ids)
+    for row in range(len(texts)):
+        prompt, action = prompts.ids[row, prompts.mask[row]], taken.ids[row, taken.mask[row]]
+        ids = torch.cat([prompt, action])[None]
+        plain = alone(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        expected = plain[:, : backbone.vocabulary_size].log_softmax(-1)
+        near = {"rtol": 0, "atol": 1e-4}
+        torch.testing.assert_close(annotated[row, : len(action)], expected, **near)
+        own = expected.gather(1, action[:, None])[:, 0]
+        torch.testing.assert_close(taken.log_probs[row, : len(action)], own, **near)
+        kept = taken.features[row, : len(action)]
+        torch.testing.assert_close(features[row, : len(action)], kept, rtol=0, atol=1e-3)
+    return "yes"
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_padded_rows_agree_with_those_alone_or_are_refused(name, small):
+    folder, refused = small(name), ARCHITECTURES[name].refused
+    if refused is None:
+        agrees(build(folder, name), folder, name)
+    else:
+        with pytest.raises(ConfigError, match=f"model.name_or_path=.*{refused}"):
+            build(folder, name)
+
+
+def exported(command, run, out):
+    """Exports a run; its policy's logits must be those of the folder that was written."""
+    last = run / "checkpoints" / "last.ckpt"
+    ended = command(export.main, f"ckpt_path={last}", f"out={out}")
+    assert ended.status == 0, ended.err
+    policy = export.load_backbone(str(last)).policy
+    implementation = policy.config._attn_implementation
+    loaded = AutoModelForCausalLM.from_pretrained(out, attn_implementation=implementation)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, policy(ids).logits, rtol=0, atol=1e-5)
+    return "yes"
+
+
+@pytest.fixture(scope="module")
+def table(pytestconfig):
+    """Rows of the Markdown table, printed at the end."""
+    rows = {}
+    yield rows
+    if rows:
+        reporter = pytestconfig.pluginmanager.get_plugin("terminalreporter")
+        lines = [COLUMNS, ["---"] * len(COLUMNS), *rows.values()]
+        reporter.write_line("\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_works_or_is_refused_in_one_line(name, small, table, command, tmp_path):
+    folder, (kind, _, implementation, refused) = small(name), ARCHITECTURES[name]
+    model = (f"model.name_or_path={folder}", f"model.attn_implementation={implementation}")
+    row = table[name] = [name, f"`{kind}`"]
+    if implementation == "eager":
+        row[1] += ", eager"
+    if refused is not None:
+        ended = command(train.main, *TINY, *model, f"hydra.run.dir={tmp_path / 'run'}")
+        assert ended.status == 2
+        line = next(part for part in ended.err.splitlines() if part.startswith("error: "))
+        assert line.startswith("error: model.name_or_path=")
+        assert refused in line
+        told = line.removeprefix(f"error: model.name_or_path={folder}: ").partition(";")[0]
+        row += [f"refused: {told}", *[""] * (len(COLUMNS) - 3)]
+        return
+    backbone = build(folder, name)
+    config = backbone.policy.config
+    shared = "once" if kind in MODEL_TYPES else "per row"
+    row += ["states, per row" if is_recurrent(config) else shared, agrees(backbone, folder, name)]
+    for critic in CRITICS:
+        run = tmp_path / critic
+        chosen = [f"critic={critic}", f"hydra.run.dir={run}"]
+        if critic == "lora" and not any("q_proj" in n for n, _ in backbone.named_modules()):
+            chosen.append("critic.lora.target_modules=all-linear")
+        ended = command(train.main, *TINY, *model, *chosen)
+        assert ended.status == 0, ended.err
+        assert json.loads((run / "summary.json").read_text())["status"] == "finished"
+        row.append("yes")
+    last = tmp_path / "frozen_trunk" / "checkpoints" / "last.ckpt"
+    ended = command(train.main, f"ckpt_path={last}", "trainer.max_epochs=2")
+    assert ended.status == 0, ended.err
+    assert json.loads((last.parents[1] / "summary.json").read_text())["iterations"] == 2
+    row += ["yes", exported(command, last.parents[1], tmp_path / "out")]
