@@ -128,9 +128,9 @@ def table(pytestconfig):
     rows = {}
     yield rows
     if rows:
-        reporter = pytestconfig.pluginmanager.get_plugin("terminalreporter")
         lines = [COLUMNS, ["---"] * len(COLUMNS), *rows.values()]
-        reporter.write_line("\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+        with pytestconfig.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+            print("\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
 @pytest.mark.slow
