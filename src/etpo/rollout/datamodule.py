@@ -98,16 +98,16 @@ class RolloutDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         self.check(self.running.world_size)
-        if self.running.precision not in PRECISIONS:
-            raise ConfigError(
-                f"trainer.precision={self.running.precision}: allowed are {', '.join(PRECISIONS)}, "
-                "for log-probabilities are float32; model.dtype=bfloat16 gives weights in bfloat16"
-            )
         batches, joined = self.batches_per_pass, self.running.accumulate_grad_batches
         if batches % joined:
             raise ConfigError(
                 f"trainer.accumulate_grad_batches={joined}: allowed are divisors of {batches}, a "
                 "process's minibatches of one pass over the actions"
+            )
+        if self.running.precision not in PRECISIONS:
+            raise ConfigError(
+                f"trainer.precision={self.running.precision}: allowed are {', '.join(PRECISIONS)}, "
+                "for log-probabilities are float32; model.dtype=bfloat16 gives weights in bfloat16"
             )
         backbone = self.policy.backbone
         used = backbone.max_prompt_tokens + self.max_new_tokens
