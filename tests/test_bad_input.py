@@ -256,6 +256,17 @@ def test_a_run_cannot_go_on_with_another_model(
     assert "allowed are the model=" in line
 
 
+def test_a_run_does_not_go_on_from_weights_alone(command, finished_run):
+    best = finished_run.folder / "checkpoints" / "best.ckpt"
+    files = {f: f.read_bytes() for f in finished_run.folder.rglob("*.c*") if f.is_file()}
+    ended = command(train.main, f"ckpt_path={best}", "trainer.max_epochs=4")
+    assert (ended.status, ended.out) == (2, "")
+    assert ended.err.startswith(f"error: ckpt_path={best}: ")
+    assert "last.ckpt" in ended.err
+    assert ended.err.count("\n") == 1
+    assert files == {f: f.read_bytes() for f in files}
+
+
 @pytest.mark.parametrize(
     ("state", "strange"),
     [

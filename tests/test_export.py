@@ -1,14 +1,17 @@
 """`etpo-export`: the folder that it writes loads with transformers and peft, and says the same."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from etpo import export, train
-from etpo.models.backbone import tiny_checkpoint
+from etpo.errors import ConfigError
+from etpo.models.backbone import Backbone, tiny_checkpoint
+from etpo.models.prompting import CompletionTemplate
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
@@ -106,6 +109,7 @@ def test_bad_input_is_one_line_and_loses_nothing(command, finished_run, tmp_path
         ((f"ckpt_path={last}", f"out={tmp_path / 'a'}", "merge=2"), "error: merge=2: allowed are"),
         ((f"ckpt_path={last}", f"out={tmp_path / 'a'}", "merge=false"), "error: merge=false needs"),
         (("ckpt_path=none.ckpt", f"out={tmp_path / 'a'}"), "error: ckpt_path=none.ckpt: no such"),
+        ((f"ckpt_path={last}", f"out={full / 'mine' / 'below'}"), "error: out="),
     ):
         ended = command(export.main, *arguments)
         assert (ended.status, ended.out) == (2, "")
@@ -113,3 +117,83 @@ def test_bad_input_is_one_line_and_loses_nothing(command, finished_run, tmp_path
         assert ended.err.count("\n") == 1
     assert (full / "mine").read_text() == "kept"
     assert not (tmp_path / "a").exists()
+
+
+TARGETS = ["q_proj", "v_proj"]
+TRAINED = {
+    "all": None,
+    "two matrices": {"target_modules": TARGETS},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "output": {"target_modules": ["q_proj", "lm_head"]},
+    "both": {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True},
+    "whole embedding": {"target_modules": TARGETS, "modules_to_save": ["embed_tokens"]},
+    "whole output": {"target_modules": TARGETS, "modules_to_save": ["lm_head"]},
+    "norms": {"target_modules": TARGETS, "modules_to_save": ["norm"]},
+    "tied": {
+        "target_modules": TARGETS,
+        "modules_to_save": ["embed_tokens"],
+        "ensure_weight_tying": True,
+    },
+    "two tokens": {"target_modules": TARGETS, "trainable_token_indices": [70, 71]},
+}
+
+
+def moved_backbone(checkpoint, folder, tied, lora):
+    """A policy that training has moved, on a random model; its checkpoint lies in `folder`."""
+    shutil.copytree(checkpoint("qwen-instruct"), folder)
+    config = AutoConfig.from_pretrained(folder)
+    config.tie_word_embeddings = tied
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    backbone = Backbone(str(folder), CompletionTemplate(), lora=lora, temperature=0.5, min_p=0.1)
+    with torch.no_grad():
+        for parameter in backbone.policy_parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return backbone
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("trained", "merge"),
+    [(name, merge) for name in TRAINED for merge in (True, False) if merge or TRAINED[name]],
+)
+def test_the_folder_is_the_policy(trained, merge, tied, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    backbone = moved_backbone(checkpoint, tmp_path / "base", tied, TRAINED[trained])
+    ids = torch.randint(3, 250, (2, 9), generator=torch.Generator().manual_seed(1))
+    prompt, action = ids.split([4, 5], dim=1)
+    with torch.no_grad():
+        expected = backbone(prompt, torch.ones_like(prompt).bool(), action).log_kept
+        policy = backbone.policy(input_ids=ids).logits
+    text = [{"role": "user", "content": "Go. <|im_end|>"}]
+    said = backbone.tokenizer.apply_chat_template(text, tokenize=False)
+    export.write(backbone, tmp_path / "out", merge)
+    if merge:
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    else:
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        model = PeftModel.from_pretrained(base, tmp_path / "out")
+    with torch.no_grad():
+        logits = model.eval()(input_ids=ids).logits
+    torch.testing.assert_close(logits, policy, rtol=1e-4, atol=1e-4)
+    # min_p, temperature and the ids that no token has, as `generate` applies them
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.apply_chat_template(text, tokenize=False) == said
+    settings = GenerationConfig.from_pretrained(tmp_path / "out")
+    outside = settings.suppress_tokens
+    assert outside == list(range(len(tokenizer), model.config.vocab_size))
+    logits[..., outside] = float("-inf")
+    p = (logits[:, 3:-1] / settings.temperature).softmax(-1)
+    kept = p >= settings.min_p * p.amax(-1, keepdim=True)
+    kept.scatter_(-1, action[..., None], True)
+    mass = torch.where(kept, p, 0.0).sum(-1).log()
+    torch.testing.assert_close(mass, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_folder_that_is_not_the_policy_is_refused(checkpoint, tmp_path, monkeypatch):
+    """As where untied weights would be tied again by whoever loads them."""
+    lora = TRAINED["embedding"]
+    backbone = moved_backbone(checkpoint, tmp_path / "base", True, lora)
+    monkeypatch.setattr(export, "merged", lambda policy: policy.merge_and_unload())
+    with pytest.raises(ConfigError, match="^merge=true: log-probabilities"):
+        export.write(backbone, tmp_path / "out", True)

@@ -187,8 +187,11 @@ def check_config(cfg: DictConfig) -> None:
     check_trainer(cfg.trainer, cfg.algorithm.get("max_grad_norm"))
     if "critic" in cfg and "hidden_size" in cfg.critic:
         check_integer("critic.hidden_size", cfg.critic.hidden_size, 1)
-    if cfg.ckpt_path is not None:
-        load_checkpoint(cfg.ckpt_path)
+    if cfg.ckpt_path is not None and "optimizer_states" not in load_checkpoint(cfg.ckpt_path):
+        raise ConfigError(
+            f"ckpt_path={cfg.ckpt_path}: it holds the policy's weights alone; allowed is the run's "
+            "last.ckpt"
+        )
 
 
 def check_trainer(trainer: DictConfig, max_grad_norm: float | None) -> None:

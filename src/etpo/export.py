@@ -1,14 +1,20 @@
 """`etpo-export ckpt_path=... out=FOLDER`: a checkpoint's policy as a Hugging Face folder."""
 
+import os
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import hydra
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from peft import PeftModel
-from transformers import GenerationConfig
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from etpo.algorithms.agreement import rounding
 from etpo.config import (
     CONF,
     check_missing,
@@ -44,34 +50,106 @@ def load_backbone(ckpt_path: str) -> Backbone:
 
 def sampling(backbone: Backbone) -> GenerationConfig:
     """Settings with which `generate` samples from the policy that was trained."""
+    padded = range(backbone.vocabulary_size, backbone.policy.config.get_text_config().vocab_size)
     return GenerationConfig(
         do_sample=True,
         temperature=backbone.temperature,
         min_p=backbone.min_p or None,
         top_k=0,
+        bos_token_id=backbone.tokenizer.bos_token_id,
         eos_token_id=backbone.stop_ids,
         pad_token_id=backbone.pad_id,
+        suppress_tokens=list(padded) or None,
     )
 
 
+def merged(policy: PeftModel) -> PreTrainedModel:
+    """The model with its adapter in the weights; `policy` is of no use afterwards.
+
+    Input and output embeddings that were tied stay so only where the adapter changed both alike.
+    """
+    model = policy.get_base_model()
+    tied = model.config.get_text_config().tie_word_embeddings
+    read, write = (
+        layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    if tied and read.weight is write._parameters.get("weight"):
+        write.weight = nn.Parameter(read.weight.detach().clone())
+    model = policy.merge_and_unload()
+    read, write = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = tied and torch.equal(read.weight, write.weight)
+    if tied:
+        write.weight = read.weight
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = tied
+    return model
+
+
+@torch.no_grad()
+def log_probs(model: nn.Module, vocabulary_size: int, ids: torch.Tensor) -> torch.Tensor:
+    """float32 log-probabilities [B, L, V] of raw logits, over the tokenizer's tokens."""
+    logits = model(input_ids=ids, use_cache=False).logits[..., :vocabulary_size]
+    return logits.log_softmax(-1, dtype=torch.float32)
+
+
+def write(backbone: Backbone, folder: Path, merge: bool) -> None:
+    """Writes the policy into a new `folder`; `backbone` is of no use afterwards.
+
+    Raises ConfigError where its log-probabilities cannot be had from what was written.
+    """
+    policy = backbone.policy
+    drawn = torch.Generator().manual_seed(0)
+    ids = torch.randint(backbone.vocabulary_size, (1, 32), generator=drawn)
+    size, limit = backbone.vocabulary_size, rounding(backbone, (ids, torch.ones_like(ids), ids))
+    expected = log_probs(policy, size, ids)
+    settings = sampling(backbone)
+    dtype, attention = policy.dtype, policy.config._attn_implementation
+    if isinstance(policy, PeftModel) and merge:
+        policy = merged(policy)
+    elif isinstance(policy, PeftModel):
+        config = policy.active_peft_config
+        base = Path(config.base_model_name_or_path)
+        if base.is_dir():  # found from any working directory
+            config.base_model_name_or_path = str(base.absolute())
+    policy.generation_config = settings
+    policy.save_pretrained(folder)
+    settings.save_pretrained(folder)  # peft writes the adapter alone
+    backbone.tokenizer.save_pretrained(folder)
+    backbone.policy = policy = None  # no two models at a time
+    kind = AutoModelForCausalLM if merge else AutoPeftModelForCausalLM
+    again = kind.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
+    distance = (log_probs(again, size, ids) - expected).abs().mean()
+    if not distance <= limit:
+        raise ConfigError(
+            f"merge={str(merge).lower()}: log-probabilities of the folder differ from the policy's "
+            f"by {float(distance):.2g} on average; allowed is what transformers can load as it was"
+        )
+
+
 def export(cfg: DictConfig) -> Path:
-    """Writes the folder `cfg.out` and returns it."""
+    """Writes the folder `cfg.out`, all at once, and returns it."""
     check_missing(cfg)
     if not isinstance(cfg.merge, bool):
         raise ConfigError(f"merge={cfg.merge}: allowed are true, false")
     out = Path(str(cfg.out)).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"out={cfg.out} exists; allowed is a new or an empty folder")
-    backbone = load_backbone(str(cfg.ckpt_path))
-    policy = backbone.policy
-    if isinstance(policy, PeftModel):
-        policy = policy.merge_and_unload() if cfg.merge else policy
-    elif not cfg.merge:
-        raise ConfigError("merge=false needs a run with model.lora; this one trained all weights")
-    policy.generation_config = sampling(backbone)
-    policy.save_pretrained(out)
-    policy.generation_config.save_pretrained(out)  # peft writes the adapter alone
-    backbone.tokenizer.save_pretrained(out)
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"out={cfg.out} exists; allowed is a new or an empty folder")
+        backbone = load_backbone(str(cfg.ckpt_path))
+        if not cfg.merge and not isinstance(backbone.policy, PeftModel):
+            raise ConfigError(
+                "merge=false needs a run with model.lora; this one trained all weights"
+            )
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+            write(backbone, Path(folder) / out.name, cfg.merge)
+            os.replace(Path(folder) / out.name, out)
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ConfigError(
+            f"out={cfg.out}: cannot be written ({reason}); allowed is a folder with room for it"
+        ) from error
     return out
 
 

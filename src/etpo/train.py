@@ -86,7 +86,7 @@ def build(cfg: DictConfig) -> Run:
 
 def check_weights(module: LightningModule, ckpt_path: str, model: str) -> None:
     """Raises ConfigError unless the checkpoint holds what `module` would write, in its shapes."""
-    own = {"state_dict": module.state_dict()}
+    own = {"state_dict": module.state_dict(), "optimizer_states": []}  # not the weights alone
     module.on_save_checkpoint(own)  # leaves frozen weights out
     own, saved = (
         {name: weight.shape for name, weight in content["state_dict"].items()}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from etpo.algorithms.archer import ArCHer
@@ -143,7 +144,7 @@ def fit(tmp_path):
             max_epochs=iterations,
             accelerator="cpu",
             logger=False,
-            enable_checkpointing=False,
+            enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,

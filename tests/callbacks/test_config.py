@@ -60,7 +60,7 @@ def test_an_interruption_leaves_the_last_completed_iteration(tmp_path, fit, inte
     assert [json.loads(line)["iteration"] for line in lines[::4]] == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("name", ["best.ckpt", "last.ckpt", None])
+@pytest.mark.parametrize("name", ["last.ckpt", None])
 def test_a_used_folder_keeps_two_checkpoints(tmp_path, fit, name):
     fit(callbacks_of(tmp_path), 1)
     resumed = tmp_path / "checkpoints" / name if name else None

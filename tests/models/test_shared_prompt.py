@@ -1,12 +1,18 @@
 """Sharing prompts changes no number; neither does checkpointing of activations."""
 
+import re
+import shutil
+
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from etpo.errors import ConfigError
 from etpo.models.backbone import Backbone
-from etpo.models.critics import TrunkCritic
+from etpo.models.critics import LanguageModelCritic, TrunkCritic
 from etpo.models.prompting import CompletionTemplate
 from etpo.models.shared_prompt import encode_prompts, forward_actions, position_ids
+from etpo.rollout.sampler import sample
 
 OBSERVATIONS = [
     {"instruction": "", "prefix": p, "suffix": ""}
@@ -146,3 +152,102 @@ def test_the_trunk_critic_reads_whole_sequences(checkpoint, inputs):
     ).last_hidden_state[:, -6:]
     for one, other in zip((value, advantage), critic.head(states), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+SIZES = {
+    "vocab_size": 266,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+WITH_DROPOUT = {
+    "llama": {},
+    "qwen2": {},
+    "gpt2": {},
+    "gpt_bigcode": {},
+    "gpt_neo": {"attention_types": [[["global"], 2]]},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "bloom": {},
+    "falcon": {},
+    "phi": {},
+    "phimoe": {},
+    "mixtral": {},
+    "starcoder2": {},
+    "biogpt": {},
+    "xglm": {"ffn_dim": 64},
+}
+
+
+def with_dropout(folder, kind):
+    """A random model that drops half of everything that its configuration can drop, in training."""
+    sizes = SIZES | WITH_DROPOUT.get(kind, {})
+    config = AutoConfig.for_model(kind)
+    known = {*config.to_dict(), *config.attribute_map}
+    raised = {
+        key: 0.5
+        for key, value in config.to_dict().items()
+        if re.search("drop|jitter", key) and isinstance(value, int | float)
+    }
+    assert raised
+    config = AutoConfig.for_model(kind, **raised, **{k: v for k, v in sizes.items() if k in known})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", WITH_DROPOUT)
+def test_nothing_is_dropped_where_layers_are_checkpointed(kind, checkpoint, inputs, tmp_path):
+    """Sampling, annotation (without gradients) and training see one policy; so do the critics."""
+    shutil.copytree(checkpoint("llama"), tmp_path / kind)
+    (tmp_path / kind / "model.safetensors").unlink()
+    folder = with_dropout(tmp_path / kind, kind)
+    gradients, said = [], []
+    for checkpointed in (False, True):
+        backbone = build(
+            folder, gradient_checkpointing=checkpointed, attn_implementation="eager"
+        ).train()
+        tensors = inputs(backbone)
+        log_probs = backbone(*tensors).log_probs
+        weights = torch.randn(log_probs.shape, generator=torch.Generator().manual_seed(1))
+        loss = (log_probs * weights).sum()
+        gradients.append(torch.autograd.grad(loss, backbone.policy_parameters(), allow_unused=True))
+        critic = LanguageModelCritic(backbone).train()
+        with torch.no_grad():
+            features = torch.zeros(5, 6, backbone.feature_size)
+            said += [log_probs.detach(), backbone(*tensors).log_probs]
+            said += [backbone(*tensors, reference=True).log_probs]
+            said += [backbone.normalise(critic(*tensors, features)[1])]
+        prompts = backbone.encode(OBSERVATIONS)
+        taken = sample(backbone, prompts, 6, torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            again = backbone(prompts.ids, prompts.mask, taken.ids).log_probs
+        again = again.gather(-1, taken.ids[..., None])[..., 0]
+        torch.testing.assert_close(taken.log_probs, again * taken.mask, rtol=0, atol=1e-4)
+    for one in said:
+        torch.testing.assert_close(one, said[0], rtol=0, atol=1e-4)
+    largest = max(float(one.abs().max()) for one in gradients[0] if one is not None)
+    for one, other in zip(*gradients, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5 * largest)
+
+
+def test_a_model_without_layers_to_checkpoint_is_refused(checkpoint, tmp_path):
+    shutil.copytree(checkpoint("llama"), tmp_path / "gpt")
+    (tmp_path / "gpt" / "model.safetensors").unlink()
+    folder = with_dropout(tmp_path / "gpt", "openai-gpt")
+    build(folder, attn_implementation="eager")
+    with pytest.raises(ConfigError, match="^model.gradient_checkpointing=true: allowed is false"):
+        build(folder, attn_implementation="eager", gradient_checkpointing=True)

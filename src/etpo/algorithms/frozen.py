@@ -12,6 +12,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
+from etpo.algorithms.agreement import check_policy
 from etpo.errors import check_integer
 from etpo.models.backbone import Backbone
 from etpo.rollout.episode import Actions, Rollout
@@ -38,6 +39,10 @@ class Frozen(LightningModule):
 
     def configure_optimizers(self) -> None:
         return None
+
+    def check_rollout(self, rollout: Rollout) -> None:
+        """Raises ConfigError where a run's first rollout is not of the model's distribution."""
+        check_policy(self, self.backbone, rollout.actions, self.annotation_batch)
 
     def annotate(self, rollout: Rollout) -> Actions:
         """The actions as they are."""

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from etpo.algorithms.agreement import check_policy
 from etpo.errors import ConfigError, check_integer, check_range
 from etpo.models.backbone import Backbone
 from etpo.models.critics import copy_sharing_frozen
@@ -152,6 +153,12 @@ class OnPolicyAlgorithm(LightningModule):
     def annotated_width(self) -> int:
         """Floats that an annotated token takes until the iteration's last training step."""
         return 2 * int(self.backbone.feature_size)  # sampled ones and the reference's
+
+    def check_rollout(self, rollout: Rollout) -> None:
+        """Raises ConfigError where a run's first rollout is not of the policy that is trained."""
+        sizes = self.annotation_batch, self.vocabulary_chunk
+        fresh = self.trainer.global_step == 0
+        check_policy(self, self.backbone, rollout.actions, *sizes, fresh=fresh)
 
     def annotate(self, rollout: Rollout) -> Any:
         """A NamedTuple of tensors whose first dimension is the action, without gradient.
@@ -354,11 +361,20 @@ class OnPolicyAlgorithm(LightningModule):
         self.log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=count)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leaves out the frozen weights: they come from `model.name_or_path` again."""
+        """Leaves out what need not be kept, and keeps the same weights once.
+
+        Frozen weights come from `model.name_or_path` again. A checkpoint of weights alone, which
+        serves `etpo-evaluate` and `etpo-export`, holds the policy's.
+        """
         frozen = {id(p) for p in self.backbone.parameters() if not p.requires_grad}
         left_out = {
             name for name, p in self.named_parameters(remove_duplicate=False) if id(p) in frozen
         }
-        checkpoint["state_dict"] = {
-            key: value for key, value in checkpoint["state_dict"].items() if key not in left_out
-        }
+        if "optimizer_states" not in checkpoint:
+            left_out |= {n for n in checkpoint["state_dict"] if not n.startswith("backbone.")}
+        state = {n: w for n, w in checkpoint["state_dict"].items() if n not in left_out}
+        for name, weight in state.items():  # after a Polyak step of 1 the target is the critic
+            other = state.get(name.removeprefix("target_"))
+            if other is not None and other is not weight and torch.equal(other, weight):
+                state[name] = other
+        checkpoint["state_dict"] = state

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
@@ -21,11 +20,12 @@ from transformers import (
 
 from etpo.environments.text_env import TextObservation
 from etpo.errors import ConfigError, check_integer, check_range
+from etpo.models.adapters import add_adapter
 from etpo.models.causal_lm import language_model, trunk
 from etpo.models.loading import expanded, load_model, load_tokenizer
 from etpo.models.probe import check_forwards
 from etpo.models.prompting import PromptTemplate
-from etpo.models.shared_prompt import checkpointed_layers, forward_actions
+from etpo.models.shared_prompt import checkpoint_layers, forward_actions
 from etpo.models.token_text import added_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -77,7 +77,8 @@ class Backbone(nn.Module):
     action text. A backslash followed by n, r, t or a backslash is the character that it means in
     Python.
     gradient_checkpointing: compute each layer's activations again in the backward pass.
-    lora: arguments of `peft.LoraConfig`, or None for full fine-tuning.
+    lora: arguments of `peft.LoraConfig` that leave the reference alone, or None for full
+    fine-tuning.
     Raises ConfigError for a path that holds no causal LM and for values out of range.
     """
 
@@ -122,16 +123,15 @@ class Backbone(nn.Module):
         prompt.encode(self.tokenizer, probe, max_prompt_tokens)  # raises before weights are loaded
         model = load_model(name_or_path, DTYPES[dtype], attn_implementation)
         model.generation_config = None
-        if gradient_checkpointing:  # before any copy is made
-            if not model.supports_gradient_checkpointing:
-                raise ConfigError(
-                    "model.gradient_checkpointing=true: allowed with a model of type "
-                    f"{model.config.model_type} is false"
-                )
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.reference = None if lora else copy.deepcopy(model).requires_grad_(False)
-        self.checkpointed = checkpointed_layers(model)
-        self.policy = get_peft_model(model, LoraConfig(**lora)) if lora else model
+        # before any copy is made
+        self.checkpointed = gradient_checkpointing and checkpoint_layers(model)
+        if gradient_checkpointing and not self.checkpointed:
+            raise ConfigError(
+                "model.gradient_checkpointing=true: allowed is false, since "
+                f"{model.config.model_type} has no layers that can compute activations again"
+            )
+        self.reference = copy.deepcopy(model).requires_grad_(False) if lora is None else None
+        self.policy = model if lora is None else add_adapter(model, lora)
         largest = max(self.tokenizer.get_vocab().values())
         rows, self.feature_size = model.get_output_embeddings().weight.shape
         self.vocabulary_size = min(rows, largest + 1)

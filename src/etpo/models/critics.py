@@ -1,17 +1,17 @@
 """Critics: a dueling head over the vocabulary or a scalar one, and what feeds it."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from etpo.errors import ConfigError, reason
+from etpo.models.adapters import inject_adapter, without_adapter
 from etpo.models.backbone import Backbone
 from etpo.models.causal_lm import trunk_of
-from etpo.models.shared_prompt import checkpointed_layers, forward_actions
+from etpo.models.shared_prompt import forward_actions
 
 Copied = TypeVar("Copied", bound=nn.Module)
 WITH_HEAD = ("full", "lora", "frozen_trunk")
@@ -110,7 +110,7 @@ class TrunkCritic(Critic):
     ) -> None:
         super().__init__()
         self.trunk = copy.deepcopy(trunk_of(pretrained(backbone))).requires_grad_(True).float()
-        self.checkpointed = checkpointed_layers(self.trunk)
+        self.checkpointed = backbone.checkpointed
         self.head = head(backbone.feature_size, backbone.vocabulary_size, hidden_size)
 
     def train(self, mode: bool = True) -> "TrunkCritic":
@@ -153,16 +153,16 @@ class LoraCritic(TrunkCritic):
     ) -> None:
         nn.Module.__init__(self)
         trunk = copy_sharing_frozen(trunk_of(pretrained(backbone)))
-        try:
-            self.trunk = inject_adapter_in_model(LoraConfig(**lora), trunk)
-            with torch.no_grad():  # a layer that only looks linear, such as a router, fails here
+        self.trunk = inject_adapter(trunk, lora)
+        try:  # a layer that only looks linear, such as a router, fails here
+            with torch.no_grad():
                 self.trunk(input_ids=torch.zeros(1, 1, dtype=torch.long, device=backbone.device))
         except (TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ConfigError(f"critic.lora: {reason(error)}") from error
         for parameter in self.trunk.parameters():
             if parameter.requires_grad:  # peft gives it the type of the weights that it lies on
                 parameter.data = parameter.data.float()
-        self.checkpointed = checkpointed_layers(self.trunk)
+        self.checkpointed = backbone.checkpointed
         self.head = head(backbone.feature_size, backbone.vocabulary_size, hidden_size)
 
 
@@ -177,7 +177,7 @@ class LanguageModelCritic(Critic):
         if head is not DuelingHead:
             raise ConfigError(f"critic=lm_copy: allowed are {', '.join(WITH_HEAD)}")
         self.model = copy.deepcopy(pretrained(backbone)).requires_grad_(True).float()
-        self.checkpointed = checkpointed_layers(self.model)
+        self.checkpointed = backbone.checkpointed
         self.vocabulary_size = backbone.vocabulary_size
 
     def train(self, mode: bool = True) -> "LanguageModelCritic":
@@ -216,7 +216,7 @@ def last_states(
     prompt_ids: Tensor,
     prompt_mask: Tensor,
     action_ids: Tensor,
-    checkpointed: Sequence[nn.Module],
+    checkpointed: bool,
 ) -> Tensor:
     """The last hidden states of a language model at the L prefixes of action_ids [B, L]."""
 
@@ -231,7 +231,7 @@ def last_states(
 def pretrained(backbone: Backbone) -> nn.Module:
     """The frozen causal LM of a backbone, with its own weights; no adapter is in it."""
     # with an adapter there is no separate reference: the copied policy sheds its own
-    return backbone.reference or copy_sharing_frozen(backbone.policy).unload()
+    return backbone.reference or without_adapter(copy_sharing_frozen(backbone.policy))
 
 
 def copy_sharing_frozen(module: Copied) -> Copied:

@@ -5,13 +5,16 @@ flow through the cache into the prompt. A model with recurrent states runs promp
 sequence: it cannot go on from a state with several tokens.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 # run(last=n, input_ids=..., ...) -> tensors [b, n, ...] over the last n positions; 0: over all
 Run = Callable[..., tuple[Tensor, ...]]
@@ -64,17 +67,17 @@ def forward_actions(
     prompt_ids: Tensor,
     prompt_mask: Tensor,
     action_ids: Tensor,
-    checkpointed: Sequence[nn.Module] = (),
+    checkpointed: bool = False,
 ) -> tuple[Tensor, ...]:
     """What `run` says at the L prefixes of action_ids [B, L]: tensors [B, L, ...].
 
     The first prefix is the prompt; the last one lacks the last token, which is not read. Prompts
     [B, P] are padded on the left, actions on the right, so that no prefix sees padding. Each of
     the distinct rows is run once: a trained policy writes the same action many times.
-    checkpointed: `checkpointed_layers` of the model; with them nothing is shared.
+    checkpointed: `checkpoint_layers` was applied to the model; then nothing is shared.
     """
     if checkpointed or is_recurrent(config):
-        return forward_whole(run, checkpointed, prompt_ids, prompt_mask, action_ids)
+        return forward_whole(run, prompt_ids, prompt_mask, action_ids)
     size = prompt_ids.shape[1]
     read = torch.cat([prompt_ids, prompt_mask.long(), action_ids[:, :-1]], dim=1)
     distinct, rows = torch.unique(read, dim=0, return_inverse=True)
@@ -96,40 +99,35 @@ def forward_actions(
 
 
 def forward_whole(
-    run: Run,
-    layers: Sequence[nn.Module],
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    action_ids: Tensor,
+    run: Run, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor
 ) -> tuple[Tensor, ...]:
-    """As `forward_actions`, prompt and action in one sequence per row.
-
-    layers: `checkpointed_layers` of the model; where there are gradients they compute their
-    activations again in the backward pass.
-    """
+    """As `forward_actions`, prompt and action in one sequence per row."""
     length = action_ids.shape[1]
     mask = torch.nn.functional.pad(prompt_mask, (0, length - 1), value=True)
+    return run(
+        last=length,
+        input_ids=torch.cat([prompt_ids, action_ids[:, :-1]], dim=1),
+        attention_mask=mask.long(),
+        position_ids=position_ids(mask),
+        use_cache=False,
+    )
+
+
+def checkpoint_layers(model: nn.Module) -> bool:
+    """Has the layers compute their activations again in the backward pass; False if there are none.
+
+    `model.gradient_checkpointing_enable()` needs `training=True` on the layers, which switches
+    their dropout on: here they stay in evaluation mode. Copies of the model do as it does.
+    """
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     for layer in layers:
-        layer.training = True  # else it keeps its activations; the modules in it stay as they are
-    try:
-        return run(
-            last=length,
-            input_ids=torch.cat([prompt_ids, action_ids[:, :-1]], dim=1),
-            attention_mask=mask.long(),
-            position_ids=position_ids(mask),
-            use_cache=False,
+        layer.forward = functools.partial(  # type: ignore[method-assign]
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
         )
-    finally:
-        for layer in layers:
-            layer.training = False
+    return bool(layers)
 
 
 def is_recurrent(config: PreTrainedConfig) -> bool:
     """Whether a layer's cache is a recurrent state (Mamba, linear attention, convolutions)."""
     layers = DynamicCache(config=config).layers
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
-
-
-def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that compute activations again in the backward pass of `forward_whole`."""
-    return [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]

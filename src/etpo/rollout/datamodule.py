@@ -69,6 +69,7 @@ class RolloutDataModule(LightningDataModule):
         self.on_progress: OnProgress | None = None
         self.on_annotated: OnAnnotated | None = None
         self.rollout: Rollout | None = None
+        self.checked = False  # whether what is sampled is what is trained
         self.check(world_size=1)
 
     def check(self, world_size: int) -> None:
@@ -170,6 +171,9 @@ class RolloutDataModule(LightningDataModule):
                 groups=self.groups,
                 on_progress=self.on_progress,
             )
+            if not self.checked:
+                module.check_rollout(self.rollout)
+                self.checked = True
             batch = module.annotate(self.rollout)
             if self.on_annotated is not None:
                 self.on_annotated(self.rollout, batch)

@@ -1,0 +1,111 @@
+"""The check of a run's first iteration: silent where all is well, not where something is off."""
+
+import functools
+
+import pytest
+import torch
+from lightning import Callback
+
+from etpo.algorithms.etpo import ETPO
+from etpo.algorithms.ppo_kl import PPOKL
+from etpo.algorithms.reinforce import Reinforce
+from etpo.errors import ConfigError
+from etpo.models import shared_prompt
+from etpo.models.backbone import Backbone
+from etpo.models.critics import HeadCritic
+from etpo.models.prompting import CompletionTemplate
+
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+
+
+@pytest.fixture
+def one_iteration(checkpoint, build_algorithm, letter_env, fit):
+    """one_iteration(...): a run whose learning rate is 0; `broken` changes its backbone before."""
+
+    def run(
+        family="llama", algorithm=PPOKL, precision="32-true", chunk=None, broken=None, **settings
+    ):
+        backbone = functools.partial(
+            Backbone, str(checkpoint(family)), CompletionTemplate(), **settings
+        )
+        critic = None if algorithm is Reinforce else HeadCritic
+        module = build_algorithm(algorithm, backbone, critic, policy_lr=0.0, vocabulary_chunk=chunk)
+        if broken is not None:
+            broken(module.backbone)
+        sizes = {"update_epochs": 1, "max_new_tokens": 12}
+        return fit(module, letter_env(4), 1, trainer={"precision": precision}, **sizes)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"min_p": 0.2, "temperature": 0.3},
+        {"lora": {**LORA, "use_dora": True}, "gradient_checkpointing": True, "min_p": 0.1},
+        {"dtype": "bfloat16", "min_p": 0.1},
+        {"dtype": "bfloat16", "lora": LORA, "precision": "bf16-mixed", "temperature": 2.0},
+        {"precision": "bf16-mixed", "chunk": 7, "algorithm": ETPO},
+        {"family": "cohere", "algorithm": Reinforce},
+        {"family": "starcoder", "chunk": 7, "min_p": 0.3, "algorithm": ETPO},
+    ],
+    ids=str,
+)
+def test_rounding_is_no_difference(settings, one_iteration):
+    one_iteration(**settings)
+
+
+def drop_a_tenth(backbone):
+    """Has every forward lose a tenth of what the embeddings say."""
+
+    def drop(module, inputs, output):
+        return torch.nn.functional.dropout(output, 0.1, training=True)
+
+    assert backbone.linear_output  # which the first forwards decide
+    backbone.policy.get_input_embeddings().register_forward_hook(drop)
+
+
+def count_padding(backbone, monkeypatch):
+    """Has a training step count padding as positions, as it must not."""
+    positions = shared_prompt.position_ids
+    monkeypatch.setattr(shared_prompt, "position_ids", lambda mask: 3 * positions(mask))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_dropout_is_found(chunk, dtype, one_iteration):
+    with pytest.raises(ConfigError, match=r"^model\.name_or_path: logits of llama differ"):
+        one_iteration(broken=drop_a_tenth, chunk=chunk, dtype=dtype)
+
+
+def test_other_positions_are_found(one_iteration, monkeypatch):
+    with pytest.raises(ConfigError, match=r"^model\.name_or_path: logits of llama differ"):
+        one_iteration(broken=functools.partial(count_padding, monkeypatch=monkeypatch))
+
+
+def move_the_reference(backbone):
+    for parameter in backbone.reference.parameters():
+        parameter.data.mul_(1.1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_another_reference_is_found(dtype, one_iteration):
+    with pytest.raises(ConfigError, match=r"^model\.lora: before the first update"):
+        one_iteration(broken=move_the_reference, dtype=dtype, min_p=0.1)
+
+
+def test_a_policy_that_was_trained_may_differ_from_the_reference(
+    checkpoint, build_algorithm, letter_env, fit
+):
+    """As in a run that goes on: its steps are counted already."""
+    backbone = functools.partial(Backbone, str(checkpoint("llama")), CompletionTemplate())
+    module = build_algorithm(PPOKL, backbone, HeadCritic)
+
+    class Resumed(Callback):
+        def on_train_start(self, trainer, pl_module):
+            move_the_reference(pl_module.backbone)
+            steps = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
+            steps.total.ready = steps.total.completed = 7
+
+    fit(module, letter_env(4), 1, callbacks=[Resumed()], update_epochs=1)
+    assert module.trainer.callback_metrics["rollout/kl_to_reference"].abs() > 1e-3
