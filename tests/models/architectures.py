@@ -88,7 +88,7 @@ ARCHITECTURES = {
     "RecurrentGemma": Architecture("recurrent_gemma", {"num_hidden_layers": 3}, "sdpa", "padding"),
     "BERT": Architecture("bert", {"is_decoder": True}, "sdpa", "output layer"),
     "XLM": Architecture("xlm", {}, "eager", "type xlm"),
-    "BART": Architecture("bart", {"d_model": 32}, "sdpa", "decoder alone"),
+    "BART": Architecture("bart", {"d_model": 32}, "sdpa", "type bart"),
 }
 
 
