@@ -185,9 +185,10 @@ def close(run: Run, cfg: DictConfig, status: str) -> dict[str, Any]:
         "seed": cfg.seed,
         "sandbox": getattr(run.environment, "sandbox_level", None),
     }
-    metrics = {name: float(value) for name, value in run.trainer.callback_metrics.items()}
     identity["iterations"] = run.trainer.current_epoch
-    identity["last_metrics"] = {n: v for n, v in sorted(metrics.items()) if math.isfinite(v)}
+    value = run.trainer.callback_metrics.get(cfg.optimized_metric)
+    finite = value is not None and math.isfinite(value)
+    identity["last_metrics"] = {cfg.optimized_metric: float(value)} if finite else {}
     return write_summary(
         Path(cfg.paths.output_dir),
         status=status,
