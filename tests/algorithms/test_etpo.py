@@ -281,7 +281,7 @@ def test_target_critic_follows_once_per_iteration(build_etpo, letter_env, fit):
 
 def test_checkpoints_leave_out_the_frozen_reference(build_etpo, letter_env, fit):
     module = build_etpo()
-    saved = {"state_dict": module.state_dict()}
+    saved = {"state_dict": module.state_dict(), "optimizer_states": []}
     module.on_save_checkpoint(saved)
     keys = saved["state_dict"]
     assert not any(key.startswith("backbone.reference.") for key in keys)
