@@ -96,7 +96,7 @@ def test_any_one_real_number_is_a_reward(value):
 NO_REWARD = [math.nan, math.inf, -math.inf, 1e39, -3e38, 10**400, Decimal("sNaN"), Decimal("inf")]
 NO_REWARD += [np.float16("inf"), np.longdouble("1e400"), torch.tensor(math.nan), None, "0.5", b"1"]
 NO_REWARD += [1j, np.complex64(1), [1.0], {}, np.ones(2), np.array("1"), np.timedelta64(1, "ns")]
-NO_REWARD += [torch.ones(2), torch.ones(1, dtype=torch.complex64), datetime.timedelta(1), object()]
+NO_REWARD += [torch.ones(2), torch.ones(1, dtype=torch.complex64), datetime.timedelta(1), Ellipsis]
 
 
 @pytest.mark.parametrize("value", NO_REWARD, ids=lambda v: f"{type(v).__name__}-{v!r:.24}")
