@@ -56,6 +56,8 @@ NOT_RUN = {
     "make test lint": INSTALLS,
     "make test-all": INSTALLS,
     "make attacks": INSTALLS,
+    "make tokenizers": "needs the network",
+    "pytest -m slow tests/models/test_architectures.py": "make test-all runs it",
     "kill -KILL PID": "test_study.py kills such a study",
     "tensorboard --logdir logs": "a server that stays",
     "etpo-train logger=wandb logger.wandb.project=NAME": "needs an account; composed",

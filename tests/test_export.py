@@ -144,7 +144,10 @@ def moved_backbone(checkpoint, folder, tied, lora):
     config = AutoConfig.from_pretrained(folder)
     config.tie_word_embeddings = tied
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # DoRA divides by the norm of every row
+        model.get_input_embeddings().weight[config.pad_token_id].normal_()
+    model.save_pretrained(folder)
     backbone = Backbone(str(folder), CompletionTemplate(), lora=lora, temperature=0.5, min_p=0.1)
     with torch.no_grad():
         for parameter in backbone.policy_parameters():

@@ -177,14 +177,14 @@ def test_a_checkpoint_is_evaluated_with_its_own_weights_and_precision(
     ended = command(train.main, *arguments, *TINY_BUDGET)
     assert ended.status == 0, ended.err
     file = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    loaded, first_attempts = [], evaluate.first_attempts
+    loaded, play = [], evaluate.play
 
-    def observed(backbone, *rest):
+    def observed(backbone, *rest, **settings):
         loaded.append(backbone)
         assert torch.is_autocast_enabled("cpu") == (precision == "bf16-mixed")
-        return first_attempts(backbone, *rest)
+        return play(backbone, *rest, **settings)
 
-    monkeypatch.setattr(evaluate, "first_attempts", observed)
+    monkeypatch.setattr(evaluate, "play", observed)
     ended = command(
         evaluate.main, f"ckpt_path={file}", "samples=2", f"hydra.run.dir={tmp_path / 'evaluation'}"
     )

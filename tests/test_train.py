@@ -25,6 +25,7 @@ SUMMARY_KEYS = {
     *("first_mean_reward", "last_mean_reward", "last_greedy_reward", "best_reward"),
     *("held_out_auc", "valid_rate_first", "valid_rate_last", "kl_to_reference_last"),
     *("tokens_per_second", "wall_seconds", "peak_memory_mib", "versions"),
+    "last_metrics",
 }
 ONE_ITERATION = (
     "trainer.max_epochs=1",
@@ -56,7 +57,7 @@ def test_a_run_leaves_its_files_and_nothing_beside_its_folder(finished_run):
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {
         *(".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml"),
         *("metrics.csv", "summary.json", "episodes.jsonl", "learning_curve.png", "train.log"),
-        *("credit.jsonl", "credit.html"),
+        *("credit.jsonl", "credit.html", "lock"),
         *("best_action.py", "best_action_data.csv"),
         *("checkpoints/last.ckpt", "checkpoints/best.ckpt"),
     }

@@ -213,8 +213,13 @@ def test_an_end_that_cannot_be_sampled_is_refused(with_tokens):
         beyond(tokenizer)
         tokenizer.eos_token = "<extra 7>"
 
+    folder = with_tokens(change)
+    assert build(folder).stop_ids[0] == 1  # the model names another end
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
     with pytest.raises(ConfigError, match="model.stop_tokens"):
-        build(with_tokens(change))
+        build(folder)
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(checkpoint, tmp_path):

@@ -248,6 +248,5 @@ def test_a_model_without_layers_to_checkpoint_is_refused(checkpoint, tmp_path):
     shutil.copytree(checkpoint("llama"), tmp_path / "gpt")
     (tmp_path / "gpt" / "model.safetensors").unlink()
     folder = with_dropout(tmp_path / "gpt", "openai-gpt")
-    build(folder, attn_implementation="eager")
     with pytest.raises(ConfigError, match="^model.gradient_checkpointing=true: allowed is false"):
         build(folder, attn_implementation="eager", gradient_checkpointing=True)

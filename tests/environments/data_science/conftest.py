@@ -12,6 +12,8 @@ from etpo.environments.sandbox import Outcome, Split
 class FakeSandbox:
     """The interface of `Sandbox`; `runs` lists the programs it was given, with their seeds."""
 
+    deadline, memory_mib = 10.0, 1024
+
     def __init__(self) -> None:
         self.runs: list[tuple[str, int]] = []
         self.splits: Sequence[Split] = ()
