@@ -17,13 +17,14 @@ import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from lightning import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from transformers.utils import logging as transformers_logging
 
 from etpo.callbacks.best_action import BestAction
+from etpo.callbacks.run_start import KnownMetric, RunStart
 from etpo.callbacks.same_rewards import SameRewards
 from etpo.callbacks.summary import RunSummary, print_closing, write_summary
 from etpo.callbacks.tracking import start_tracking, track_results
@@ -36,11 +37,10 @@ from etpo.config import (
     study_arguments,
 )
 from etpo.environments.text_env import TextVectorEnv
-from etpo.errors import ConfigError, UnknownMetric
-from etpo.files import output_errors
+from etpo.errors import ConfigError
 from etpo.models.backbone import tiny_checkpoint
 from etpo.resume import check_optimizer, check_progress, resume_arguments
-from etpo.run_folder import held, save_config
+from etpo.run_folder import held
 from etpo.study import run_cell
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -138,37 +138,6 @@ def reward_key(environment: TextVectorEnv, cfg: DictConfig) -> str:
     return own or short_hash(OmegaConf.to_yaml(cfg, resolve=True))
 
 
-class RunStart(Callback):
-    """Writes the first files of a run, once everything is checked."""
-
-    def __init__(self, cfg: DictConfig) -> None:
-        self.cfg = cfg
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = Path(self.cfg.paths.output_dir)
-        if trainer.is_global_zero:
-            log_to(folder / "train.log")
-            save_config(folder, self.cfg)
-        for logger in trainer.loggers:
-            logger.log_hyperparams(OmegaConf.to_container(self.cfg, resolve=True))
-
-
-class KnownMetric(Callback):
-    """Raises UnknownMetric after the first iteration of a multirun that logs no `name`.
-
-    It comes after the callbacks that log.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        known = {*trainer.callback_metrics, "val/reward"}  # not every iteration validates
-        if self.name not in known:
-            allowed = ", ".join(sorted(known))
-            raise UnknownMetric(f"optimized_metric={self.name}: allowed are {allowed}")
-
-
 def close(run: Run, cfg: DictConfig, status: str) -> dict[str, Any]:
     """Scores the best program on the held-out rows, once, and writes `summary.json`."""
     kept = run.callback(BestAction)
@@ -231,28 +200,6 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], Run]:
         run.environment.close()
         wandb.finish()  # the next run of a multirun gets its own
     return summary, run
-
-
-class LogFile(logging.FileHandler):
-    """Ends the run with one line where the disk is full; logging itself prints a traceback."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        with output_errors(Path(self.baseFilename)):
-            raise
-
-
-def log_to(file: Path) -> None:
-    """Sends the records of the logger `etpo` to `file` alone."""
-    logger = logging.getLogger("etpo")
-    for handler in list(logger.handlers):
-        handler.close()
-        logger.removeHandler(handler)
-    with output_errors(file):
-        handler = LogFile(file, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
 
 
 def keep_freed_memory() -> None:
