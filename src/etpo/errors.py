@@ -28,6 +28,11 @@ def one_line(text: str, limit: int = 300) -> str:
     return "".join(c if c.isprintable() else "?" for c in line)
 
 
+def described(error: BaseException) -> str:
+    """Kind and text of an exception in one line."""
+    return f"{type(error).__name__}: {one_line(str(error))}".removesuffix(": ")
+
+
 class UnknownMetric(ConfigError):
     """`optimized_metric` names a metric that no iteration logs: no run of a study could have it."""
 
@@ -40,8 +45,8 @@ class OutputError(RuntimeError):
 
 
 def reason(error: BaseException, length: int = 300) -> str:
-    """What a library's error says, on one line: whole sentences of about `length` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """The message of a library's error on one line: whole sentences, about `length` characters."""
+    text = one_line(str(error), 10**6) or type(error).__name__
     sentences = re.split(r"(?<=[.!?;]) (?=[A-Z`])", text)
     kept = sentences.pop(0)
     for sentence in sentences:

@@ -23,7 +23,7 @@ from etpo.config import (
     exit_on_bad_input,
     load_checkpoint,
 )
-from etpo.errors import ConfigError
+from etpo.errors import ConfigError, reason
 from etpo.evaluate import load_weights, saved_config
 from etpo.models.backbone import Backbone
 from etpo.train import quiet
@@ -146,9 +146,9 @@ def export(cfg: DictConfig) -> Path:
             write(backbone, Path(folder) / out.name, cfg.merge)
             os.replace(Path(folder) / out.name, out)
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:160]
         raise ConfigError(
-            f"out={cfg.out}: cannot be written ({reason}); allowed is a folder with room for it"
+            f"out={cfg.out}: cannot be written ({reason(error)}); allowed is a folder with room "
+            "for it"
         ) from error
     return out
 

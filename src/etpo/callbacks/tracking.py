@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from etpo.callbacks.best_action import FILES
-from etpo.errors import ConfigError
+from etpo.errors import ConfigError, reason
 from etpo.rollout.episode import Record
 
 COLUMNS = ("iteration", *Record._fields)
@@ -29,10 +29,9 @@ def start_tracking(loggers: Sequence[Logger]) -> None:
         try:
             logger.experiment  # noqa: B018
         except (wandb.Error, ValueError, OSError, TimeoutError) as error:
-            line = " ".join(str(error).split())[:300] or type(error).__name__
             raise ConfigError(
-                f"logger=wandb: {line} (logger.wandb.offline=true needs no account and no network; "
-                "`wandb login` stores a key)"
+                f"logger=wandb: {reason(error)} (logger.wandb.offline=true needs no account and no "
+                "network; `wandb login` stores a key)"
             ) from error
 
 

@@ -18,7 +18,7 @@ from etpo.environments import plain
 from etpo.environments.plain import FIELDS
 from etpo.environments.text_env import Step, TextObservation, TextVectorEnv
 from etpo.environments.threads import DaemonThread
-from etpo.errors import ConfigError, EnvironmentFailure, check_integer, one_line
+from etpo.errors import ConfigError, EnvironmentFailure, check_integer, described
 
 CLOSE_SECONDS = 5.0  # that all copies together have for closing
 
@@ -258,11 +258,6 @@ def parts(returned: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
             f"returned a {type(returned).__name__}{count}; allowed is ({', '.join(names)})"
         )
     return returned
-
-
-def described(error: BaseException) -> str:
-    """Kind and text of an exception in one line."""
-    return f"{type(error).__name__}: {one_line(str(error))}".removesuffix(": ")
 
 
 def is_text(space: spaces.Space | None) -> bool:

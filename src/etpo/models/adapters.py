@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from etpo.errors import ConfigError
+from etpo.errors import ConfigError, reason
 
 # others read data first, move the weights under the adapter, or change with the length of a prompt
 ALLOWED = (
@@ -47,7 +47,7 @@ def _fitted(key: str, add: Any, *arguments: Any) -> Any:
     try:
         return add(*arguments)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"{key}: {' '.join(str(error).split())[:160]}") from error
+        raise ConfigError(f"{key}: {reason(error)}") from error
 
 
 def adapter_config(key: str, settings: dict[str, Any]) -> LoraConfig:

@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from etpo.environments.text_env import TextObservation
-from etpo.errors import ConfigError
+from etpo.errors import ConfigError, reason
 from etpo.models.token_text import BROKEN, added_text, continued_ids, text_ids
 
 # How an action may go on after a prefix that ends with blanks, and after one that ends with a line.
@@ -158,18 +158,18 @@ class ChatTemplate:
                 f"model.prompt: {tokenizer.name_or_path} has no chat template; "
                 "choose a completion or infilling prompt"
             )
-        reason = "it shows no text of the user's turn"
+        fault = "it shows no text of the user's turn"
         for in_parts in (False, True):
             try:
                 shown = self._render(tokenizer, self._MARK, in_parts, tokenize=False)
             except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-                reason = " ".join(str(error).split())
+                fault = reason(error)
                 continue
             if self._MARK in shown.lower():
                 return in_parts
         raise ConfigError(
             f"model.prompt: the chat template of {tokenizer.name_or_path} cannot be used "
-            f"({reason}); choose a completion or infilling prompt"
+            f"({fault}); choose a completion or infilling prompt"
         )
 
     @staticmethod

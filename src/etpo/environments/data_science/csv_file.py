@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from etpo.environments.data_science.csv_options import CsvOptions
-from etpo.errors import ConfigError
+from etpo.errors import ConfigError, described
 
 _SEPARATORS = (",", ";", "\t", "|")
 _SNIFFED_ROWS = 100
@@ -115,7 +115,7 @@ def _content(file: Path, where: str) -> bytes:
     except FileNotFoundError:
         raise ConfigError(f"{where}: no such file") from None
     except _UNREADABLE as error:
-        raise ConfigError(f"{where} cannot be read: {one_line(error)}") from None
+        raise ConfigError(f"{where} cannot be read: {described(error)}") from None
     start = content.lstrip()[:16].lower()
     for signature, kind in _OTHER_FORMATS:
         if start.startswith(signature.lower()):
@@ -249,7 +249,3 @@ def _positions(index_col: Any, columns: Sequence[str]) -> set[int]:
                 f"the columns are {', '.join(columns)}"
             )
     return found
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -15,10 +15,10 @@ from typing import Any
 from sklearn import datasets as bundled
 
 from etpo.environments.data_science import generated
-from etpo.environments.data_science.csv_file import Table, one_line, read_table
+from etpo.environments.data_science.csv_file import Table, read_table
 from etpo.environments.data_science.csv_options import CsvOptions
 from etpo.environments.data_science.encoding import Dataset, encode, sample_rows
-from etpo.errors import ConfigError, check_integer
+from etpo.errors import ConfigError, check_integer, described
 
 __all__ = ["DATASET_NAMES", "Dataset", "load_dataset"]
 
@@ -162,7 +162,7 @@ def _openml_table(name: str) -> Table:
     except Exception as error:  # network, HTTP, parser and cache errors share no base class
         raise ConfigError(
             f"{missing_file}, and OpenML (openml.org/d/{_OPENML[name]}) failed with "
-            f"{one_line(error)}; put {name}.csv (header row, target last) into "
+            f"{described(error)}; put {name}.csv (header row, target last) into "
             "environment.data_dir or ETPO_DATA_DIR, "
             "or give environment.dataset=csv environment.path=FILE"
         ) from None

@@ -14,9 +14,9 @@ import pandas as pd
 from pandas.api.types import infer_dtype
 from sklearn.utils import resample
 
-from etpo.environments.data_science.csv_file import Table, one_line
+from etpo.environments.data_science.csv_file import Table
 from etpo.environments.data_science.csv_options import CsvOptions
-from etpo.errors import ConfigError
+from etpo.errors import ConfigError, described
 
 MAX_CLASSES = 20
 MIN_CLASS_ROWS = 4  # two for the reward splits and one held out, whatever the draw
@@ -173,8 +173,9 @@ def _read(table: Table, target: str, where: str, options: CsvOptions) -> pd.Data
             thousands=options.thousands,
         )
     except (ValueError, TypeError, OverflowError) as error:
-        reason = one_line(error)
-        raise ConfigError(f"{where} does not fit environment.read_csv: {reason}") from error
+        raise ConfigError(
+            f"{where} does not fit environment.read_csv: {described(error)}"
+        ) from error
 
 
 def _with_a_target(table: Table, target: str, where: str, options: CsvOptions) -> Table:
