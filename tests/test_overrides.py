@@ -68,6 +68,17 @@ def test_null_for_a_group_that_needs_an_option(group):
         without_null_groups([parse(f"{group}=null")], config_groups())
 
 
+def test_info_takes_no_override_for_its_value():
+    flags, overrides = split_arguments(["debug=fast", "--info"])
+    assert (flags, [o.input_line for o in overrides]) == (["--info=all"], ["debug=fast"])
+    flags, overrides = split_arguments(["--info", "debug=fast", "-m"])
+    assert (flags, [o.input_line for o in overrides]) == (
+        ["--multirun", "--info=all"],
+        ["debug=fast"],
+    )
+    assert split_arguments(["--info", "searchpath"])[0] == ["--info", "searchpath"]
+
+
 def test_the_shells_completion_installs_and_answers(command, monkeypatch):
     ended = command(train.main, "-sc", "install=bash")
     assert ended.status == 0, ended.err

@@ -110,3 +110,9 @@ def test_a_longer_run_keeps_its_schedules_and_never_steps_up(run):
     before = [Scheduled(25, epoch).beta for epoch in range(25)]
     after = [Scheduled(25, epoch).beta for epoch in range(25, 50)]
     assert sorted(before + after, reverse=True) == before + after
+
+
+@pytest.mark.parametrize("given", ["schedule_iters=50", "++schedule_iters=50"])
+def test_a_schedule_that_is_given_acts(run, given):
+    lines = resume_arguments([f'ckpt_path="{run}"', given])
+    assert [line for line in lines if "schedule_iters" in line] == [given]

@@ -1,4 +1,4 @@
-"""Where the configuration lies, how it is checked, and how bad input is told."""
+"""The folder of the configuration, checks of it, and the line that reports bad input."""
 
 import functools
 import hashlib
@@ -39,8 +39,6 @@ def environment_name(environment: DictConfig) -> str:
     dataset = environment.get("dataset")
     if dataset == "csv" and environment.get("path"):
         return Path(environment.path).stem
-    if OmegaConf.is_list(dataset):
-        return "+".join(dataset)
     game = (environment.get("kwargs") or {}).get("game")
     # a gymnasium id may start with the module that registers it
     return dataset or game or str(environment.get("id") or class_name(environment)).split(":")[-1]
@@ -76,17 +74,15 @@ def exit_on_bad_input() -> Iterator[None]:
     """
     try:
         yield
-    except OutputError as error:
-        print(f"error: {error_line(error)}", file=sys.stderr)
-        sys.exit(1)
-    except (ConfigError, InstantiationException, OmegaConfBaseException) as error:
+    except (ConfigError, OutputError, InstantiationException, OmegaConfBaseException) as error:
         cause = first_cause(error)
-        whole = isinstance(cause, ConfigError) and not isinstance(cause, EnvironmentFailure)
+        whole = isinstance(cause, ConfigError | OutputError)
+        whole = whole and not isinstance(cause, EnvironmentFailure)
         if not whole and "HYDRA_FULL_ERROR" in os.environ:
             raise
-        told = "" if whole else " (HYDRA_FULL_ERROR=1 shows the traceback)"
-        print(f"error: {error_line(error)}{told}", file=sys.stderr)
-        sys.exit(2)
+        hint = "" if whole else " (HYDRA_FULL_ERROR=1 shows the traceback)"
+        print(f"error: {error_line(error)}{hint}", file=sys.stderr)
+        sys.exit(1 if isinstance(cause, OutputError) else 2)
 
 
 def first_cause(error: BaseException) -> BaseException:

@@ -50,6 +50,12 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[Override]
 
     Raises ConfigError for an override that Hydra cannot read, with the quotes that it needs.
     """
+    # without a value, `--info` would take the override after it for one
+    following = [*arguments[1:], "="]
+    arguments = [
+        "--info=all" if a in ("-i", "--info") and "=" in after else a
+        for a, after in zip(arguments, following, strict=True)
+    ]
     multirun = [a for a in arguments if a in ("-m", "--multirun")]
     # argparse refuses overrides on both sides of a flag
     arguments = [

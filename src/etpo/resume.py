@@ -65,8 +65,9 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
                 f"{folder}, or no hydra.run.dir"
             )
     others = [o for o in others if o.key_or_group != "hydra.run.dir"]
-    joined = merged(saved_overrides(folder), others)
-    if not any(line.startswith("schedule_iters=") for line in joined):
+    saved = saved_overrides(folder)
+    joined = merged(saved, others)
+    if not any(o.key_or_group == "schedule_iters" for o in [*saved, *others]):
         joined += schedule_of(folder)
     return [*flags, *joined, checkpoint, override("hydra.run.dir", str(folder))]
 

@@ -4,7 +4,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,14 @@ class RunFolder(Callback):
         with exit_on_bad_input():
             folder = Path(str(config.hydra.run.dir))
             try:
-                RunFolder.made = topmost_missing(folder)
+                missing = topmost_missing(folder)
                 if "${now:" in str(OmegaConf.to_container(config.hydra.run)["dir"]):
                     folder = make_unique(folder)
+                    RunFolder.made = missing or folder
                     with read_write(config.hydra), open_dict(config.hydra):
                         config.hydra.run.dir = str(folder).replace("${", "\\${")
-                else:
-                    folder.mkdir(parents=True, exist_ok=True)
+                elif make(folder):
+                    RunFolder.made = missing
             except OSError as error:
                 remove_made(folder)
                 raise ConfigError(
@@ -86,18 +87,25 @@ def topmost_missing(folder: Path) -> Path | None:
     return next((path for path in parents if not path.exists()), None)
 
 
+def make(folder: Path) -> bool:
+    """Makes `folder`; False where there was one."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
+        return False
+    return True
+
+
 def make_unique(folder: Path) -> Path:
     """Makes `folder`, or the first free one of `folder-2`, `folder-3`, ..."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     number, path = 1, folder
-    while True:
-        try:
-            path.mkdir()
-        except FileExistsError:
-            number += 1
-            path = folder.with_name(f"{folder.name}-{number}")
-        else:
-            return path
+    while path.is_file() or not make(path):
+        number += 1
+        path = folder.with_name(f"{folder.name}-{number}")
+    return path
 
 
 @contextmanager
@@ -109,7 +117,7 @@ def held(cfg: DictConfig) -> Iterator[None]:
     """
     folder = Path(cfg.paths.output_dir)
     new_lock = not (folder / "lock").exists()
-    accepted = False
+    accepted = mine = False
     try:
         with claimed(folder) as mine:
             if not mine:
@@ -124,7 +132,7 @@ def held(cfg: DictConfig) -> Iterator[None]:
         started = (folder / ".hydra").exists()
         if is_main_process() and new_lock and not (accepted and started):
             (folder / "lock").unlink(missing_ok=True)
-        if not started:
+        if mine and not started:
             remove_made(folder)
 
 
@@ -172,9 +180,9 @@ def remove_made(folder: Path) -> None:
         return
     folder = folder.absolute()
     if folder.is_dir():
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
     for path in (p for p in folder.parents if p == made or made in p.parents):
-        if path.is_dir() and not any(path.iterdir()):
+        with suppress(OSError):  # another run has made its folder there
             path.rmdir()
 
 

@@ -91,6 +91,8 @@ def check_unchanged(folder: Path, cfg: DictConfig) -> None:
     present = OmegaConf.to_container(kept, resolve=False)
     file = folder / "cell.json"
     if not file.exists():
+        if not is_main_process():
+            return
         write_text(file, json.dumps(present, indent=2) + "\n")
         return
     key = difference(json.loads(file.read_text(encoding="utf-8")), present)

@@ -1,6 +1,7 @@
 """`etpo-train`: compose the configuration, build the loop, run it, say how it went."""
 
 import ctypes
+import json
 import logging
 import math
 import signal
@@ -64,6 +65,16 @@ class Run:
 def build(cfg: DictConfig) -> Run:
     """Everything that `cfg` names; the environment's input is checked before a model is loaded."""
     environment = instantiate(cfg.environment)
+    try:
+        return build_with(environment, cfg)
+    except BaseException:
+        environment.close()
+        wandb.finish()
+        raise
+
+
+def build_with(environment: TextVectorEnv, cfg: DictConfig) -> Run:
+    """As `build`, around its environment."""
     datamodule = instantiate(cfg.rollout, environment=environment)
     loggers = [instantiate(logger) for logger in (cfg.get("logger") or {}).values()]
     callbacks = [instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()]
@@ -135,7 +146,9 @@ def fit(run: Run, ckpt_path: str | None) -> str:
 def reward_key(environment: TextVectorEnv, cfg: DictConfig) -> str:
     """Names what rewards depend on besides the action, as far as it is known."""
     own = getattr(environment, "reward_key", None)
-    return own or short_hash(OmegaConf.to_yaml(cfg, resolve=True))
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    settings.pop("num_envs", None)
+    return own or short_hash(json.dumps(settings, sort_keys=True, default=str))
 
 
 def close(run: Run, cfg: DictConfig, status: str) -> dict[str, Any]:

@@ -30,6 +30,7 @@ HELD = {
 }
 REFUSED = {
     "bias=all": {**TARGETS, "bias": "all"},
+    "lora_dropout=0.1": {**TARGETS, "lora_dropout": 0.1},
     "bias=lora_only": {**TARGETS, "bias": "lora_only"},
     "init_lora_weights=pissa": {**TARGETS, "init_lora_weights": "pissa"},
     "init_lora_weights=False": {**TARGETS, "init_lora_weights": False},

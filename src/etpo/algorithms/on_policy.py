@@ -250,10 +250,10 @@ class OnPolicyAlgorithm(LightningModule):
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             if not torch.isfinite(norm):
                 raise ConfigError(
-                    f"algorithm: the gradient norm is {float(norm)} in iteration "
-                    f"{self.current_epoch + 1}; allowed are finite gradients. The step was not "
-                    "taken, and last.ckpt is of the iteration before. Smaller policy_lr and "
-                    "critic_lr, or model.dtype=float32, may help"
+                    "algorithm.policy_lr, algorithm.critic_lr: the gradient norm is "
+                    f"{float(norm)} in iteration {self.current_epoch + 1}; allowed are finite "
+                    "gradients. The step was not taken, and last.ckpt is of the iteration before. "
+                    "Smaller learning rates or model.dtype=float32 may help"
                 )
             if any(parameter.grad is not None for parameter in parameters):
                 self.log_mean(f"train/grad_norm/{name}", norm, 1)

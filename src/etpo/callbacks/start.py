@@ -8,6 +8,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
+from rich.markup import escape
 from torch import nn
 
 from etpo.algorithms.on_policy import OnPolicyAlgorithm
@@ -30,11 +31,7 @@ class StartReport(Callback):
         self.folder, self.environment, self.model = Path(folder), environment, model
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        console = Console(soft_wrap=True, highlight=False)
-        algorithm = type(pl_module).__name__.lower()
-        console.print(f"[bold]{algorithm}[/bold] on {self.environment}, {self.model}")
+        # on all ranks: reading sharded weights is a collective
         rows = [
             ("device", device_line(trainer, pl_module)),
             ("parameters", parameters_line(pl_module)),
@@ -43,6 +40,12 @@ class StartReport(Callback):
             *(("checkpoints", line) for line in checkpoint_lines(trainer, pl_module)),
             ("folder", str(self.folder)),
         ]
+        if not trainer.is_global_zero:
+            return
+        console = Console(soft_wrap=True, highlight=False)
+        algorithm = type(pl_module).__name__.lower()
+        names = escape(f"{self.environment}, {self.model}")
+        console.print(f"[bold]{algorithm}[/bold] on {names}")
         for label, text in rows:
             console.print(f"  {label:<18}{text}", markup=False)
 

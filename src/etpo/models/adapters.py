@@ -17,7 +17,12 @@ ALLOWED = (
     *("modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
     *("bias", "init_lora_weights", "task_type"),
 )
-VALUES = {"bias": ("none",), "init_lora_weights": (True, "gaussian"), "task_type": ("CAUSAL_LM",)}
+VALUES = {
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian"),
+    "lora_dropout": (0.0,),  # dropout is off in every forward
+    "task_type": ("CAUSAL_LM",),
+}
 
 
 def add_adapter(model: nn.Module, settings: dict[str, Any]) -> PeftModel:
