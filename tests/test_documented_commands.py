@@ -227,7 +227,7 @@ class Runner:
         if "-m" in arguments:
             assert re.search(r"[1-9]\d* cells finished, 0 not finished", out)
         else:
-            assert "Finished after 1 iterations" in out
+            assert re.search("(Finished|Stopped) after 1 iterations", out)
         return out
 
     def etpo_evaluate(self, command: Command) -> str:

@@ -54,7 +54,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[Override]
     following = [*arguments[1:], "="]
     arguments = [
         "--info=all" if a in ("-i", "--info") and "=" in after else a
-        for a, after in zip(arguments, following, strict=True)
+        for a, after in zip(arguments, following, strict=False)
     ]
     multirun = [a for a in arguments if a in ("-m", "--multirun")]
     # argparse refuses overrides on both sides of a flag

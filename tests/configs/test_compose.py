@@ -124,7 +124,6 @@ def test_the_launcher_is_no_part_of_a_studys_name():
     [
         ([], "tic_tac_toe", "tiny"),
         (["environment.dataset=csv", "environment.path=a/my.csv"], "my", "tiny"),
-        (["environment.dataset=[iris,wine]"], "iris+wine", "tiny"),
         (["environment=household"], "etpo/Household-v0", "tiny"),
         (["environment=textarena"], "FrozenLake-v0-train", "tiny"),
         (["environment=gymnasium", "environment.id=my:Task-v0"], "Task-v0", "tiny"),
