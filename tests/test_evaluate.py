@@ -1,6 +1,7 @@
 """`etpo-evaluate`: whole episodes of a checkpoint, greedy and sampled, in every environment."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 from etpo import evaluate, train
 from etpo.environments.text_env import TextVectorEnv
+from etpo.errors import ConfigError, OutputError
 from etpo.models.backbone import Backbone
 from etpo.models.prompting import CompletionTemplate
 from etpo.rollout.episode import Record
@@ -83,6 +85,34 @@ def test_a_checkpoint_without_its_run_is_refused_in_one_line(command, finished_r
         assert ended.err.count("\n") == 1
 
 
+def test_a_refused_evaluation_leaves_no_folder(command, finished_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    last = finished_run.folder / "checkpoints" / "last.ckpt"
+    for arguments in (("ckpt_path=none.ckpt",), (f"ckpt_path={last}", "samples=0")):
+        assert command(evaluate.main, *arguments).status == 2
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_configuration_that_cannot_be_read_is_refused(finished_run, tmp_path):
+    moved = shutil.copytree(finished_run.folder, tmp_path / "run")
+    for content in (b"a: [", b"\xff\xff"):
+        (moved / ".hydra" / "config.yaml").write_bytes(content)
+        with pytest.raises(ConfigError, match=f"^ckpt_path={moved}: "):
+            evaluate.saved_config(str(moved), [])
+
+
+def test_the_run_folder_of_every_form_of_a_checkpoints_path(finished_run, tmp_path, monkeypatch):
+    folder = finished_run.folder
+    link = tmp_path / "deep" / "down" / "kept.ckpt"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(folder / "checkpoints" / "best.ckpt")
+    monkeypatch.setenv("HOME", str(folder.parent))
+    forms = ("", "/checkpoints", "/checkpoints/last.ckpt")
+    for path in [*(f"{start}{f}" for start in (folder, f"~/{folder.name}") for f in forms), link]:
+        run = evaluate.saved_config(str(path), [])
+        assert Path(run.paths.output_dir) == folder
+
+
 class Countdown(TextVectorEnv):
     """An episode from seed s lasts s % 4 + 1 actions and pays 1 at its end; then a longer one."""
 
@@ -100,6 +130,9 @@ class Countdown(TextVectorEnv):
     def seen(self, env):
         return {"instruction": "", "prefix": f"{self.left[env]} left", "suffix": ""}
 
+    def told(self, envs):
+        return {}
+
     def step_part(self, actions, envs):
         self.asked.append(len(envs))
         for env in envs:
@@ -107,7 +140,8 @@ class Countdown(TextVectorEnv):
         done = np.array([self.left[env] == 0 for env in envs])
         for env in envs[done]:
             self.left[env] = 9
-        infos = {"error": [None] * len(envs), "cached": [False] * len(envs)}
+        none = [None] * len(envs)
+        infos = {"error": none, "cached": [False] * len(envs), "final_obs": none} | self.told(envs)
         rewards, cut = done.astype(float), np.zeros(len(envs), dtype=bool)
         return [self.seen(env) for env in envs], rewards, done, cut, infos
 
@@ -150,6 +184,40 @@ def test_every_episode_is_played_to_its_end(kind, backbone):
     assert [episode[0].prompt[-6] for episode in episodes] == list("34123")
     if kind is Countdown:
         assert environment.asked == [3, 2, 2, 1, 2, 2, 1]  # who has ended acts no more
+
+
+@pytest.mark.parametrize("kind", [Countdown, Together])
+def test_what_an_environment_sends_is_checked(kind, backbone, monkeypatch):
+    monkeypatch.setattr(kind, "told", lambda self, envs: {"error": [ValueError("no")] * len(envs)})
+    assert {r.error for e in played(backbone, kind(2), 2) for r in e} == {"no"}
+    for told in ({"cached": ["perhaps"] * 2}, {"error": []}):
+        monkeypatch.setattr(kind, "told", lambda self, envs, told=told: told)
+        with pytest.raises(ConfigError, match="^environment countdown: "):
+            played(backbone, kind(2), 2)
+
+
+def test_a_reward_that_is_no_number_is_refused(backbone):
+    class NoNumber(Countdown):
+        def step_part(self, actions, envs):
+            following, rewards, *rest = super().step_part(actions, envs)
+            return following, rewards * np.nan, *rest
+
+    with pytest.raises(ConfigError, match="^environment countdown: reward="):
+        played(backbone, NoNumber(2), 2)
+
+
+def test_a_result_that_cannot_be_written_is_one_line(tmp_path):
+    row = evaluate.statistics([records(1)], has_success=True)
+    result = {"ckpt_path": "a", "environment": "b", "greedy": row, "sampled": row}
+    played = {"greedy": [records(1)], "sampled": [records(1)]}
+    for name in ("evaluation.json", "episodes.jsonl"):
+        folder = tmp_path / name
+        (folder / name).mkdir(parents=True)  # a folder is in the file's place
+        with pytest.raises(OutputError, match=name):
+            evaluate.report(result, played, folder)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file"):
+        evaluate.report(result, played, tmp_path / "file")
 
 
 def test_a_long_episode_is_cut(backbone):

@@ -5,8 +5,15 @@ import shutil
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+)
 
 from etpo import export, train
 from etpo.errors import ConfigError
@@ -200,3 +207,26 @@ def test_a_folder_that_is_not_the_policy_is_refused(checkpoint, tmp_path, monkey
     monkeypatch.setattr(export, "merged", lambda policy: policy.merge_and_unload())
     with pytest.raises(ConfigError, match="^merge=true: log-probabilities"):
         export.write(backbone, tmp_path / "out", True)
+
+
+def test_a_policy_with_a_short_context(checkpoint, tmp_path):
+    """A model with learned positions takes no more tokens than it has positions."""
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=16, n_embd=32, n_layer=1, n_head=2,
+        bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    export.write(Backbone(str(folder), CompletionTemplate()), tmp_path / "out", True)
+    assert AutoConfig.from_pretrained(tmp_path / "out").n_positions == 16
+
+
+def test_a_run_that_cannot_be_read_is_no_fault_of_out(monkeypatch, tmp_path):
+    def unreadable(ckpt_path):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(export, "load_backbone", unreadable)
+    cfg = OmegaConf.create({"ckpt_path": "a", "out": str(tmp_path / "out"), "merge": True})
+    with pytest.raises(ConfigError, match="^ckpt_path=a: .*the disk is gone"):
+        export.export(cfg)

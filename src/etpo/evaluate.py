@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 from torch import nn
+from yaml import YAMLError
 
 from etpo.algorithms.etpo import ETPO
 from etpo.config import (
@@ -27,30 +28,41 @@ from etpo.config import (
     load_checkpoint,
     run_folder,
 )
+from etpo.environments import plain
 from etpo.environments.text_env import TextVectorEnv
-from etpo.errors import MAX_SEED, ConfigError, check_integer
+from etpo.errors import MAX_SEED, ConfigError, check_integer, described
+from etpo.files import write_text
 from etpo.models.backbone import Backbone
 from etpo.rollout.datamodule import derived_seed
 from etpo.rollout.episode import Record
 from etpo.rollout.sampler import action_texts, sample
+from etpo.run_folder import remove_made
 from etpo.train import quiet
 
 
 def saved_config(ckpt_path: str, overrides: list[str]) -> DictConfig:
     """The configuration of the run that wrote `ckpt_path`, with `overrides` on top.
 
-    Raises ConfigError where the run folder's `.hydra/config.yaml` is missing.
+    Its `paths.output_dir` is the run's folder. Raises ConfigError where that folder's
+    `.hydra/config.yaml` is missing or cannot be read.
     """
     file = checkpoint_file(ckpt_path)
-    config = (run_folder(file) or file.parent.parent) / ".hydra" / "config.yaml"
+    folder = run_folder(file) or file.parent.parent
+    config = folder / ".hydra" / "config.yaml"
     if not config.is_file():
         raise ConfigError(f"ckpt_path={ckpt_path}: its run folder lacks {config.name} ({config})")
-    cfg = OmegaConf.load(config)
+    try:
+        cfg = OmegaConf.load(config)
+    except (OSError, ValueError, YAMLError) as error:
+        raise ConfigError(
+            f"ckpt_path={ckpt_path}: {config} cannot be read: {described(error)}"
+        ) from error
     OmegaConf.set_struct(cfg, True)
     try:
         cfg.merge_with_dotlist(overrides)
     except OmegaConfBaseException as error:
         raise ConfigError(f"overrides={overrides}: {str(error).splitlines()[0]}") from error
+    cfg.paths.output_dir = str(folder)
     return cfg
 
 
@@ -78,33 +90,40 @@ def play(
 
     Every copy of the environment plays one episode after a `reset`: that short episodes end first
     has no influence on which ones are counted.
+
+    Raises ConfigError for what an environment may not send (`etpo.environments.plain`).
     """
+    source = f"environment {environment.task_name}"
     episodes: list[list[Record]] = []
     together = type(environment).step_part is TextVectorEnv.step_part
     while len(episodes) < count:
         size = min(environment.num_envs, count - len(episodes))
         wave: list[list[Record]] = [[] for _ in range(size)]
         first, _ = environment.reset(seed=seed + len(episodes), options={"evaluation": True})
-        observations, playing = list(first), np.arange(environment.num_envs) < size
+        with plain.sent_by(source):
+            observations = plain.observations(first, environment.num_envs)
+        playing = np.arange(environment.num_envs) < size
         while playing.any():
             envs = np.arange(environment.num_envs) if together else np.flatnonzero(playing)
             prompts = backbone.encode([observations[env] for env in envs])
             taken = sample(backbone, prompts, max_new_tokens, generator)
             texts = action_texts(backbone, prompts, taken)
             step = environment.step(texts) if together else environment.step_part(texts, envs)
-            following, rewards, terminated, truncated, infos = step
+            with plain.sent_by(source):
+                answer = plain.answer(step, len(envs))
             for row, env in enumerate(envs):
-                observations[env] = following[row]
+                observations[env] = answer.observations[row]
                 if not playing[env]:
                     continue
                 prompt = str(backbone.tokenizer.decode(prompts.ids[row][prompts.mask[row]]))
-                number, error = len(wave[env]) + 1, infos["error"][row]
-                reward, known = float(rewards[row]), bool(infos["cached"][row])
+                number, error = len(wave[env]) + 1, answer.errors[row]
+                reward, known = answer.rewards[row], answer.cached[row]
                 limited = bool(taken.length_limited[row])
                 wave[env].append(
                     Record(int(env), number, prompt, texts[row], reward, error, known, limited)
                 )
-                playing[env] = not (terminated[row] or truncated[row] or number == max_actions)
+                ended = answer.terminated[row] or answer.truncated[row]
+                playing[env] = not (ended or number == max_actions)
         episodes += wave
     return episodes
 
@@ -158,7 +177,6 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, list[list[Recor
         raise ConfigError(f"overrides={cfg.overrides}: allowed is a list, ['key=value', ...]")
     state = load_checkpoint(cfg.ckpt_path)["state_dict"]
     run = saved_config(str(cfg.ckpt_path), [str(override) for override in cfg.overrides])
-    run.paths.output_dir = str(Path(cfg.ckpt_path).absolute().parent.parent)
     run.rollout.num_envs = min(run.rollout.num_envs, cfg.samples)
     if "max_attempts" in run.environment:
         run.environment.max_attempts = 1
@@ -224,14 +242,18 @@ def result_table(result: dict[str, Any]) -> Table:
 
 
 def report(result: dict[str, Any], played: dict[str, list[list[Record]]], folder: Path) -> None:
-    """Prints the table and writes `evaluation.json` and `episodes.jsonl`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    with (folder / "episodes.jsonl").open("w", encoding="utf-8") as lines:
-        for policy, episodes in played.items():
-            for number, episode in enumerate(episodes):
-                named = {"policy": policy, "episode": number}
-                lines.writelines(json.dumps(named | r._asdict()) + "\n" for r in episode)
+    """Prints the table and writes `evaluation.json` and `episodes.jsonl`.
+
+    Raises OutputError where one cannot be written.
+    """
+    lines = [
+        json.dumps({"policy": policy, "episode": number} | record._asdict()) + "\n"
+        for policy, episodes in played.items()
+        for number, episode in enumerate(episodes)
+        for record in episode
+    ]
+    write_text(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
+    write_text(folder / "episodes.jsonl", "".join(lines))
     print(f"{result['environment']}: {result['ckpt_path']}")
     # as wide as the table needs: a narrow terminal or a pipe must not cut its numbers
     Console(width=200).print(result_table(result))
@@ -245,7 +267,13 @@ def report(result: dict[str, Any], played: dict[str, list[list[Record]]], folder
 def hydra_main(cfg: DictConfig) -> None:
     quiet()
     with exit_on_bad_input():
-        report(*evaluate(cfg), Path(cfg.paths.output_dir))
+        folder = Path(cfg.paths.output_dir)
+        try:
+            result, played = evaluate(cfg)
+        except Exception:
+            remove_made(folder)
+            raise
+        report(result, played, folder)
 
 
 def main() -> None:

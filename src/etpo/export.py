@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,7 +21,6 @@ from etpo.config import (
     CONF,
     check_missing,
     check_overrides,
-    checkpoint_file,
     exit_on_bad_input,
     load_checkpoint,
 )
@@ -38,7 +39,6 @@ def load_backbone(ckpt_path: str) -> Backbone:
     """
     state = load_checkpoint(ckpt_path)["state_dict"]
     run = saved_config(ckpt_path, [])
-    run.paths.output_dir = str(checkpoint_file(ckpt_path).parent.parent)
     # plain lists: peft writes model.lora as JSON
     backbone = instantiate(run.model, _convert_="all")()
     policy = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
@@ -100,8 +100,10 @@ def write(backbone: Backbone, folder: Path, merge: bool) -> None:
     """
     policy = backbone.policy
     drawn = torch.Generator().manual_seed(0)
-    ids = torch.randint(backbone.vocabulary_size, (1, 32), generator=drawn)
-    size, limit = backbone.vocabulary_size, rounding(backbone, (ids, torch.ones_like(ids), ids))
+    size, length = backbone.vocabulary_size, min(32, backbone.context_size)
+    ids = torch.randint(size, (1, int(length)), generator=drawn)
+    prompt, last = ids[:, :-1], ids[:, -1:]
+    limit = rounding(backbone, (prompt, torch.ones_like(prompt), last))
     expected = log_probs(policy, size, ids)
     settings = sampling(backbone)
     dtype, attention = policy.dtype, policy.config._attn_implementation
@@ -133,24 +135,35 @@ def export(cfg: DictConfig) -> Path:
     if not isinstance(cfg.merge, bool):
         raise ConfigError(f"merge={cfg.merge}: allowed are true, false")
     out = Path(str(cfg.out)).expanduser()
-    try:
+    with output_errors(cfg.out):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"out={cfg.out} exists; allowed is a new or an empty folder")
+    try:
         backbone = load_backbone(str(cfg.ckpt_path))
-        if not cfg.merge and not isinstance(backbone.policy, PeftModel):
-            raise ConfigError(
-                "merge=false needs a run with model.lora; this one trained all weights"
-            )
+    except OSError as error:
+        raise ConfigError(
+            f"ckpt_path={cfg.ckpt_path}: its model cannot be read ({reason(error)}); allowed is a "
+            "run whose model is still there"
+        ) from error
+    if not cfg.merge and not isinstance(backbone.policy, PeftModel):
+        raise ConfigError("merge=false needs a run with model.lora; this one trained all weights")
+    with output_errors(cfg.out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
             write(backbone, Path(folder) / out.name, cfg.merge)
             os.replace(Path(folder) / out.name, out)
+    return out
+
+
+@contextmanager
+def output_errors(out: str) -> Iterator[None]:
+    """Raises ConfigError with the key `out` for an error of the operating system."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         raise ConfigError(
-            f"out={cfg.out}: cannot be written ({reason(error)}); allowed is a folder with room "
-            "for it"
+            f"out={out}: cannot be written ({reason(error)}); allowed is a folder with room for it"
         ) from error
-    return out
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="export")

@@ -198,7 +198,8 @@ def test_empty_names(read):
         (PLAIN + '1.5,"crème,no\n', "cannot be read as CSV"),
         ("a;b,c\n1;2,3\n" * 2, "environment.read_csv.sep"),
         ("a b\n1 no\n2 yes\n", "environment.read_csv.sep"),
-        (b"PAR1\x15\x04", "it is Parquet"),
+        (b"PAR1\x15\x04" + bytes(20) + b"PAR1", "it is Parquet"),
+        (b"ARROW1\0\0" + bytes(20) + b"ARROW1", "it is Feather"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "it is Excel"),
         (zipped(**{"[Content_Types].xml": "", "xl/workbook.xml": ""}), "it is a spreadsheet"),
         (zipped(mimetype="", content=""), "it is a spreadsheet"),
@@ -218,6 +219,11 @@ def test_a_file_that_is_refused(refused, content, words):
     line = refused(content)
     assert line.startswith("environment.path=")
     assert words in line
+
+
+@pytest.mark.parametrize("name", ["par1", "PAR1", "arrow1", "ARROW1", "sqlite format 3", "%pdf"])
+def test_a_column_may_be_called_as_a_binary_file_begins(read, name):
+    assert read(PLAIN.replace("size", name)).feature_names == (name, "café")
 
 
 def test_an_address_and_a_home(monkeypatch, tmp_path):

@@ -103,6 +103,7 @@ def test_one_word_makes_no_categories_of_numbers(word):
         (("12345678901234567", "12345678901234568"), "beyond 2"),
         (("12345678901234567", "12345678901234568", ""), "beyond 2"),  # float64 in pandas
         (("184467440737095516150", "184467440737095516151"), "beyond 2"),
+        (("9223372036854775808", "9223372036854775809", ""), "beyond 2"),
         (("inf", "1"), "infinite"),
         (("-Infinity", "1"), "infinite"),
         (("1e999", "1"), "infinite"),
@@ -111,6 +112,21 @@ def test_one_word_makes_no_categories_of_numbers(word):
 def test_numbers_that_float64_does_not_hold(cells, error):
     with pytest.raises(ConfigError, match=f"there: column 'v' holds .*{error}"):
         column(*cells)
+
+
+@pytest.mark.parametrize("word", [*MISSING, "?"])
+def test_a_missing_cell_among_integers_that_int64_does_not_hold(word):
+    """pandas reads such a column as text and keeps the words for a missing cell."""
+    assert column("9223372036854775808", word, "1") == ([2.0**63, None, 1], False)
+    assert column("9223372036854775808", word) == ([2.0**63, None], False)
+    assert column("9223372036854775808", word, "a") == ([0, None, 1], True)
+    assert column("9223372036854775808", word, "-1") == ([2.0**63, None, -1], False)
+
+
+def test_rows_with_a_missing_cell_among_such_integers_are_dropped():
+    rows = [(["9223372036854775808", "1", ""][i % 3], "w", f"c{i // 3 % 2}") for i in range(24)]
+    table = Table(("v", "w", "y"), rows)
+    assert len(encode("d", table, "y", "drop", "there").target) == 16
 
 
 def test_a_text_column_by_request():

@@ -37,15 +37,16 @@ _UNREADABLE = (
     lzma.LZMAError,
     zipfile.BadZipFile,
 )
-_OTHER_FORMATS = (
-    (b"PAR1", "Parquet"),
-    (b"ARROW1", "Feather"),
+_BINARY_FORMATS = (  # with the zeros that end a name: a column may be called like it
+    (b"ARROW1\0", "Feather"),
     (b"\xd0\xcf\x11\xe0", "Excel"),
-    (b"SQLite format 3", "SQLite"),
+    (b"SQLite format 3\0", "SQLite"),
     (b"\x89HDF", "HDF5"),
-    (b"%PDF", "PDF"),
+    (b"%PDF-", "PDF"),
     (b"\x28\xb5\x2f\xfd", "Zstandard"),
     (b"7z\xbc\xaf", "7-Zip"),
+)
+_TEXT_FORMATS = (
     (b"<!doctype", "HTML"),
     (b"<html", "HTML"),
     (b"<?xml", "XML"),
@@ -116,11 +117,20 @@ def _content(file: Path, where: str) -> bytes:
         raise ConfigError(f"{where}: no such file") from None
     except _UNREADABLE as error:
         raise ConfigError(f"{where} cannot be read: {described(error)}") from None
-    start = content.lstrip()[:16].lower()
-    for signature, kind in _OTHER_FORMATS:
-        if start.startswith(signature.lower()):
-            raise ConfigError(f"{where} cannot be read: it is {kind}; allowed is a CSV file")
+    kind = _other_format(content)
+    if kind is not None:
+        raise ConfigError(f"{where} cannot be read: it is {kind}; allowed is a CSV file")
     return content
+
+
+def _other_format(content: bytes) -> str | None:
+    """The name of the format of `content`; None where it may be CSV."""
+    if content.startswith(b"PAR1") and content.endswith(b"PAR1"):
+        return "Parquet"
+    start = content.lstrip()[:16].lower()
+    binary = (kind for signature, kind in _BINARY_FORMATS if content.startswith(signature))
+    text = (kind for signature, kind in _TEXT_FORMATS if start.startswith(signature))
+    return next(binary, None) or next(text, None)
 
 
 def _unzipped(content: bytes, where: str) -> bytes:

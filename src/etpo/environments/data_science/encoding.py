@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -154,6 +155,25 @@ def _read(table: Table, target: str, where: str, options: CsvOptions) -> pd.Data
         raise ConfigError(
             f"environment.read_csv.dtype names {unknown!r}, which is no column of {where}"
         )
+    cells = _read_csv(table, dtype | {target: str}, where, options)
+    inferred = [name for name in cells if name != target and name not in dtype]
+    texts = [name for name in inferred if infer_dtype(cells[name], skipna=True) == "string"]
+    if texts:
+        # text where int64 and uint64 do not hold all integers; pandas then keeps `na_values` too
+        again = _read_csv(table, dict.fromkeys(table.columns, str), where, options)
+        for name in texts:
+            cells[name] = _integers_as_float64(again[name], options.thousands)
+    return cells
+
+
+def _integers_as_float64(column: "pd.Series[str]", thousands: str | None) -> "pd.Series[Any]":
+    """The column as float64 where its cells are integers, else as it is."""
+    digits = column.str.replace(thousands, "", regex=False) if thousands else column
+    integers = digits.dropna().str.fullmatch(r"[+-]?[0-9]+")
+    return digits.astype(np.float64) if integers.all() else column
+
+
+def _read_csv(table: Table, dtype: dict[str, Any], where: str, options: CsvOptions) -> pd.DataFrame:
     lines = io.StringIO()
     csv.writer(lines, delimiter="\t").writerows(table.rows)
     lines.seek(0)
@@ -166,7 +186,7 @@ def _read(table: Table, target: str, where: str, options: CsvOptions) -> pd.Data
             index_col=False,
             skip_blank_lines=False,
             low_memory=False,
-            dtype=dtype | {target: str},
+            dtype=dtype,
             na_values=list(options.na_values),
             keep_default_na=options.keep_default_na,
             decimal=options.decimal,
