@@ -1,5 +1,6 @@
 """What W&B and TensorBoard get: read back from the files that they write."""
 
+import csv
 import json
 
 import pytest
@@ -15,7 +16,7 @@ from etpo.callbacks.metrics_csv import MetricsCSV
 from etpo.callbacks.tracking import COLUMNS, Tracking, start_tracking
 from etpo.config import CONF
 
-from .wandb_file import Offline
+from .wandb_file import BLOCK, Offline, records
 
 
 def test_wandb_holds_a_run_and_what_came_after_its_resumption(
@@ -47,13 +48,22 @@ def test_wandb_holds_a_run_and_what_came_after_its_resumption(
     # by actions sampled so far: 16 in each of three iterations
     assert offline.metrics["*"].step_metric == "env_steps"
     lines = [json.loads(line) for line in (folder / "episodes.jsonl").read_text().splitlines()]
-    for iteration in range(3):
+    with (folder / "metrics.csv").open(newline="") as file:
+        iterations = list(csv.DictReader(file))
+    assert len(iterations) == 3
+    # an iteration is two rows, one of validation and one of all else, whole
+    for iteration, metrics in enumerate(iterations):
+        del metrics["iteration"], metrics["step"]
         rows = [row for row in offline.history if row["env_steps"] == 16 * (iteration + 1)]
-        told = {name: value for row in rows for name, value in row.items()}
+        rows = [row for row in rows if "credit/path" not in row]
+        assert [row["epoch"] for row in rows] == [iteration] * 2
+        logged = [{name: row[name] for name in metrics if name in row} for row in rows]
+        assert logged[0].keys() == {"val/reward"}
+        assert logged[1].keys() == metrics.keys() - {"val/reward"}
+        numbers = {name: float(value) for name, value in metrics.items()}
+        assert logged[0] | logged[1] == pytest.approx(numbers)
         rewards = [line["reward"] for line in lines if line["iteration"] == iteration]
-        assert told["rollout/reward"] == pytest.approx(sum(rewards) / 16)
-        assert "val/reward" in told
-    assert all("env_steps" in row for row in offline.history)
+        assert logged[1]["rollout/reward"] == pytest.approx(sum(rewards) / 16)
 
     tables = [json.loads(file.read_text()) for file in folder.rglob("actions_*.table.json")]
     assert len(tables) == 2
@@ -76,6 +86,26 @@ def test_wandb_holds_a_run_and_what_came_after_its_resumption(
     entries = {entry.path: entry.size for entry in best.manifest.contents}
     files = [f for f in folder.glob("best_action*") if f.is_file()]
     assert entries == {file.name: file.stat().st_size for file in files}
+
+
+def test_a_log_that_is_not_whole_is_not_read(tmp_path, no_account):
+    run = wandb.init(project="p", dir=tmp_path, settings=wandb.Settings(console="off"))
+    text = "x" * 3 * BLOCK  # a record of several chunks
+    run.log({"text": text})
+    run.log({"number": 0.5})
+    wandb.finish()
+    first, second = Offline(tmp_path).history
+    assert (first["text"], second["number"]) == (text, 0.5)
+
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    data, cut = file.read_bytes(), tmp_path / "cut.wandb"
+    for size in (7, BLOCK, BLOCK + 1, 2 * BLOCK + 9, len(data) - 1):
+        cut.write_bytes(data[:size])
+        with pytest.raises(ValueError, match="the log ends"):
+            records(cut)
+    cut.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(ValueError, match="checksum"):
+        records(cut)
 
 
 def test_tensorboard_gets_scalars_actions_and_the_figure(tmp_path, fit):
