@@ -6,8 +6,9 @@ import re
 import pytest
 
 from etpo.callbacks.start import StartReport, short
-from etpo.models.backbone import load_tokenizer, tiny_checkpoint
+from etpo.models.backbone import tiny_checkpoint
 from etpo.models.fresh import fresh_llama, save_checkpoint
+from etpo.models.loading import load_tokenizer
 
 MIB = {"MiB": 1, "GiB": 1024}
 

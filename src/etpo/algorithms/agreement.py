@@ -9,7 +9,8 @@ from torch import Tensor
 from etpo.algorithms import chunked
 from etpo.algorithms.soft_bellman import at_taken
 from etpo.errors import ConfigError
-from etpo.models.backbone import Backbone, language_model
+from etpo.models.backbone import Backbone
+from etpo.models.causal_lm import language_model
 from etpo.rollout.episode import Actions
 
 # Mean |difference| of logits that is rounding: a constant, and so many times the resolution of the

@@ -46,7 +46,7 @@ class TextVectorEnv(VectorEnv[Sequence[TextObservation], Sequence[str], np.ndarr
     next observation of the episode that ended (None elsewhere). `infos["error"]` holds the error
     text of a failed action or None, `infos["attempt"]` the 1-based number of the action in its
     episode; `infos["cached"]` is true where the reward was known before. All four are always there.
-    The collector checks what is sent (`etpo.environments.plain`).
+    The collector and the evaluation check what is sent (`etpo.environments.plain`).
 
     `reset(options={"evaluation": True})`: what is done until the next reset is looked at only, and
     may leave no trace in later prompts.
