@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from etpo.errors import ConfigError, reason
+from etpo.errors import ConfigError, described
 from etpo.models.causal_lm import language_model
 from etpo.models.decoding import decoding_cache, run_next
 from etpo.models.shared_prompt import Run, encode_prompts
@@ -28,7 +28,7 @@ def check_forwards(backbone: "Backbone", name_or_path: str) -> None:
     try:
         fault = find_fault(backbone)
     except Exception as error:  # of a model that does not know the cache or an argument
-        fault = reason(error)
+        fault = f"its forward raises {described(error)}"
     if fault is not None:
         kind = backbone.policy.config.model_type
         raise ConfigError(
