@@ -158,6 +158,8 @@ def close(run: Run, cfg: DictConfig, status: str) -> dict[str, Any]:
     held_out_auc = None
     if best is not None and hasattr(run.environment, "held_out_score"):
         held_out_auc = run.environment.held_out_score(best["action"])
+    value = run.trainer.callback_metrics.get(cfg.optimized_metric)
+    finite = value is not None and math.isfinite(value)
     identity = {
         "algorithm": type(run.module).__name__.lower(),
         "environment": run.environment.task_name,
@@ -166,11 +168,9 @@ def close(run: Run, cfg: DictConfig, status: str) -> dict[str, Any]:
         "model": cfg.model.name_or_path,
         "seed": cfg.seed,
         "sandbox": getattr(run.environment, "sandbox_level", None),
+        "iterations": run.trainer.current_epoch,
+        "last_metrics": {cfg.optimized_metric: float(value)} if finite else {},
     }
-    identity["iterations"] = run.trainer.current_epoch
-    value = run.trainer.callback_metrics.get(cfg.optimized_metric)
-    finite = value is not None and math.isfinite(value)
-    identity["last_metrics"] = {cfg.optimized_metric: float(value)} if finite else {}
     return write_summary(
         Path(cfg.paths.output_dir),
         status=status,
@@ -189,7 +189,7 @@ def is_complete(trainer: Trainer, max_epochs: int) -> bool:
 
 
 def train(cfg: DictConfig) -> tuple[dict[str, Any], Run]:
-    """Trains as `cfg` says; returns the summary and the objects of the run.
+    """Trains with the configuration `cfg`; returns the summary and the objects of the run.
 
     Its status is finished; stopped, where a limit (`trainer.max_time`, `max_steps`,
     `limit_train_batches`, `fast_dev_run`) or a callback ended it before its last iteration or

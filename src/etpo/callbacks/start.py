@@ -63,7 +63,7 @@ def device_line(trainer: Trainer, module: LightningModule) -> str:
 
 
 def parameters_line(module: nn.Module) -> str:
-    """Trained ones, and all: those of policy, reference and critics, shared ones once."""
+    """Trained parameters, and all with critics and reference; shared ones count once."""
     return f"{short(count(module, trained=True))} trained of {short(count(module))} in all"
 
 

@@ -215,7 +215,7 @@ class Copy:
         return Transition(following, reward, terminated, truncated, final, error, cached)
 
     def next_observation(self, read: Any, terminated: bool) -> TextObservation:
-        """What `step` returned as observation; after a termination nobody reads it."""
+        """The observation of `step`; one that cannot be read is empty after a termination."""
         try:
             return observation(read, self.env.observation_space)
         except ConfigError:

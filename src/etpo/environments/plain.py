@@ -86,10 +86,10 @@ def error_text(value: Any) -> str | None:
     except Exception:  # an array of several values is neither true nor false
         pass
     try:
-        told = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+        text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
     except Exception:
-        told = ""
-    return well_formed(told or type(value).__name__)[:MAX_ERROR]
+        text = ""
+    return well_formed(text or type(value).__name__)[:MAX_ERROR]
 
 
 def observation(read: Any) -> TextObservation:
@@ -131,7 +131,7 @@ def answer(returned: Any, count: int) -> Answer:
         [flag("terminated", value) for value in terminated],
         [flag("truncated", value) for value in truncated],
         [None if final is None else observation(final) for final in infos["final_obs"]],
-        [error_text(told) for told in infos["error"]],
+        [error_text(error) for error in infos["error"]],
         [flag("cached", value) for value in infos["cached"]],
     )
 

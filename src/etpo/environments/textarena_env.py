@@ -58,7 +58,7 @@ class TextArenaEnv(gymnasium.Env):
         self.action_space, self.observation_space = AnyText(), AnyText()
         self._state = random.Random(0).getstate()
         with self._own_random(), self._one_line():
-            self._make()  # so that what is missing is told before a model is loaded
+            self._make()  # reports missing words before a model is loaded
         self._state = random.Random(0).getstate()
 
     def reset(

@@ -159,7 +159,7 @@ def run_next(
     token: Tensor,
     mask: Tensor,
 ) -> tuple[Tensor, ...]:
-    """What `run` says after one more token [b] per row: tensors [b, 1, ...].
+    """Outputs of `run` for one more token [b] per row: tensors [b, 1, ...].
 
     mask: bool [b, T], of all tokens up to this one.
     """

@@ -1,4 +1,4 @@
-"""Loads tokenizer and causal LM of a hub id or folder, or says in one line why that cannot be."""
+"""Loads tokenizer and causal LM of a hub id or folder; ConfigError names what prevents it."""
 
 import json
 import warnings
@@ -24,7 +24,7 @@ from transformers.utils import logging
 from etpo.errors import ConfigError, reason
 
 LFS_POINTER = b"version https://git-lfs.github.com"
-# code that comes with a checkpoint is never run, and nobody is asked whether it may
+# never run the code of a checkpoint, and do not ask for permission
 TRUST = {"trust_remote_code": False}
 
 
@@ -63,7 +63,7 @@ def load_model(name_or_path: str, dtype: torch.dtype, attn_implementation: str) 
 
 
 def check_weights(name_or_path: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
-    """Raises ConfigError unless the files held all weights, as floats; warns of those left over."""
+    """Raises ConfigError unless the files hold all weights as floats; warns of unused ones."""
     key = f"model.name_or_path={name_or_path}"
     if getattr(model, "is_quantized", False):
         method = model.config.quantization_config.quant_method
@@ -146,7 +146,7 @@ def empty_model(config: PreTrainedConfig, attn_implementation: str) -> PreTraine
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences what transformers logs while it loads; `check_weights` says what matters."""
+    """Silences the log of transformers while it loads; `check_weights` reports missing weights."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -1,4 +1,4 @@
-"""Runs a few tokens through a model: do padding and caches change what it says?"""
+"""Runs a few tokens through a model and compares its logits with and without padding and cache."""
 
 import functools
 from collections.abc import Iterator

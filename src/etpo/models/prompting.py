@@ -68,7 +68,7 @@ def open_prefix(tokenizer: PreTrainedTokenizerBase, prefix: str) -> tuple[list[i
     White space at the end of a prefix may be a token together with what follows, such as " go" or
     a line break with the indentation after it: a model has hardly ever seen it as a token of its
     own. Where an action begins with a word, or with an indented line after a line break, the
-    tokens of prefix and action are those of the joined text.
+    tokens of prefix and action equal the tokens of the joined text.
     """
     ids = text_ids(tokenizer, prefix)
     stem = prefix.rstrip()

@@ -12,7 +12,7 @@ class CsvOptions:
     """Options of `pandas.read_csv` (`environment.read_csv`), with its names and meanings.
 
     sep: one character; None: the one of comma, semicolon, tab and | that fits.
-    encoding: None: UTF-8, or what a byte order mark says.
+    encoding: None: UTF-8, or the encoding of the byte order mark.
     header: 0: the first row; None: there is none, columns are called 0, 1, ...; "infer": the first
         row, which is refused where it looks like data.
     index_col: names or positions of columns that are left out.
