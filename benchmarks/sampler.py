@@ -19,7 +19,6 @@ from common import MODELS, RESULTS, endless, observation, prompt_of, save_model,
 from matplotlib.figure import Figure
 from transformers import GenerationConfig
 
-from etpo.generation.sampler import sample
 from etpo.models.policy import LanguageModelPolicy, PromptBatch
 
 ACTIONS, PROMPT_TOKENS, NEW_TOKENS = 64, 165, 100
@@ -40,7 +39,7 @@ def variants(
         return output[:, prompts.ids.shape[1] :]
 
     def sampler() -> torch.Tensor:
-        return sample(policy, prompts, NEW_TOKENS, torch.Generator().manual_seed(0)).ids
+        return generate(policy, prompts, NEW_TOKENS, torch.Generator().manual_seed(0)).ids
 
     return {"generate": generate, "sampler": sampler}
 

@@ -6,8 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from etpo.environments.token_mdp_env import TokenMDPEnv, action_texts, random_mdp
 from etpo.errors import ConfigError
-from etpo.generation.sampler import action_texts as sampled_texts
-from etpo.generation.sampler import sample
+from etpo.generation.sampler import decode_actions, generate
 from etpo.models.letters import letter_backbone, save_letter_checkpoint
 from etpo.models.prompting import CompletionTemplate
 
@@ -55,8 +54,8 @@ def test_every_sampled_action_is_one_of_the_mdp_and_its_text_says_which(tmp_path
     environment = TokenMDPEnv(mdp=mdp, num_envs=4)
     model = policy(tmp_path / "model")
     prompts = model.encode(environment.observations * 250)
-    taken = sample(model, prompts, mdp.length, torch.Generator().manual_seed(0))
-    texts = sampled_texts(model, prompts, taken)
+    taken = generate(model, prompts, mdp.length, torch.Generator().manual_seed(0))
+    texts = decode_actions(model, prompts, taken)
     numbers = {
         tuple(token for _, token in path): number for number, path in enumerate(mdp.tree.paths)
     }
