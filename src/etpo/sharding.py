@@ -45,7 +45,7 @@ class ShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def shard(self, *modules: nn.Module) -> None:
-        """Shards each module's weights; they are gathered together, and freed together.
+        """Shards each module's weights; they are full_parameters together, and freed together.
 
         One unit per module: a backward pass reduces its gradients once, however often each process
         has called it. Raises ConfigError where two modules share weights.
@@ -62,7 +62,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 @contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
+def full_parameters(module: nn.Module) -> Iterator[None]:
     """Inside, every process has the whole weights, and calls of them wait for no other process.
 
     Nothing where no weights are sharded. All processes must enter and leave together.

@@ -85,7 +85,7 @@ def build_with(environment: TextVectorEnv, cfg: DictConfig) -> Run:
     if not any(isinstance(callback, Checkpoint) for callback in callbacks):
         limits["enable_checkpointing"] = False  # else Lightning adds a callback of its own
     trainer = instantiate(cfg.trainer, logger=loggers, callbacks=[*own, *callbacks], **limits)
-    datamodule.check(trainer.world_size)
+    datamodule.check_sizes(trainer.world_size)
     start_tracking(trainer.loggers)
     module = instantiate(cfg.algorithm, policy=instantiate(cfg.model))
     if cfg.ckpt_path is not None:

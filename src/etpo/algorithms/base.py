@@ -126,19 +126,24 @@ class OnPolicyAlgorithm(LightningModule):
         self.mean_length = float(self.mean_over_ranks(lengths.mean()))
         return actions, self.map_microbatches(self.evaluate, *inputs)
 
-    def evaluate(self, *inputs: Tensor) -> TokenEvaluation:
-        """Evaluate policy, reference and critic at the taken tokens.
+    def evaluate(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        action_ids: Tensor,
+        old_hidden: Tensor | None = None,
+    ) -> TokenEvaluation:
+        """Evaluate policy, reference and critic at the L taken tokens of action_ids [B, L].
 
         Args:
-            inputs: prompt_ids [B, P], prompt_mask [B, P], action_ids [B, L] and, if recorded during
-                generation, the policy's hidden states [B, L, D].
+            old_hidden: [B, L, D], hidden states of the policy recorded during generation.
         """
-        old_hidden = inputs[3] if len(inputs) > 3 else None
+        inputs = prompt_ids, prompt_mask, action_ids
         chunk = self.settings.logits_chunk_size
-        taken = evaluate_tokens(self.policy, *inputs[:3], old_hidden, chunk)
+        taken = evaluate_tokens(self.policy, *inputs, old_hidden, chunk)
         if self.critic is None:
             return taken
-        return taken._replace(value=self.prefix_values(*inputs[:3], taken.ref_hidden))
+        return taken._replace(value=self.prefix_values(*inputs, taken.ref_hidden))
 
     def prefix_values(
         self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor, ref_hidden: Tensor
@@ -179,9 +184,7 @@ class OnPolicyAlgorithm(LightningModule):
 
     def check_rollout(self, rollout: Rollout) -> None:
         """Raise ConfigError if the first rollout was not sampled from the trained policy."""
-        sizes = self.settings.forward_batch_size, self.settings.logits_chunk_size
-        fresh = self.trainer.global_step == 0
-        check_policy(self, self.policy, rollout.actions, *sizes, fresh=fresh)
+        check_policy(self, rollout.actions, fresh=self.trainer.global_step == 0)
 
     def policy_loss(self, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """Mean policy loss over actions; metrics contain `train/kl_to_old` in nats."""

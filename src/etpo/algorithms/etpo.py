@@ -5,8 +5,8 @@ Differences from the paper, each a setting:
 1. Targets are TD(lambda) with the critic as control variate, and lambda is annealed to 1, where
    they are unbiased for any critic. `lambda_=0` with `lambda_anneal_iters=null` is the paper's
    one-step update (equations 12, 13), which moves a reward back by one token per iteration.
-2. The critic is a dueling head on a copy of the language model (`critic=full`) or on the frozen one,
-   with (`lora`) or without an adapter (`frozen_trunk`); `lm_copy` is the paper's critic.
+2. The critic is a dueling head on a copy of the language model (`critic=full`) or on the frozen
+   one, with (`lora`) or without an adapter (`frozen_trunk`); `lm_copy` is the paper's critic.
 3. The policy objective is doubly robust: the exact term over the vocabulary plus a clipped sampled
    correction of the critic's error. `doubly_robust=false` is the paper's objective. The critic in
    the objective was trained on EARLIER iterations only, so that the gradient at pi = pi_old is
@@ -115,6 +115,7 @@ class ETPO(OnPolicyAlgorithm):
     @torch.no_grad()
     def compute_targets(self, rollout: Rollout) -> TokenBatch:
         actions, old = self.start_iteration(rollout)
+        assert old.q_taken is not None
         mask = actions.action_mask
         steps = trajectory_steps(actions, mask, rollout.num_envs, self.settings.gamma)
         values, q_taken = (to_trajectories(x, steps.layout) for x in (old.value, old.q_taken))
@@ -155,11 +156,17 @@ class ETPO(OnPolicyAlgorithm):
             critic_hidden=old.critic_hidden,
         )
 
-    def evaluate(self, *inputs: Tensor) -> TokenEvaluation:
+    def evaluate(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        action_ids: Tensor,
+        old_hidden: Tensor | None = None,
+    ) -> TokenEvaluation:
+        inputs = prompt_ids, prompt_mask, action_ids
         chunk = self.settings.logits_chunk_size
-        old_hidden = inputs[3] if len(inputs) > 3 else None
-        taken = evaluate_tokens(self.policy, *inputs[:3], old_hidden, chunk)
-        critic_hidden = self.target_critic.hidden_states(*inputs[:3], taken.ref_hidden)
+        taken = evaluate_tokens(self.policy, *inputs, old_hidden, chunk)
+        critic_hidden = self.target_critic.hidden_states(*inputs, taken.ref_hidden)
 
         def quantities(ids: Tensor, *hidden: Tensor) -> tuple[Tensor, ...]:
             log_old, log_ref, q = self.old_distributions(ids, *hidden)
@@ -167,7 +174,7 @@ class ETPO(OnPolicyAlgorithm):
             return value, gather_tokens(q, ids)
 
         hidden = taken.old_hidden, taken.ref_hidden, critic_hidden
-        value, q_taken = in_chunks(quantities, chunk, inputs[2], *hidden)
+        value, q_taken = in_chunks(quantities, chunk, action_ids, *hidden)
         return taken._replace(value=value, q_taken=q_taken, critic_hidden=critic_hidden)
 
     def old_distributions(

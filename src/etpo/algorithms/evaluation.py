@@ -50,8 +50,11 @@ def evaluate_tokens(
         taken = (gather_tokens(each, ids) for each in (log_pi, log_ref))
         return *taken, kl_divergence(log_pi, log_ref), entropy(log_pi)
 
-    outputs = in_chunks(quantities, chunk, old_hidden, ref_hidden, action_ids)
-    return TokenEvaluation(old_hidden, ref_hidden, *outputs, torch.zeros_like(outputs[0]))
+    log_pi, log_ref, kl, entropies = in_chunks(
+        quantities, chunk, old_hidden, ref_hidden, action_ids
+    )
+    value = torch.zeros_like(log_pi)
+    return TokenEvaluation(old_hidden, ref_hidden, log_pi, log_ref, kl, entropies, value)
 
 
 def taken_log_probs(

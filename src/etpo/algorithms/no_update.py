@@ -1,8 +1,8 @@
 """Methods without weight updates: zero-shot sampling and Reflexion.
 
 They sample, score and log like the trained algorithms. They differ in what the prompts show, which
-`conf/algorithm` sets in the environment. docs/algorithms/reflexion.md lists the differences from the
-paper (arXiv 2303.11366).
+`conf/algorithm` sets in the environment. docs/algorithms/reflexion.md lists the differences from
+the paper (arXiv 2303.11366).
 """
 
 import warnings

@@ -4,7 +4,7 @@ import warnings
 from typing import Any
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -22,13 +22,14 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float, iteration: i
     if not torch.isfinite(norm):
         raise ConfigError(
             f"algorithm.policy_lr, algorithm.critic_lr: the gradient norm is {float(norm)} in "
-            f"iteration {iteration}; allowed are finite gradients. The step was not taken; last.ckpt "
-            "holds the previous iteration. Smaller learning rates or model.dtype=float32 may help"
+            f"iteration {iteration}; allowed are finite gradients. The step was not taken; "
+            "last.ckpt holds the previous iteration. Smaller learning rates or "
+            "model.dtype=float32 may help"
         )
     return norm
 
 
-def trained_state(module: LightningModule, checkpoint: dict[str, Any]) -> dict[str, Any]:
+def trained_state(module: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Return the state dict of a checkpoint without frozen weights and duplicates.
 
     Frozen weights are loaded from `model.name_or_path` again. A checkpoint without optimizer states

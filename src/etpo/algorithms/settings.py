@@ -19,8 +19,29 @@ def one_of(default: str, *others: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Settings of every on-policy algorithm.
+class BatchSettings:
+    """Sizes of forward passes, which affect memory and time only.
+
+    Args:
+        forward_batch_size: number of actions per forward when targets are computed.
+        logits_chunk_size: number of tokens whose logits are held at once.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    forward_batch_size: int = bounded(64, 1)
+    logits_chunk_size: int = bounded(4096, 1)
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for each in fields(self):
+            check_value(f"algorithm.{each.name}", getattr(self, each.name), hints[each.name], each)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(BatchSettings):
+    """Settings of every on-policy algorithm, besides `BatchSettings`.
 
     Args:
         beta: KL coefficient to the reference, >= 0, per nat, in the first iteration.
@@ -32,12 +53,6 @@ class Settings:
             iteration. None: no limit.
         policy_lr, critic_lr: learning rates of the first iteration.
         max_grad_norm: limit of the gradient norm, of policy and critic separately.
-        forward_batch_size: number of actions per forward when targets are computed.
-        logits_chunk_size: number of tokens whose logits are held at once. Affects memory and time
-            only.
-
-    Raises:
-        ConfigError: a value is out of range.
     """
 
     beta: float = bounded(0.02)
@@ -48,13 +63,6 @@ class Settings:
     policy_lr: float = bounded(5e-4)
     critic_lr: float = bounded(1e-3)
     max_grad_norm: float = bounded(1.0, above=True)
-    forward_batch_size: int = bounded(64, 1)
-    logits_chunk_size: int = bounded(4096, 1)
-
-    def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for each in fields(self):
-            check_value(f"algorithm.{each.name}", getattr(self, each.name), hints[each.name], each)
 
 
 def check_value(key: str, value: Any, hint: Any, setting: Any) -> None:

@@ -11,10 +11,9 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from etpo.algorithms import losses as objectives
 from etpo.algorithms import returns as soft_bellman
 from etpo.algorithms.base import OnPolicyAlgorithm
-from etpo.algorithms.returns import at_taken
+from etpo.algorithms.returns import gather_tokens
 from etpo.callbacks.episodes import cut_back
 from etpo.errors import check_integer
 from etpo.files import append_lines
@@ -89,7 +88,7 @@ class TokenCredit(Callback):
         shown = [*acts, self.followed]
         advantages = [*([None] * len(acts) if sampled is None else sampled[rows]), None]
         # a module of another kind may know no such limit
-        size = getattr(module, "forward_batch_size", len(shown))
+        size = module.settings.forward_batch_size if hasattr(module, "settings") else len(shown)
         for start in range(0, len(shown), size):
             part = slice(start, start + size)
             for line in lines_of(module, shown[part], advantages[part]):
@@ -146,29 +145,31 @@ def token_numbers(
     [B, L, ALTERNATIVES] each: other_ids of the likeliest other tokens, other_probability, other_q.
     """
     inputs = prompt_ids, prompt_mask, action_ids
-    log_pi = module.policy(*inputs).log_probs
-    log_ref, features, _ = module.policy(*inputs, reference=True)
+    policy = module.policy
+    ref_hidden = policy.hidden_states(*inputs, reference=True)
+    log_pi = policy.log_probs(policy.hidden_states(*inputs), action_ids).log_probs
+    log_ref = policy.log_probs(ref_hidden, reference=True).log_probs
     taken = action_ids.unsqueeze(-1)
 
     count = min(ALTERNATIVES, log_pi.shape[-1] - 1)
     others = log_pi.scatter(-1, taken, float("-inf")).topk(count).indices
     numbers = {
-        "probability": at_taken(log_pi, action_ids).exp(),
-        "log_ratio": at_taken(log_pi, action_ids) - at_taken(log_ref, action_ids),
+        "probability": gather_tokens(log_pi, action_ids).exp(),
+        "log_ratio": gather_tokens(log_pi, action_ids) - gather_tokens(log_ref, action_ids),
         "entropy": soft_bellman.expectation(log_pi, -log_pi),
         "kl": soft_bellman.kl_divergence(log_pi, log_ref),
         "other_ids": others,
         "other_probability": log_pi.gather(-1, others).exp(),
     }
     if isinstance(module, OnPolicyAlgorithm):
-        value, q = module.token_values(*inputs, features, log_pi, log_ref)
+        value, q = module.token_values(*inputs, ref_hidden, log_pi, log_ref)
         if value is not None:
             numbers["value"] = value
         if q is not None:
             # the mean of the first term under pi is V
-            rebased = objectives.rebased_q(q, log_ref, log_pi, module.beta)
-            numbers["critic_advantage"] = at_taken(rebased, action_ids) - value
-            numbers |= {"q": at_taken(q, action_ids), "other_q": q.gather(-1, others)}
+            kl_cost = module.beta * numbers["log_ratio"]
+            numbers["critic_advantage"] = gather_tokens(q, action_ids) - kl_cost - value
+            numbers |= {"q": gather_tokens(q, action_ids), "other_q": q.gather(-1, others)}
     return numbers
 
 

@@ -26,7 +26,7 @@ class OracleDistance(Callback):
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         environment: TokenMDPEnv = trainer.datamodule.environment
-        mdp = replace(environment.mdp, gamma=pl_module.gamma)
+        mdp = replace(environment.mdp, gamma=pl_module.settings.gamma)
         log_pi, log_ref, value = tables(environment, pl_module)
         log_optimum, optimum = mdp.solve_tokens(log_ref, pl_module.beta)
         kl = kl_divergence(mdp.action_log_probs(log_pi), mdp.action_log_probs(log_optimum))
@@ -57,9 +57,10 @@ def tables(environment: TokenMDPEnv, module: LightningModule) -> tuple[Tensor, T
         prompts.mask.repeat_interleave(prefixes, 0).to(module.device),
         actions.repeat(states, 1).to(module.device),
     ]
-    value = module.evaluate_prefixes(*inputs).value
-    current = policy(*inputs).log_probs
-    reference = policy(*inputs, reference=True).log_probs
+    evaluation = module.evaluate(*inputs)
+    value = evaluation.value
+    current = policy.log_probs(evaluation.old_hidden, inputs[2]).log_probs
+    reference = policy.log_probs(evaluation.ref_hidden, reference=True).log_probs
     rows = torch.arange(len(last))
     log_pi, log_ref = (
         log_probs[rows, last].double().log_softmax(-1).view(states, prefixes, -1).cpu()

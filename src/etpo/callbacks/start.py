@@ -141,10 +141,10 @@ def memory(trainer: Trainer, module: OnPolicyAlgorithm) -> tuple[float, float]:
     data, policy = trainer.datamodule, module.policy
     config = policy.model.config.get_text_config()
     hidden, layers = policy.hidden_size, getattr(config, "num_hidden_layers", 1)
-    chunk = module.logits_chunk_size
+    chunk = module.settings.logits_chunk_size
     actions = data.actions_per_rank * data.max_new_tokens  # tokens of an iteration
     step = data.minibatch_size * data.max_new_tokens  # of a training step
-    width = module.annotated_width()  # floats of an annotated token
+    width = 3 * hidden  # hidden states of policy, reference and critic, per token
     inner = getattr(config, "intermediate_size", None)
     inner = inner if isinstance(inner, int) else 4 * hidden
     layer = STEP_HIDDEN * hidden + STEP_INTERMEDIATE * inner
@@ -153,7 +153,7 @@ def memory(trainer: Trainer, module: OnPolicyAlgorithm) -> tuple[float, float]:
         activations = trunks * layers * hidden + layer
     else:
         activations = trunks * layers * layer
-    distributions = STEP_VOCABULARY * policy.vocabulary_size * min(step, chunk or step)
+    distributions = STEP_VOCABULARY * policy.vocabulary_size * min(step, chunk)
     floats = actions * width + step * activations + distributions
     peak = now + (3 * trained_bytes(module) + 4 * floats) / MIB
     return peak, 100 * data.minibatch_size * activations * 4 / MIB
