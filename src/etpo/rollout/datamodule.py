@@ -13,7 +13,7 @@ from etpo.errors import ConfigError, check_integer
 from etpo.rollout.buffer import OnPolicyBuffer
 from etpo.rollout.collector import OnProgress, collect
 from etpo.rollout.types import Rollout
-from etpo.sharding import gathered
+from etpo.sharding import full_parameters
 
 PRECISIONS = ("32-true", "bf16-mixed")
 
@@ -160,7 +160,7 @@ class RolloutDataModule(LightningDataModule):
         iteration, rank = trainer.current_epoch, trainer.global_rank
         device = module.policy.device
         decoding = torch.Generator(device).manual_seed(derived_seed(self.seed, iteration, rank, 0))
-        with gathered(module), trainer.precision_plugin.forward_context():
+        with full_parameters(module), trainer.precision_plugin.forward_context():
             self.rollout = collect(
                 module.policy,
                 self.environment,
@@ -193,7 +193,7 @@ class GreedyEpisodes(IterableDataset[Rollout]):
     def __iter__(self) -> Iterator[Rollout]:
         data = self.datamodule
         trainer = data.running
-        with gathered(data.algorithm), trainer.precision_plugin.forward_context():
+        with full_parameters(data.algorithm), trainer.precision_plugin.forward_context():
             rollout = collect(
                 data.algorithm.policy,
                 data.environment,
