@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from etpo.algorithms.evaluation import TokenEvaluation, evaluate_tokens, taken_log_probs
+from etpo.algorithms.evaluation import (
+    TokenEvaluation,
+    evaluate_tokens,
+    map_rows,
+    taken_log_probs,
+)
 from etpo.algorithms.optimization import apply_configured_options, clip_gradients, trained_state
 from etpo.algorithms.policy_check import check_policy
 from etpo.algorithms.settings import Settings
@@ -155,18 +160,7 @@ class OnPolicyAlgorithm(LightningModule):
 
     def map_microbatches(self, function: Callable[..., NamedTuple], *inputs: Tensor) -> Any:
         """Apply `function` to `forward_batch_size` rows at a time and concatenate its outputs."""
-        size = self.settings.forward_batch_size
-        parts: list[Any] = [
-            function(*part)
-            for part in zip(*(torch.split(each, size) for each in inputs), strict=True)
-        ]
-        kind, columns = type(parts[0]), list(zip(*parts, strict=True))
-        del parts  # free the parts of a field before the next field is concatenated
-        joined = []
-        while columns:
-            column = columns.pop(0)
-            joined.append(None if column[0] is None else torch.cat(column))
-        return kind(*joined)
+        return map_rows(function, self.settings.forward_batch_size, *inputs)
 
     def bootstrap_values(self, rollout: Rollout) -> Tensor:
         """Value of the true next prompt of truncated actions, 0 for the others: [B].
