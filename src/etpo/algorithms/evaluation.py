@@ -26,6 +26,13 @@ class TokenEvaluation(NamedTuple):
     critic_hidden: Tensor | None = None  # [B, L, C], of the target critic
 
 
+class TokenValues(NamedTuple):
+    """Critic outputs at prefixes; None where the algorithm has no such output."""
+
+    value: Tensor | None = None  # float32 [B, L], NaN at prefixes that the critic is not trained at
+    q: Tensor | None = None  # float32 [B, L, V]
+
+
 def evaluate_tokens(
     policy: LanguageModelPolicy,
     prompt_ids: Tensor,
