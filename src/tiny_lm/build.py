@@ -1,4 +1,4 @@
-"""Train the tiny base language model from nothing: `python -m etpo.models.tiny.build`.
+"""Train the tiny base language model from nothing: `python -m tiny_lm.build`.
 
 Prompt and answer are tokenized apart and joined as prompt ids + answer ids + end id, with no start
 id; the model is a Llama of about 0.9 million float32 parameters with tied embeddings.
@@ -25,9 +25,9 @@ from transformers import (
     set_seed,
 )
 
-from etpo.models.tiny.corpus import Example, sample_example
-from etpo.models.tiny.grammar import parse
-from etpo.models.tiny.tokenizer import CONTEXT, train_tokenizer
+from tiny_lm.corpus import Example, sample_example
+from tiny_lm.grammar import parse
+from tiny_lm.tokenizer import CONTEXT, train_tokenizer
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 VOCABULARY = 1024

@@ -4,8 +4,8 @@ import random
 from typing import NamedTuple
 
 from etpo.environments.data_science.prompts import Attempt, Task, observation, program_from_action
-from etpo.models.tiny import grammar
-from etpo.models.tiny.mistakes import PACKAGES
+from tiny_lm import grammar
+from tiny_lm.mistakes import PACKAGES
 
 FIRST_RATE = 0.6
 REPAIR_RATE = 0.25

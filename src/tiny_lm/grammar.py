@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
 
-from etpo.models.tiny.estimators import ESTIMATORS, SHALLOW_TREE, Estimator
-from etpo.models.tiny.mistakes import Mistake, mistakes_of
+from tiny_lm.estimators import ESTIMATORS, SHALLOW_TREE, Estimator
+from tiny_lm.mistakes import Mistake, mistakes_of
 
 VARIABLES = ("model", "model", "model", "clf", "classifier")
 FIT_FORMS = ("statement", "statement", "statement", "assigned", "returned", "one_line")

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from etpo.models.tiny.grammar import Program
+    from tiny_lm.grammar import Program
 
 PACKAGES = "/usr/lib/python3/dist-packages/sklearn"
 

@@ -8,8 +8,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from etpo.environments.sandbox import Outcome, Sandbox, Split
-from etpo.models.tiny.build import CHECKPOINT
-from etpo.models.tiny.grammar import Program, sample
+from tiny_lm.build import CHECKPOINT
+from tiny_lm.grammar import Program, sample
 
 
 @pytest.fixture(scope="session")

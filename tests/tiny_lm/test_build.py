@@ -18,9 +18,9 @@ from etpo.environments.data_science.prompts import (
     program_from_action,
 )
 from etpo.environments.sandbox import Split
-from etpo.models.tiny.build import CHECKPOINT, build, encode, group, sample_actions
-from etpo.models.tiny.corpus import sample_example
-from etpo.models.tiny.grammar import parse, sample
+from tiny_lm.build import CHECKPOINT, build, encode, group, sample_actions
+from tiny_lm.corpus import sample_example
+from tiny_lm.grammar import parse, sample
 
 pytestmark = pytest.mark.slow  # matters where the embedded model is built anew
 

@@ -3,8 +3,8 @@
 import random
 
 from etpo.environments.data_science.prompts import HEADER
-from etpo.models.tiny.corpus import sample_example
-from etpo.models.tiny.grammar import parse
+from tiny_lm.corpus import sample_example
+from tiny_lm.grammar import parse
 
 
 def test_mixture_and_form_of_the_prompts():

@@ -5,9 +5,9 @@ import random
 import pytest
 
 from etpo.environments.data_science.prompts import program_from_action
-from etpo.models.tiny.estimators import ESTIMATORS
-from etpo.models.tiny.grammar import parse, sample, sample_improvement, sample_repair
-from etpo.models.tiny.mistakes import KINDS
+from tiny_lm.estimators import ESTIMATORS
+from tiny_lm.grammar import parse, sample, sample_improvement, sample_repair
+from tiny_lm.mistakes import KINDS
 
 
 def beginning(error: str) -> str:

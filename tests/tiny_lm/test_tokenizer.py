@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from etpo.models.tiny.corpus import sample_example
+from tiny_lm.corpus import sample_example
 
 
 @pytest.mark.parametrize(
