@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 
 from etpo.config import CONF
 from etpo.environments.text_env import TextObservation, TextVectorEnv
-from etpo.models.fresh import fresh_llama, save_checkpoint
 from etpo.models.loading import load_tokenizer
 from etpo.models.policy import LanguageModelPolicy, tiny_checkpoint
+from etpo.models.random_init import random_llama, save_checkpoint
 from etpo.rollout.datamodule import RolloutDataModule
 
 RESULTS = Path("benchmarks/results")
@@ -75,7 +75,7 @@ def save_model(folder: Path, name: str, vocabulary: int = 0) -> str:
     """
     tokenizer = load_tokenizer(tiny_checkpoint())
     tokenizer.add_tokens([f"<new {n}>" for n in range(vocabulary - len(tokenizer))])
-    model = fresh_llama(tokenizer, 0, tie_word_embeddings=True, **MODELS[name])
+    model = random_llama(tokenizer, 0, tie_word_embeddings=True, **MODELS[name])
     save_checkpoint(folder, model, tokenizer)
     return str(folder)
 

@@ -1,7 +1,7 @@
-"""Train the tiny base language model from nothing: `python -m tiny_lm.build`.
+"""Train the embedded language model from scratch: `python -m tiny_lm.build`.
 
-Prompt and answer are tokenized apart and joined as prompt ids + answer ids + end id, with no start
-id; the model is a Llama of about 0.9 million float32 parameters with tied embeddings.
+Prompt and answer are tokenized separately and joined as prompt ids + answer ids + EOS, without BOS.
+The model is a Llama with about 0.9 million float32 parameters and tied embeddings.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from tiny_lm.corpus import Example, sample_example
 from tiny_lm.grammar import parse
 from tiny_lm.tokenizer import CONTEXT, train_tokenizer
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
+CHECKPOINT = Path(__file__).parents[1] / "etpo/models/tiny/checkpoint"
 VOCABULARY = 1024
 TOKENIZER_EXAMPLES = 20_000
 PROMPT_WEIGHT = 0.1
@@ -38,10 +38,12 @@ WARMUP = 100
 
 
 class Batch(NamedTuple):
-    """Padded on the right.
+    """A batch of examples, padded on the right.
 
-    ids: [batch, length] int64; weight: [batch, length] float32, 1 on the answer and its end id,
-    `PROMPT_WEIGHT` on the prompt, 0 on padding.
+    Attributes:
+        ids: [batch, length] int64.
+        weight: [batch, length] float32 loss weight: 1 on the answer and EOS, `PROMPT_WEIGHT` on the
+            prompt, 0 on padding.
     """
 
     ids: Tensor
@@ -51,7 +53,7 @@ class Batch(NamedTuple):
 def encode(
     tokenizer: PreTrainedTokenizerFast, examples: list[Example]
 ) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, answer ids + end id) of every example, by rising total length."""
+    """Return (prompt ids, answer ids + EOS) of every example, sorted by total length."""
     prompts = tokenizer([example.prompt for example in examples])["input_ids"]
     actions = tokenizer([example.action for example in examples])["input_ids"]
     ends = [[*action, tokenizer.eos_token_id] for action in actions]
@@ -59,7 +61,7 @@ def encode(
 
 
 def collate(pairs: list[tuple[list[int], list[int]]], pad: int) -> Batch:
-    """One padded batch."""
+    """Pad examples to one batch, truncated to the context length."""
     length = max(len(prompt) + len(action) for prompt, action in pairs)
     ids = torch.full((len(pairs), length), pad)
     weight = torch.zeros(ids.shape)
@@ -72,7 +74,7 @@ def collate(pairs: list[tuple[list[int], list[int]]], pad: int) -> Batch:
 
 
 def group(pairs: list[tuple[list[int], list[int]]], pad: int, batch_tokens: int) -> Iterator[Batch]:
-    """Neighbours in `pairs`, which are sorted by length, in batches of `batch_tokens` cells."""
+    """Yield batches of at most `batch_tokens` cells from `pairs`, which are sorted by length."""
     chosen = []
     for pair in pairs:
         if chosen and (len(chosen) + 1) * (len(pair[0]) + len(pair[1])) > batch_tokens:
@@ -85,7 +87,7 @@ def group(pairs: list[tuple[list[int], list[int]]], pad: int, batch_tokens: int)
 def batches(
     tokenizer: PreTrainedTokenizerFast, rng: random.Random, batch_tokens: int
 ) -> Iterator[Batch]:
-    """Endless fresh batches; examples of like length share one."""
+    """Yield endless batches of new examples; each holds examples of similar length."""
     while True:
         pairs = encode(tokenizer, [sample_example(rng) for _ in range(POOL)])
         ready = list(group(pairs, tokenizer.pad_token_id, batch_tokens))
@@ -94,7 +96,7 @@ def batches(
 
 
 def language_model_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
-    """Weighted mean cross-entropy per token, in nats."""
+    """Return the weighted mean cross-entropy per token, in nats."""
     logits = model(input_ids=batch.ids[:, :-1]).logits  # [batch, length - 1, vocabulary]
     loss = functional.cross_entropy(
         logits.flatten(0, 1).float(), batch.ids[:, 1:].flatten(), reduction="none"
@@ -104,7 +106,7 @@ def language_model_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama with fresh weights, drawn from PyTorch's global generator."""
+    """Return a randomly initialised Llama, drawn from PyTorch's global generator."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -126,7 +128,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def train(
     model: LlamaForCausalLM, data: Iterator[Batch], steps: int, learning_rate: float
 ) -> list[float]:
-    """Adam with linear warm-up and cosine decay to a twentieth; the loss of every step."""
+    """Train with AdamW, linear warm-up and cosine decay to a twentieth; return all losses."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )
@@ -155,7 +157,7 @@ def train(
 def sample_actions(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str]
 ) -> list[str]:
-    """One answer to each prompt at temperature 1."""
+    """Sample one answer to each prompt at temperature 1."""
     model.eval()
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
     output = model.generate(**inputs, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=80)
@@ -167,11 +169,11 @@ def sample_actions(
 def evaluate(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, samples: int
 ) -> dict[str, float]:
-    """Held-out loss per answer token, and how first attempts at temperature 1 fare.
+    """Measure the model on `samples` held-out examples and `samples` sampled first attempts.
 
-    samples: number of held-out examples, and of answers that are sampled.
-    in_grammar: share of the answers that the grammar can produce, letter by letter; valid: share
-    that the grammar produces without a mistake.
+    Returns:
+        `held_out_loss`: mean loss per answer token, in nats. `in_grammar`: share of the sampled
+        answers that the grammar can produce. `valid`: share that it produces without a mistake.
     """
     model.eval()
     rng = random.Random(f"held out {seed}")
@@ -219,7 +221,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 def build(
     folder: Path, steps: int, seed: int, batch_tokens: int, learning_rate: float, samples: int
 ) -> tuple[list[float], dict[str, float]]:
-    """Train tokenizer and model, save them to `folder`; (training losses, evaluation)."""
+    """Train and save tokenizer and model; return the training losses and the evaluation."""
     set_seed(seed)
     rng = random.Random(seed)
     examples = [sample_example(rng) for _ in range(TOKENIZER_EXAMPLES)]

@@ -1,4 +1,4 @@
-"""Training text: prompts of the data science task, each with one answer from the grammar."""
+"""Training data: prompts of the data-science task, each with one answer from the grammar."""
 
 import random
 from typing import NamedTuple
@@ -55,7 +55,7 @@ PUNCTUATION = "()[]{}=+-*/.,:;_'\"# \n"
 
 
 class Example(NamedTuple):
-    """A prompt, the answer that follows it, and what kind of prompt it is."""
+    """A prompt, its answer, and the kind of prompt: `first`, `repair` or `improve`."""
 
     prompt: str
     action: str
@@ -63,7 +63,7 @@ class Example(NamedTuple):
 
 
 def sample_name(rng: random.Random) -> str:
-    """A data set name: one that exists, or one or two made-up words, maybe numbered."""
+    """Draw a data set name: a real one, or one or two invented words with an optional number."""
     if rng.random() < 0.25:
         return rng.choice(KNOWN_NAMES.split())
     words = (
@@ -75,14 +75,14 @@ def sample_name(rng: random.Random) -> str:
 
 
 def sample_task(rng: random.Random) -> Task:
-    """A task of 30 to 60 000 training rows, 2 to 100 features and 2 to 10 classes."""
+    """Draw a task with 30 to 60,000 training rows, 2 to 100 features and 2 to 10 classes."""
     classes = 2 if rng.random() < 0.65 else rng.randint(3, 10)
     rows, features = int(10 ** rng.uniform(1.5, 4.78)), int(10 ** rng.uniform(0.31, 2.0))
     return Task(sample_name(rng), rows, features, classes)
 
 
 def _malformed(rng: random.Random) -> str:
-    """Text that is no program: a cut or shuffled program, or characters without sense."""
+    """Draw text that is not a program: a truncated or shuffled program, or random characters."""
     choice = rng.random()
     body = grammar.sample(rng).render()
     if choice < 0.3:
@@ -100,7 +100,7 @@ def _malformed(rng: random.Random) -> str:
 
 
 def _odd_failure(rng: random.Random) -> tuple[str, str]:
-    """(failed action, error) where the error is not one that the grammar knows."""
+    """Draw (failed action, error) with an error outside the grammar."""
     body = grammar.sample(rng).render() if rng.random() < 0.4 else _malformed(rng)
     error = rng.choice(ODD_ERRORS)
     if rng.random() < 0.3:
@@ -112,7 +112,7 @@ def _odd_failure(rng: random.Random) -> tuple[str, str]:
 
 
 def sample_example(rng: random.Random) -> Example:
-    """Draw one prompt with its answer: first attempt, repair or improve."""
+    """Draw one prompt with its answer."""
     task = sample_task(rng)
     draw = rng.random()
     if draw < FIRST_RATE:

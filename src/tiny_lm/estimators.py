@@ -1,7 +1,7 @@
-"""The classifiers of the grammar: where they live, which settings they get, what people get wrong.
+"""The classifiers of the grammar: modules, settings and typical mistakes.
 
-A repeated value is that much more likely. Strings in `settings` and `wrong_values` are Python
-source text.
+A value that is listed n times is n times as likely. Strings in `settings` and `wrong_values` are
+Python source text.
 """
 
 from typing import NamedTuple
@@ -10,15 +10,18 @@ from typing import NamedTuple
 class Estimator(NamedTuple):
     """One scikit-learn classifier.
 
-    weight, strong_weight: relative frequency in ordinary programs and in improved ones.
-    settings: keyword -> values that run; required: arguments without which no probabilities come.
-    misspelt: keyword -> a name that the constructor does not know.
-    wrong_values: keyword -> (bad value, what scikit-learn says the value must be).
-    removed: arguments of older releases that the constructor no longer knows.
-    wrong_modules: where it is not.
-    fit_owner: the class whose name Python shows when `fit` lacks an argument.
-    mistaken_for: a classifier (module, name) without `predict_proba` that is taken instead.
-    argument_counts: relative frequency of 0, 1, 2, ... settings in one program.
+    Attributes:
+        weight: Relative frequency in ordinary programs.
+        strong_weight: Relative frequency in improved programs.
+        settings: keyword -> valid values.
+        required: Arguments that `predict_proba` needs.
+        misspelt: keyword -> misspelt name.
+        wrong_values: keyword -> (bad value, constraint in scikit-learn's error).
+        removed: Arguments of older releases.
+        wrong_modules: Modules without this class.
+        fit_owner: Class name in Python's error when `fit` lacks an argument.
+        mistaken_for: Similar classifier (module, name) without `predict_proba`.
+        argument_counts: Relative frequency of 0, 1, 2, ... settings in one program.
     """
 
     name: str

@@ -1,6 +1,6 @@
-"""Programs of the grammar: bodies of `build_model` as structured values that render to text.
+"""The grammar: bodies of `build_model` as structured values that render to text.
 
-Nothing here looks at data: which programs exist, and how often, is fixed by the tables alone.
+The tables alone, not data, define the programs and their frequencies.
 """
 
 import random
@@ -31,13 +31,15 @@ SAME_REPAIR_RATE = 0.7
 
 
 class Program(NamedTuple):
-    """A body of `build_model`, before it is written down.
+    """A body of `build_model` as a structured value.
 
-    arguments: (keyword, value text) in the order of the text.
-    preparation: transformers ahead of the classifier; preparation_form: `pipeline` or `in_place`.
-    fit_form: how `fit` and `return` are written.
-    test_size: share of the training rows that a needless split throws away, or None.
-    estimator_first: whether the classifier is imported before everything else.
+    Attributes:
+        arguments: (keyword, value text) in the order of the text.
+        preparation: Transformers before the classifier.
+        preparation_form: `pipeline` or `in_place`.
+        fit_form: One of `FIT_FORMS`, the way `fit` and `return` are written.
+        test_size: Share of the training rows that an unnecessary split discards, or None.
+        estimator_first: Import the classifier before everything else.
     """
 
     estimator: Estimator
@@ -51,20 +53,20 @@ class Program(NamedTuple):
     mistake: Mistake | None = None
 
     def render(self) -> str:
-        """The body: lines indented by four spaces, each ended by a line feed."""
+        """Return the body as lines indented by four spaces."""
         lines = [*self._imports(), *self._split(), *self._scaling(), *self._model()]
         return "".join(f"    {line}\n" for line in lines)
 
     def error(self) -> str | None:
-        """What Python or scikit-learn raises for it, `TypeName: message`, or None if it runs."""
+        """Return the error of Python or scikit-learn, `TypeName: message`, or None if it runs."""
         return None if self.mistake is None else self.mistake.error
 
     def is_kind(self, kind: str) -> bool:
-        """Whether the program's mistake is of this kind."""
+        """Return True if the program has a mistake of this kind."""
         return self.mistake is not None and self.mistake.kind == kind
 
     def _class(self) -> tuple[str, str]:
-        """(module, name) of the classifier as written."""
+        """Return (module, name) of the classifier as written."""
         if self.is_kind("no_predict_proba"):
             return self.estimator.mistaken_for
         if self.is_kind("wrong_module"):
@@ -99,7 +101,7 @@ class Program(NamedTuple):
         return [f"x_train = {step}.fit_transform(x_train)" for step in self.preparation]
 
     def _arguments(self) -> list[tuple[str, str]]:
-        """Constructor arguments as written, with the mistake in them."""
+        """Return the constructor arguments as written, mistake included."""
         if self.is_kind("no_predict_proba"):
             return []
         arguments = list(self.arguments)
@@ -149,9 +151,9 @@ def _sample_arguments(rng: random.Random, estimator: Estimator) -> tuple[tuple[s
 
 
 def sample(rng: random.Random, mistake_rate: float = MISTAKE_RATE, strong: bool = False) -> Program:
-    """Draw a program; with probability `mistake_rate` it has a mistake.
+    """Draw a program, with a mistake with probability `mistake_rate`.
 
-    strong: draw the classifier by `strong_weight`, and leave out needless splits.
+    With `strong`, draw the classifier by `strong_weight` and omit unnecessary splits.
     """
     weights = [item.strong_weight if strong else item.weight for item in ESTIMATORS]
     estimator = rng.choices(ESTIMATORS, weights)[0]
@@ -168,7 +170,7 @@ def sample(rng: random.Random, mistake_rate: float = MISTAKE_RATE, strong: bool 
     if scaled and rng.random() < IN_PLACE_RATE:
         program = program._replace(preparation_form="in_place")
     if estimator.name == "QuadraticDiscriminantAnalysis":
-        # More rows than features in every class, or the fit has no solution.
+        # the fit needs more rows than features in every class
         program = program._replace(preparation=(), preparation_form="pipeline", test_size=None)
     if rng.random() >= mistake_rate:
         return program
@@ -177,21 +179,21 @@ def sample(rng: random.Random, mistake_rate: float = MISTAKE_RATE, strong: bool 
 
 
 def sample_repair(rng: random.Random) -> tuple[Program, Program]:
-    """(failed program, answer): mostly the same program repaired, else a fresh draw."""
+    """Draw (failed program, answer); the answer is mostly the same program repaired."""
     failed = sample(rng, mistake_rate=1.0)
     same = rng.random() < SAME_REPAIR_RATE
     return failed, failed._replace(mistake=None) if same else sample(rng)
 
 
 def sample_improvement(rng: random.Random) -> tuple[Program, float, Program]:
-    """(working program, score, answer); the score is uniform, whatever the program is."""
+    """Draw (working program, score, answer); the score is independent of the program."""
     working = sample(rng, mistake_rate=0.0, strong=rng.random() < 0.3)
     answer = sample(rng, IMPROVED_MISTAKE_RATE, strong=True)
     return working, round(rng.uniform(0.4, 1.0), 3), answer
 
 
 def parse(body: str) -> Program | None:
-    """The program of the grammar that renders to `body`, or None if there is none."""
+    """Return the program of the grammar that renders to `body`, or None."""
     for estimator in ESTIMATORS:
         names = {estimator.name, (estimator.mistaken_for or ("", estimator.name))[1]}
         for name in names:
@@ -207,7 +209,7 @@ def parse(body: str) -> Program | None:
 def _candidates(
     estimator: Estimator, found: tuple[tuple[str, str], ...], body: str
 ) -> Iterator[Program]:
-    """Programs with these arguments, up to a mistake, in every form of writing."""
+    """Yield programs with these arguments in all forms, with and without each mistake."""
     spellings = {wrong: right for right, wrong in estimator.misspelt.items()}
     allowed = {**estimator.settings, **{key: (value,) for key, value in estimator.required}}
     renamed = tuple((spellings.get(key, key), value) for key, value in found)

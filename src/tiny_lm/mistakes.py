@@ -1,4 +1,4 @@
-"""The mistakes that code models make, and the error that each of them raises."""
+"""Typical mistakes of code models and the error that each one raises."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,8 +11,12 @@ PACKAGES = "/usr/lib/python3/dist-packages/sklearn"
 class Mistake(NamedTuple):
     """One mistake of a program.
 
-    kind: its name; wrong, right: what stands in the text and what belongs there, where a kind has
-    several forms; error: `TypeName: message`; weight: relative frequency.
+    Attributes:
+        kind: One of `KINDS`.
+        wrong: Text of the mistake, for kinds with several forms.
+        right: Correct text in its place.
+        error: `TypeName: message`.
+        weight: Relative frequency.
     """
 
     kind: str
@@ -41,7 +45,7 @@ KINDS = (
 
 
 def mistakes_of(program: "Program") -> list[Mistake]:
-    """Every mistake that can be made in this program, which must have none."""
+    """Return every mistake that is possible in this program, which must have none."""
     return [*_import_mistakes(program), *_flow_mistakes(program), *_argument_mistakes(program)]
 
 

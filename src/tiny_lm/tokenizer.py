@@ -1,4 +1,4 @@
-"""The byte-level BPE tokenizer of the tiny model."""
+"""The byte-level BPE tokenizer of the embedded model."""
 
 from collections.abc import Iterable
 
@@ -8,9 +8,8 @@ from transformers import PreTrainedTokenizerFast
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 CONTEXT = 1024
 
-# A piece is never merged with its neighbours: phrases that every program repeats, module names,
-# class names, keywords with their `=`, values. The last two alternatives take all that is left, so
-# that no text is lost.
+# BPE merges within a piece only. Pieces are phrases that every program repeats, module names, class
+# names, keywords with their `=`, and values. The last two alternatives match all other text.
 PIECES = (
     r"def build_model\(x_train, y_train\):\n",
     r" {4}x_train, x_val, y_train, y_val = train_test_split\(x_train, y_train, test_size=",
@@ -35,10 +34,7 @@ PIECES = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a BPE of `vocab_size` tokens that encodes every text and gives it back unchanged.
-
-    Nothing is added around a text: callers join prompt ids, action ids and the end id themselves.
-    """
+    """Train a lossless BPE with `vocab_size` tokens that adds no special tokens to a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

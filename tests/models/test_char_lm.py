@@ -1,4 +1,4 @@
-"""The language model over an MDP's letters, as a Hugging Face user would load it."""
+"""The character-level language model of token MDPs, loaded as a Hugging Face user would."""
 
 import pytest
 import torch
@@ -8,12 +8,17 @@ from etpo.environments.token_mdp_env import TokenMDPEnv, action_texts, random_md
 from etpo.errors import ConfigError
 from etpo.generation.sampler import action_texts as sampled_texts
 from etpo.generation.sampler import sample
-from etpo.models.letters import letter_backbone, save_letter_checkpoint
+from etpo.models.char_lm import build_char_lm
 from etpo.models.prompting import CompletionTemplate
 
 
+def policy(folder, **changes):
+    settings = {"vocabulary_size": 4, "init_seed": 0, "max_prompt_tokens": 8} | changes
+    return build_char_lm(str(folder), CompletionTemplate(), **settings)
+
+
 def test_the_vocabulary_is_that_of_the_mdp(tmp_path):
-    save_letter_checkpoint(tmp_path / "model", vocabulary_size=4, seed=0)
+    policy(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert tokenizer.get_vocab() == {"a": 0, "b": 1, "c": 2, "</s>": 3}
@@ -26,7 +31,7 @@ def test_the_vocabulary_is_that_of_the_mdp(tmp_path):
 
 def test_the_seed_alone_decides_the_weights(tmp_path):
     def weights(name, seed):
-        save_letter_checkpoint(tmp_path / name, 4, seed)
+        policy(tmp_path / name, init_seed=seed)
         return AutoModelForCausalLM.from_pretrained(tmp_path / name).lm_head.weight
 
     before = torch.random.get_rng_state()
@@ -35,11 +40,6 @@ def test_the_seed_alone_decides_the_weights(tmp_path):
     torch.manual_seed(7)
     assert torch.equal(first, weights("b", 0))
     assert not torch.equal(first, weights("c", 1))
-
-
-def policy(folder, **changes):
-    settings = {"vocabulary_size": 4, "init_seed": 0, "max_prompt_tokens": 8} | changes
-    return letter_backbone(str(folder), CompletionTemplate(), **settings)
 
 
 def test_a_checkpoint_that_is_there_is_kept(tmp_path):

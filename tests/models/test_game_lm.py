@@ -1,4 +1,4 @@
-"""The recipe of a model for a text game: its tokens, and that it plays at random."""
+"""The language model for a text game: its tokens, and random play."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 
 from etpo.environments.text_env import TextVectorEnv
 from etpo.errors import ConfigError
-from etpo.models.player import line_tokenizer, player_backbone, random_play
+from etpo.models.game_lm import build_game_lm, line_tokenizer, random_play
 from etpo.models.prompting import CompletionTemplate
 
 MOVES = ("<left>", "<right>")
@@ -35,19 +35,9 @@ class Line(TextVectorEnv):
         return [{"instruction": "", "prefix": p, "suffix": ""} for p in prefixes]
 
 
-SETTINGS = {
-    "moves": MOVES,
-    "vocabulary_size": 400,
-    "hidden_size": 32,
-    "num_layers": 1,
-    "init_seed": 0,
-}
-
-
 def player(folder, **changes):
-    return player_backbone(
-        str(folder), CompletionTemplate(), environment=Line(8), **(SETTINGS | changes)
-    )
+    settings = {"moves": MOVES, "init_seed": 0} | changes
+    return build_game_lm(str(folder), CompletionTemplate(), environment=Line(8), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +53,13 @@ def test_random_play_sees_what_moves_lead_to():
 
 
 def test_a_line_that_is_always_the_same_is_one_token_and_so_is_a_move():
-    tokenizer = line_tokenizer(random_play(Line(8), MOVES, 30, seed=0), MOVES, 400)
+    tokenizer = line_tokenizer(random_play(Line(8), MOVES, 30, seed=0), MOVES)
     text = f"{RULES}|..P..|\nMoves: <left> <right>\n"
     pieces = [tokenizer.decode([i]) for i in tokenizer(text)["input_ids"]]
     assert pieces[:2] == RULES.splitlines(keepends=True)
     assert [p for p in pieces if p in MOVES] == list(MOVES)
     assert tokenizer.decode(tokenizer("Übermut\tnever seen")["input_ids"]) == "Übermut\tnever seen"
-    assert len(tokenizer) <= 400
+    assert len(tokenizer) <= 1024
 
 
 def test_it_plays_every_move_alike_and_ends_after_one(made):
@@ -85,7 +75,7 @@ def test_it_plays_every_move_alike_and_ends_after_one(made):
 
 def test_it_is_made_once(made, monkeypatch):
     folder = made.model.name_or_path
-    monkeypatch.setattr("etpo.models.player.random_play", None)
+    monkeypatch.setattr("etpo.models.game_lm.random_play", None)
     again = player(folder)
     for ours, theirs in zip(made.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -104,9 +94,6 @@ def test_its_seed_decides_it(tmp_path, made):
     [
         ({"moves": ["<left>"]}, "model.moves=.*: allowed are two different texts or more"),
         ({"moves": ["a", ""]}, "model.moves="),
-        ({"vocabulary_size": 100}, "model.vocabulary_size=100: allowed is 302 or more"),
-        ({"hidden_size": 36}, "model.hidden_size=36: allowed are multiples of 8"),
-        ({"num_layers": 0}, "model.num_layers=0: allowed is 1 or more"),
         ({"init_seed": -1}, "model.init_seed=-1: allowed is from 0"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A sandbox, tic_tac_toe splits and the shipped model."""
+"""Fixtures: a sandbox, sampled programs and the embedded model."""
 
 import random
 from collections.abc import Callable, Iterator

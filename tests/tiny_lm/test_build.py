@@ -22,7 +22,7 @@ from tiny_lm.build import CHECKPOINT, build, encode, group, sample_actions
 from tiny_lm.corpus import sample_example
 from tiny_lm.grammar import parse, sample
 
-pytestmark = pytest.mark.slow  # matters where the embedded model is built anew
+pytestmark = pytest.mark.slow  # relevant when the embedded model is rebuilt
 
 FILES = (
     "config.json",

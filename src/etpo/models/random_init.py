@@ -1,4 +1,4 @@
-"""What the recipes of models from nothing share: fresh weights and a checkpoint of them."""
+"""Randomly initialised Llama models and their Hugging Face checkpoints."""
 
 import os
 from pathlib import Path
@@ -9,12 +9,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
-def fresh_llama(tokenizer: PreTrainedTokenizerFast, seed: int, **sizes: Any) -> LlamaForCausalLM:
-    """A Llama with four heads and float32 weights that `seed` draws; `sizes` of `LlamaConfig`."""
+def random_llama(tokenizer: PreTrainedTokenizerFast, seed: int, **sizes: Any) -> LlamaForCausalLM:
+    """Return a float32 Llama with four heads, `sizes` and weights drawn by `seed`."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         num_attention_heads=4,
-        num_key_value_heads=4,
         max_position_embeddings=1024,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -29,7 +28,7 @@ def fresh_llama(tokenizer: PreTrainedTokenizerFast, seed: int, **sizes: Any) -> 
 def save_checkpoint(
     folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Writes tokenizer and model as a Hugging Face checkpoint, all at once."""
+    """Write model and tokenizer as a Hugging Face checkpoint, in one atomic rename."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent) as parent:
         tokenizer.save_pretrained(f"{parent}/model")
