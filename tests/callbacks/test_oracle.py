@@ -11,8 +11,8 @@ from etpo.algorithms.etpo import ETPO
 from etpo.algorithms.returns import kl_divergence
 from etpo.callbacks.oracle import OracleDistance, prefix_tokens, tables
 from etpo.environments.token_mdp_env import TokenMDPEnv, random_mdp
+from etpo.models.char_lm import build_char_lm
 from etpo.models.critics import HeadCritic
-from etpo.models.letters import letter_backbone
 from etpo.models.prompting import CompletionTemplate
 
 BETA, GAMMA = 0.5, 0.8
@@ -26,7 +26,7 @@ def environment():
 @pytest.fixture
 def module(tmp_path):
     """What the callback reads of an ETPO module; its critic says 0.3 everywhere."""
-    policy = letter_backbone(
+    policy = build_char_lm(
         str(tmp_path / "model"), CompletionTemplate(), vocabulary_size=4, init_seed=0
     )
     critic = HeadCritic(policy, hidden_size=8)

@@ -6,9 +6,9 @@ import re
 import pytest
 
 from etpo.callbacks.start import StartReport, short
-from etpo.models.fresh import fresh_llama, save_checkpoint
 from etpo.models.loading import load_tokenizer
 from etpo.models.policy import tiny_checkpoint
+from etpo.models.random_init import random_llama, save_checkpoint
 
 MIB = {"MiB": 1, "GiB": 1024}
 
@@ -73,7 +73,7 @@ def test_a_larger_model_takes_what_is_expected(options, start_train, tmp_path):
     tokenizer = load_tokenizer(tiny_checkpoint())
     tokenizer.add_tokens([f"<new {n}>" for n in range(4096 - len(tokenizer))])
     sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6}
-    save_checkpoint(tmp_path / "model", fresh_llama(tokenizer, 0, **sizes), tokenizer)
+    save_checkpoint(tmp_path / "model", random_llama(tokenizer, 0, **sizes), tokenizer)
     process = start_train(
         tmp_path,
         *("model=causal_lm", f"model.name_or_path={tmp_path / 'model'}", "environment=household"),

@@ -68,8 +68,8 @@ def test_sweeps_and_hydra_overrides_pass_the_check():
     check_overrides(
         "train", ["-m", "seed=0,1", "algorithm.beta=choice(0.1,0.2)", "hydra.run.dir=x"]
     )
-    first = check_overrides("train", ["-m", "experiment=glob(stability_*)"])
-    assert first.algorithm._target_ == "etpo.algorithms.variants.AdaptiveBetaETPO"
+    first = check_overrides("train", ["-m", "experiment=glob(token_*)"])
+    assert first.algorithm.critic_loss == "mse"
     with pytest.raises(ConfigError, match="nope"):
         check_overrides("train", ["-m", "nope=0,1"])
 

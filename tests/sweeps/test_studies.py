@@ -23,8 +23,8 @@ TINY_BUDGET = (
 )
 # study -> its cells of one seed, and what else makes it small
 RUNS = {
-    "algorithms": (12, "environment.dataset=tic_tac_toe"),
     "beta": (5,),
+    "comparison": (10, "environment.dataset=tic_tac_toe"),
     "critic": (4,),
     "lambda": (6,),
     "search": (2, "hydra.sweeper.n_trials=2"),
