@@ -22,7 +22,7 @@ import pandas as pd
 
 from etpo.environments.data_science.datasets import load_dataset
 from etpo.environments.data_science.scoring import ProgramScorer
-from etpo.environments.sandbox import Sandbox, Split
+from etpo_sandbox import Sandbox, Split
 
 MODELS = {
     "LogisticRegression": "linear_model.LogisticRegression(max_iter=1000)",

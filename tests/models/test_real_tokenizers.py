@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from etpo.environments.data_science import prompts
 from etpo.environments.data_science.env import DataScienceEnv
 from etpo.environments.household import HouseholdEnv
-from etpo.environments.sandbox import Sandbox
+from etpo_sandbox import Sandbox
 from etpo.models.backbone import Backbone
 from etpo.models.prompting import ChatTemplate, CompletionTemplate, InfillingTemplate
 from etpo.models.token_text import added_text, continued_ids

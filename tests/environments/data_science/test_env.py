@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from etpo.environments.data_science.env import DataScienceEnv
 from etpo.environments.data_science.prompts import HEADER, SUFFIX, program_from_action
-from etpo.environments.sandbox import Sandbox
+from etpo_sandbox import Sandbox
 from etpo.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:lbfgs failed to converge")

@@ -3,7 +3,7 @@
 import pytest
 
 from etpo.environments.data_science.env import DataScienceEnv
-from etpo.environments.sandbox import Sandbox
+from etpo_sandbox import Sandbox
 
 
 def environment(deadline: float = 10.0, **options) -> DataScienceEnv:

@@ -5,7 +5,7 @@ import pytest
 from etpo.environments.data_science.datasets import load_dataset
 from etpo.environments.data_science.score_cache import ScoreCache
 from etpo.environments.data_science.scoring import ProgramScorer
-from etpo.environments.sandbox import Outcome
+from etpo_sandbox import Outcome
 from etpo.errors import ConfigError
 
 

@@ -17,7 +17,7 @@ from etpo.environments.data_science.prompts import (
     observation,
     program_from_action,
 )
-from etpo.environments.sandbox import Split
+from etpo_sandbox import Split
 from etpo.models.tiny.build import CHECKPOINT, build, encode, group, sample_actions
 from etpo.models.tiny.corpus import sample_example
 from etpo.models.tiny.grammar import parse, sample

@@ -1,4 +1,4 @@
-"""Options of `pandas.read_csv` that a data set's file may need."""
+"""Options of `pandas.read_csv` that the file of a data set may need."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -9,18 +9,20 @@ from etpo.errors import ConfigError
 
 @dataclass(frozen=True)
 class CsvOptions:
-    """Options of `pandas.read_csv` (`environment.read_csv`), with its names and meanings.
+    """Options of `pandas.read_csv` (`environment.read_csv`), with the same names and meanings.
 
-    sep: one character; None: the one of comma, semicolon, tab and | that fits.
-    encoding: None: UTF-8, or the encoding of the byte order mark.
-    header: 0: the first row; None: there is none, columns are called 0, 1, ...; "infer": the first
-        row, which is refused where it looks like data.
-    index_col: names or positions of columns that are left out.
-    decimal, thousands: one character each. dtype: {column: str} keeps numbers as categories.
-    na_values: further texts of missing cells; the default is what OpenML writes.
-    keep_default_na: whether the texts that pandas knows are missing cells, too.
+    Args:
+        sep: one character; None: whichever of comma, semicolon, tab and | fits.
+        encoding: None: UTF-8, or the encoding of the byte order mark.
+        header: 0: the first row; None: no header, columns are named 0, 1, ...; "infer": the first
+            row, which is refused if it looks like data.
+        index_col: names or positions of columns to drop.
+        decimal, thousands: one character each.
+        na_values: further texts of missing cells; the default is the one that OpenML writes.
+        keep_default_na: treat the texts that pandas knows as missing cells, too.
+        dtype: {column: str} keeps numbers as categories.
 
-    Raises ConfigError for another option or value.
+    Raises ConfigError for an unknown option or a value that is not allowed.
     """
 
     sep: str | None = None
@@ -35,7 +37,7 @@ class CsvOptions:
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | None) -> "CsvOptions":
-        """From a mapping; ConfigError names the options that are known."""
+        """Create the options from a mapping; ConfigError for an unknown name."""
         names = [field.name for field in fields(cls)]
         for name in options or {}:
             if name not in names:
@@ -45,31 +47,24 @@ class CsvOptions:
         return cls(**(options or {}))
 
     def __post_init__(self) -> None:
-        if self.sep == "\\t":  # as a command line hands it over
+        if self.sep == "\\t":  # as a command line passes it
             object.__setattr__(self, "sep", "\t")
-        for key, optional in (("sep", True), ("decimal", False), ("thousands", True)):
-            value = getattr(self, key)
-            if value is None and optional:
-                continue
-            if not isinstance(value, str) or len(value) != 1:
-                raise ConfigError(f"environment.read_csv.{key}={value}: allowed is one character")
-        if self.decimal == self.thousands:
-            raise ConfigError(
-                f"environment.read_csv.thousands={self.thousands}: allowed is another character "
-                "than environment.read_csv.decimal"
-            )
-        if self.header not in ("infer", 0, None):
-            raise ConfigError(
-                f"environment.read_csv.header={self.header}: allowed are infer, 0, null"
-            )
-        if isinstance(self.na_values, str) or not isinstance(self.na_values, Sequence):
-            raise ConfigError(f"environment.read_csv.na_values={self.na_values}: allowed is a list")
-        if not isinstance(self.keep_default_na, bool):
-            raise ConfigError(
-                f"environment.read_csv.keep_default_na={self.keep_default_na}: allowed are true, "
-                "false"
-            )
-        if self.dtype is not None and not isinstance(self.dtype, Mapping):
-            raise ConfigError(
-                f"environment.read_csv.dtype={self.dtype}: allowed is a mapping, {{column: str}}"
-            )
+        is_list = isinstance(self.na_values, Sequence) and not isinstance(self.na_values, str)
+        checks = (
+            ("sep", self.sep is None or is_character(self.sep), "one character"),
+            ("decimal", is_character(self.decimal), "one character"),
+            ("thousands", self.thousands is None or is_character(self.thousands), "one character"),
+            ("thousands", self.thousands != self.decimal, "another character than for decimal"),
+            ("header", self.header in ("infer", 0, None), "infer, 0 or null"),
+            ("na_values", is_list, "a list"),
+            ("keep_default_na", isinstance(self.keep_default_na, bool), "true or false"),
+            ("dtype", isinstance(self.dtype, Mapping | None), "a mapping, {column: str}"),
+        )
+        for key, valid, allowed in checks:
+            if not valid:
+                value = getattr(self, key)
+                raise ConfigError(f"environment.read_csv.{key}={value}: allowed is {allowed}")
+
+
+def is_character(value: object) -> bool:
+    return isinstance(value, str) and len(value) == 1

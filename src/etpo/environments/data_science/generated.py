@@ -1,31 +1,37 @@
-"""Data sets that follow from a rule: no file and no network is needed."""
+"""Data sets that a rule generates, without a file or network."""
 
 from itertools import product
 
-from etpo.environments.data_science.csv_file import Table
+import pandas as pd
 
 _LINES = ((0, 1, 2), (3, 4, 5), (6, 7, 8), (0, 3, 6), (1, 4, 7), (2, 5, 8), (0, 4, 8), (2, 4, 6))
 
 
-def tic_tac_toe() -> Table:
-    """All 958 boards on which a game can end when x moves first (OpenML 50).
+def tic_tac_toe() -> pd.DataFrame:
+    """Return all 958 boards at the end of a game in which x moves first (OpenML 50), sorted.
 
-    Cells are x, o or b (blank); the class is positive where x has won. Rows in sorted order.
+    Cells are x, o or b (blank); the class is positive if x has won.
     """
     columns = [
-        f"{row}-{column}-square"
-        for row in ("top", "middle", "bottom")
-        for column in ("left", "middle", "right")
+        f"{r}-{c}-square"
+        for r, c in product(("top", "middle", "bottom"), ("left", "middle", "right"))
     ]
-    rows = [
-        (*board, "positive" if _wins(board, "x") else "negative")
-        for board in sorted(_final_boards())
-    ]
-    return Table((*columns, "Class"), rows)
+    rows = []
+    for board in product("box", repeat=9):
+        x_wins, o_wins = (any(all(board[i] == p for i in line) for line in _LINES) for p in "xo")
+        ahead = board.count("x") - board.count("o")
+        is_draw = ahead == 1 and "b" not in board and not x_wins and not o_wins
+        if (
+            is_draw
+            or (x_wins and not o_wins and ahead == 1)
+            or (o_wins and not x_wins and ahead == 0)
+        ):
+            rows.append((*board, "positive" if x_wins else "negative"))
+    return pd.DataFrame(rows, columns=[*columns, "Class"])
 
 
-def balance_scale() -> Table:
-    """The whole grid of two weights and two distances in 1..5 (OpenML 11, 625 rows).
+def balance_scale() -> pd.DataFrame:
+    """Return the grid of two weights and two distances in 1..5 (OpenML 11, 625 rows).
 
     The class is the side with the larger product of weight and distance: L, R or B (balanced).
     """
@@ -33,27 +39,6 @@ def balance_scale() -> Table:
     for left_weight, left_distance, right_weight, right_distance in product(range(1, 6), repeat=4):
         left, right = left_weight * left_distance, right_weight * right_distance
         side = "L" if left > right else "R" if right > left else "B"
-        cells = (left_weight, left_distance, right_weight, right_distance)
-        rows.append((*map(str, cells), side))
-    return Table(("left-weight", "left-distance", "right-weight", "right-distance", "class"), rows)
-
-
-def _wins(board: str, player: str) -> bool:
-    return any(all(board[cell] == player for cell in line) for line in _LINES)
-
-
-def _final_boards() -> set[str]:
-    """Every board that ends a game, move by move over sets of open boards."""
-    open_boards, final = {"b" * 9}, set()
-    for move in range(9):
-        player = "xo"[move % 2]
-        after = {
-            board[:cell] + player + board[cell + 1 :]
-            for board in open_boards
-            for cell in range(9)
-            if board[cell] == "b"
-        }
-        won = {board for board in after if _wins(board, player)}
-        final |= won
-        open_boards = after - won
-    return final | open_boards
+        rows.append((left_weight, left_distance, right_weight, right_distance, side))
+    columns = ["left-weight", "left-distance", "right-weight", "right-distance", "class"]
+    return pd.DataFrame(rows, columns=columns)
