@@ -82,7 +82,7 @@ class TextVectorEnv(VectorEnv[Sequence[TextObservation], Sequence[str], np.ndarr
         """Step only the environments `envs`, int64 [n]; all results have length n.
 
         Calls do not overlap, but may come from another thread than `reset`. An environment that
-        overrides `step` instead can only step all at once (`rollout.groups=1`).
+        overrides `step` instead can only step all at once (`rollout.pipeline_groups=1`).
         """
         raise NotImplementedError
 

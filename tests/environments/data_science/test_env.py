@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 
 from etpo.environments.data_science.env import DataScienceEnv
 from etpo.environments.data_science.prompts import HEADER, SUFFIX, program_from_action
-from etpo_sandbox import Sandbox
 from etpo.errors import ConfigError
+from etpo_sandbox import Sandbox
 
 pytestmark = pytest.mark.filterwarnings("ignore:lbfgs failed to converge")
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from etpo_sandbox import Outcome, Sandbox, Split
 from etpo.models.tiny.build import CHECKPOINT
 from etpo.models.tiny.grammar import Program, sample
+from etpo_sandbox import Outcome, Sandbox, Split
 
 
 @pytest.fixture(scope="session")

@@ -17,10 +17,10 @@ from etpo.environments.data_science.prompts import (
     observation,
     program_from_action,
 )
-from etpo_sandbox import Split
 from etpo.models.tiny.build import CHECKPOINT, build, encode, group, sample_actions
 from etpo.models.tiny.corpus import sample_example
 from etpo.models.tiny.grammar import parse, sample
+from etpo_sandbox import Split
 
 pytestmark = pytest.mark.slow  # matters where the embedded model is built anew
 
