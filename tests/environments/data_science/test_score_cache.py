@@ -1,5 +1,3 @@
-import sqlite3
-
 import pytest
 
 from etpo.environments.data_science.datasets import load_dataset
@@ -109,5 +107,3 @@ def test_a_file_of_another_kind_is_bad_input(scorer, tmp_path):
     file.write_text("not a database, but long enough to be told from an empty one" * 20)
     with pytest.raises(ConfigError, match=r"environment\.score_cache=.*notes\.txt: .*allowed is"):
         scorer(cache_path=str(file))
-    with pytest.raises(sqlite3.DatabaseError):
-        ScoreCache(file, {}, 10_000)

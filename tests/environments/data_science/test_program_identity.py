@@ -1,8 +1,8 @@
 import random
 
 import pytest
-from etpo.environments.data_science.renaming import canonical_form
 
+from etpo.environments.data_science.program_identity import canonical_form
 from etpo.models.tiny import grammar
 
 PROGRAMS = [grammar.sample(random.Random(seed), mistake_rate=0.0) for seed in range(300)]
