@@ -4,9 +4,10 @@
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -129,22 +130,6 @@ class GymnasiumEnv(TextVectorEnv):
                 warnings.warn(str(job.exception()), stacklevel=2)
 
 
-class Transition(NamedTuple):
-    """Result of one action.
-
-    following: the next observation, the first one of the next episode if this one ended.
-    final: the last observation of an episode that ended, else None.
-    """
-
-    following: TextObservation
-    reward: float
-    terminated: bool
-    truncated: bool
-    final: TextObservation | None
-    error: str | None
-    cached: bool
-
-
 class Copy:
     """One environment and its thread; results are validated plain Python values.
 
@@ -158,17 +143,14 @@ class Copy:
 
     def make(self, id: str, max_episode_steps: int | None, kwargs: Mapping[str, Any]) -> None:
         """Create the environment, without gymnasium's checker: every step is checked here."""
-        try:
+        allowed = (
+            "; allowed is the id of a registered environment (module:name-v0 if a module registers "
+            "it) and its arguments as kwargs"
+        )
+        with self.failures("", allowed):
             self.env = gymnasium.make(
                 id, max_episode_steps=max_episode_steps, disable_env_checker=True, **kwargs
             )
-        except ConfigError:
-            raise
-        except BaseException as error:  # SystemExit and KeyboardInterrupt too
-            raise EnvironmentFailure(
-                f"{self.name}: {described(error)}; allowed is the id of a registered environment "
-                "(module:name-v0 where a module registers it) and its arguments as kwargs"
-            ) from error
 
     def reset(self, seed: int | None, options: dict[str, Any] | None) -> TextObservation:
         """Return the first observation of a new episode."""
@@ -177,8 +159,12 @@ class Copy:
             first, _ = unpack(returned, ("observation", "info"))
             return observation(first, self.env.observation_space)
 
-    def step(self, action: str, options: dict[str, Any] | None) -> Transition:
-        """Take one action and, if it ends the episode, start the next one."""
+    def step(self, action: str, options: dict[str, Any] | None) -> tuple[Any, ...]:
+        """Take one action and, if it ends the episode, start the next one.
+
+        Returns the next observation, reward, terminated, truncated, the last observation of an
+        episode that ended (else None), error and cached.
+        """
         returned = self.call("step", action)
         with plain.sent_by(f"{self.name}: step()"):
             names = ("observation", "reward", "terminated", "truncated", "info")
@@ -199,7 +185,7 @@ class Copy:
         final = None
         if terminated or truncated:
             following, final = self.reset(None, options), following
-        return Transition(following, reward, terminated, truncated, final, error, cached)
+        return following, reward, terminated, truncated, final, error, cached
 
     def closing(self) -> Future[None]:
         """Close the environment, in a new thread if a call has not returned; return the future."""
@@ -210,15 +196,20 @@ class Copy:
         return job
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Call a method of the environment; raise EnvironmentFailure for its exceptions."""
-        try:
+        """Call a method of the environment."""
+        with self.failures(f"{method}() raised "):
             return getattr(self.env, method)(*args, **kwargs)
+
+    @contextmanager
+    def failures(self, before: str, after: str = "") -> Iterator[None]:
+        """Turn exceptions of the environment, except ConfigError, into EnvironmentFailure."""
+        try:
+            yield
         except ConfigError:
             raise
         except BaseException as error:  # SystemExit and KeyboardInterrupt too
-            raise EnvironmentFailure(
-                f"{self.name}: {method}() raised {described(error)}"
-            ) from error
+            line = f"{self.name}: {before}{described(error)}{after}"
+            raise EnvironmentFailure(line) from error
 
 
 def results(jobs: Sequence[Future[Any]]) -> list[Any]:

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from etpo.environments.data_science.csv_options import CsvOptions
+from etpo.environments.data_science.csv_file import CsvOptions
 from etpo.environments.data_science.encoding import Dataset, encode
 from etpo.errors import ConfigError
 

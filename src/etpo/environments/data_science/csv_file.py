@@ -4,6 +4,7 @@ Cells stay text here; `encoding` turns them into numbers and categories by `pand
 """
 
 import bz2
+import contextlib
 import csv
 import gzip
 import io
@@ -11,18 +12,19 @@ import lzma
 import re
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from etpo.environments.data_science.csv_options import CsvOptions
 from etpo.errors import ConfigError, described
 
-_SEPARATORS = (",", ";", "\t", "|")
 _SNIFFED_ROWS = 100
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _BOMS = {  # UTF-32 first: its little-endian mark starts with the mark of UTF-16
     b"\xff\xfe\x00\x00": "utf-32",
     b"\x00\x00\xfe\xff": "utf-32",
@@ -30,12 +32,6 @@ _BOMS = {  # UTF-32 first: its little-endian mark starts with the mark of UTF-16
     b"\xfe\xff": "utf-16",
     b"\xef\xbb\xbf": "utf-8-sig",
 }
-_DECOMPRESS = {
-    b"\x1f\x8b": gzip.decompress,
-    b"BZh": bz2.decompress,
-    b"\xfd7zXZ": lzma.decompress,
-}
-_ZIP = b"PK\x03\x04"
 _UNREADABLE = (OSError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 _OTHER_FORMATS = {  # regular expressions on the first bytes; a column may be called PAR1
     "Parquet": rb"(?s)PAR1.*PAR1\Z",
@@ -57,6 +53,57 @@ _ADVICE = (
 )
 
 
+@dataclass(frozen=True)
+class CsvOptions:
+    """Options of `pandas.read_csv` (`environment.read_csv`), with the same names and meanings.
+
+    Raises ConfigError for an unknown option or a value that is not allowed.
+    """
+
+    sep: str | None = None  # None: whichever of comma, semicolon, tab and | fits
+    encoding: str | None = None  # None: UTF-8, or the encoding of the byte order mark
+    header: int | str | None = "infer"  # "infer": the first row, refused if it looks like data
+    index_col: Any = None  # names or positions of columns to drop
+    decimal: str = "."
+    thousands: str | None = None
+    na_values: Sequence[Any] = ("?",)  # as OpenML writes missing cells
+    keep_default_na: bool = True
+    dtype: Mapping[str, Any] | None = None  # {column: str} keeps numbers as categories
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any] | None) -> "CsvOptions":
+        """Create the options from a mapping; ConfigError for an unknown name."""
+        names = [field.name for field in fields(cls)]
+        unknown = set(options or {}) - set(names)
+        if unknown:
+            key = f"environment.read_csv.{unknown.pop()}"
+            raise ConfigError(f"{key} is unknown; allowed: {', '.join(names)}")
+        return cls(**(options or {}))
+
+    def __post_init__(self) -> None:
+        if self.sep == "\\t":  # as a command line passes it
+            object.__setattr__(self, "sep", "\t")
+        is_list = isinstance(self.na_values, Sequence) and not isinstance(self.na_values, str)
+        checks = (
+            ("sep", self.sep is None or is_character(self.sep), "one character"),
+            ("decimal", is_character(self.decimal), "one character"),
+            ("thousands", self.thousands is None or is_character(self.thousands), "one character"),
+            ("thousands", self.thousands != self.decimal, "another character than for decimal"),
+            ("header", self.header in ("infer", 0, None), "infer, 0 or null"),
+            ("na_values", is_list, "a list"),
+            ("keep_default_na", isinstance(self.keep_default_na, bool), "true or false"),
+            ("dtype", isinstance(self.dtype, Mapping | None), "a mapping, {column: str}"),
+        )
+        for key, valid, allowed in checks:
+            if not valid:
+                value = getattr(self, key)
+                raise ConfigError(f"environment.read_csv.{key}={value}: allowed is {allowed}")
+
+
+def is_character(value: object) -> bool:
+    return isinstance(value, str) and len(value) == 1
+
+
 def read_table(file: Path, where: str, options: CsvOptions) -> pd.DataFrame:
     """Return the stripped text cells of a CSV file; lines without any cell are skipped.
 
@@ -70,41 +117,49 @@ def read_table(file: Path, where: str, options: CsvOptions) -> pd.DataFrame:
         text = text[excel.end() :]
     sep = options.sep or (excel[1] if excel else _separator(text, where))
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=sep, strict=True)
+    rows = {}  # by line number
     try:
-        rows = [(lines.line_num, tuple(map(str.strip, row))) for row in lines]
+        for row in lines:
+            cells = list(map(str.strip, row))
+            if any(cells) or len(cells) > 1:
+                rows[lines.line_num] = cells
     except csv.Error as error:
-        raise ConfigError(
-            f"{where} cannot be read as CSV: line {lines.line_num}, {error}"
-        ) from None
-    rows = [(line, row) for line, row in rows if any(row) or len(row) > 1]
+        line = f"line {lines.line_num}, {error}"
+        raise ConfigError(f"{where} cannot be read as CSV: {line}") from None
     if not rows:
         raise ConfigError(f"{where} is empty; a header row and data rows are needed")
-    header = tuple(map(str, range(len(rows[0][1]))))
-    if options.header is not None:
-        header = rows.pop(0)[1]
-    if rows and all(len(row) == len(header) + 1 and not row[-1] for _, row in rows):
-        header = (*header, "")  # each row ends with a separator, but the header does not
-    for line, row in rows:
+    header = next(iter(rows.values()))
+    if options.header is None:
+        header = [str(position) for position in range(len(header))]
+    else:
+        del rows[next(iter(rows))]
+    if rows and all(len(row) == len(header) + 1 and not row[-1] for row in rows.values()):
+        header.append("")  # each row ends with a separator, but the header does not
+    for line, row in rows.items():
         if len(row) != len(header):
             raise ConfigError(
                 f"{where}: line {line} has {len(row)} cells, not {len(header)} (separated by "
                 f"{sep!r}; environment.read_csv.sep sets another separator)"
             )
-    table = pd.DataFrame([row for _, row in rows], columns=list(header), dtype=object)
+    table = pd.DataFrame(list(rows.values()), columns=header, dtype=object)
     if options.header == "infer":
         _check_header(table, where)
     return _name_columns(table, where, options)
 
 
 def _read_bytes(file: Path, where: str) -> bytes:
-    """Return the content, decompressed by its first bytes, whatever the name of the file."""
+    """Return the content, decompressed according to its first bytes, not the name of the file."""
+    decompress = {
+        b"\x1f\x8b": gzip.decompress,
+        b"BZh": bz2.decompress,
+        b"\xfd7zXZ": lzma.decompress,
+        b"PK\x03\x04": partial(_unzip, where=where),
+    }
     try:
         content = file.read_bytes()
-        for magic, decompress in _DECOMPRESS.items():
+        for magic, function in decompress.items():
             if content.startswith(magic):
-                return decompress(content)
-        if content.startswith(_ZIP):
-            return _unzip(content, where)
+                return function(content)
     except FileNotFoundError:
         raise ConfigError(f"{where}: no such file") from None
     except _UNREADABLE as error:
@@ -154,29 +209,26 @@ def _separator(text: str, where: str) -> str:
     If none does, return the one that splits the header into most; ConfigError if several do.
     """
     widths = {}
-    for sep in _SEPARATORS:
+    for sep in (",", ";", "\t", "|"):
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=sep)
-        try:
-            widths[sep] = [len(row) for row in islice(filter(None, rows), _SNIFFED_ROWS)] or [0]
-        except csv.Error:  # a cell of more than 128 KiB
-            widths[sep] = [0]
-    fitting = [sep for sep in _SEPARATORS if widths[sep][0] > 1 and len(set(widths[sep])) == 1]
+        with contextlib.suppress(csv.Error):  # a cell of more than 128 KiB
+            widths[sep] = [len(row) for row in islice(filter(None, rows), _SNIFFED_ROWS)]
+    fitting = [sep for sep, w in widths.items() if len(set(w)) == 1 and w[0] > 1]
     if len(fitting) > 1:
         raise ConfigError(
             f"{where}: {' and '.join(map(repr, fitting))} both split its rows into equally many "
             f"""cells; select one: "environment.read_csv.sep='{fitting[0]}'\""""
         )
-    return fitting[0] if fitting else max(_SEPARATORS, key=lambda sep: widths[sep][0])
+    return fitting[0] if fitting else max(widths, key=lambda sep: widths[sep][:1], default=",")
 
 
 def _check_header(table: pd.DataFrame, where: str) -> None:
     """Raise ConfigError if the first row looks like data."""
     columns = list(table.columns)
-    number = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-    numbers = [name for name in columns if number.fullmatch(name)]
-    first = int(numbers[0]) if numbers and re.fullmatch(r"0|[1-9]\d{0,3}", numbers[0]) else -1
+    numbers = [name for name in columns if _NUMBER.fullmatch(name)]
+    first = int(numbers[0]) if numbers and numbers[0].isdecimal() else 0
     counting = [str(first + i) for i in range(len(numbers))]  # as in a header of positions
-    if numbers and (len(numbers) < 2 or first < 0 or numbers != counting):
+    if numbers and (len(numbers) < 2 or numbers != counting):
         raise ConfigError(f"{where}: the header row holds the number {numbers[0]}{_ADVICE}")
     same = table.to_numpy() == columns
     repeats = same.all(axis=1)
@@ -192,10 +244,9 @@ def _check_header(table: pd.DataFrame, where: str) -> None:
 
 def _name_columns(table: pd.DataFrame, where: str, options: CsvOptions) -> pd.DataFrame:
     """Give every column a unique name; drop empty columns and those of `index_col`."""
-    used = [bool(name) or bool(table.iloc[:, j].any()) for j, name in enumerate(table.columns)]
-    table = table.set_axis(
-        [name or f"Unnamed: {j}" for j, name in enumerate(table.columns)], axis="columns"
-    ).loc[:, used]
+    used = (table != "").any().to_numpy() | (table.columns != "")
+    names = [name or f"Unnamed: {j}" for j, name in enumerate(table.columns)]
+    table = table.set_axis(names, axis="columns").loc[:, used]
     columns = list(table.columns)
     twice = table.columns[table.columns.duplicated()]
     if len(twice):

@@ -16,8 +16,7 @@ import pandas as pd
 from sklearn import datasets as bundled
 
 from etpo.environments.data_science import generated
-from etpo.environments.data_science.csv_file import read_table
-from etpo.environments.data_science.csv_options import CsvOptions
+from etpo.environments.data_science.csv_file import CsvOptions, read_table
 from etpo.environments.data_science.encoding import Dataset, encode, sample_rows
 from etpo.errors import ConfigError, check_integer, described
 

@@ -16,7 +16,7 @@ import pandas as pd
 from pandas.api.types import infer_dtype
 from sklearn.utils import resample
 
-from etpo.environments.data_science.csv_options import CsvOptions
+from etpo.environments.data_science.csv_file import CsvOptions
 from etpo.errors import ConfigError, described
 
 MAX_CLASSES = 20

@@ -16,13 +16,8 @@ _BUSY_SECONDS = 60.0
 class ScoreCache:
     """(reward, error) by program, in an SQLite file that concurrent runs may share.
 
-    Args:
-        path: the file; it and its folder are created if missing.
-        task: everything besides the program that its score depends on, as JSON values; scores of
-            different tasks do not mix.
-        max_entries: largest number of scores of all tasks; the oldest are deleted first.
-
-    Raises ConfigError if the file cannot be used.
+    `task` is everything besides the program that its score depends on. Of all tasks together the
+    latest `max_entries` scores are kept. Raises ConfigError if the file cannot be used.
     """
 
     def __init__(self, path: Path, task: Mapping[str, Any], max_entries: int) -> None:
@@ -42,18 +37,13 @@ class ScoreCache:
     def get(self, programs: Iterable[str]) -> dict[str, tuple[float, str | None]]:
         """Return the known scores, by program."""
         keys = {self._key(program): program for program in programs}
-        query = (
-            "SELECT key, reward, error FROM scores WHERE key IN (SELECT value FROM json_each(?))"
-        )
+        known = "SELECT * FROM scores WHERE key IN (SELECT value FROM json_each(?))"
         with closing(self._connect()) as connection:
-            rows = connection.execute(query, (json.dumps(list(keys)),))
+            rows = connection.execute(known, (json.dumps(list(keys)),))
             return {keys[key]: (reward, error) for key, reward, error in rows}
 
     def put(self, scores: Mapping[str, tuple[float, str | None]]) -> None:
-        """Add scores by program; existing ones stay.
-
-        Timeouts are not stored: another machine may be faster. Raises OutputError.
-        """
+        """Add scores by program, except timeouts: another machine may be faster."""
         rows = [
             (self._key(program), reward, error)
             for program, (reward, error) in scores.items()

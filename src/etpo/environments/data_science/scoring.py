@@ -8,7 +8,7 @@ half, where ROC AUC is undefined, is drawn again.
 import hashlib
 import itertools
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -29,24 +29,19 @@ FAILURE_REWARD = -1.0
 HELD_OUT_FRACTION = 0.4
 _UNSTRATIFIED_DRAWS = 100
 _REFUSED = Outcome(None, "RuntimeError: GridSearchCV is not allowed", 0.0)
-Halves = list[tuple[np.ndarray, np.ndarray]]  # (training rows, test rows) of each split
 
 
 class Score(NamedTuple):
-    """reward: mean ROC AUC in [0, 1], or -1 with an error text; cached: known before this call."""
-
-    reward: float
+    reward: float  # mean ROC AUC in [0, 1], -1 for a failure
     error: str | None
-    cached: bool
+    cached: bool  # known before this call
 
 
 class Trial(NamedTuple):
-    """One run of a program: its reward, ROC AUC by split, and CPU seconds of all its threads."""
-
     reward: float
     split_aucs: list[float] | None
     error: str | None
-    cpu_seconds: float
+    cpu_seconds: float  # of all threads
 
 
 @contextmanager
@@ -83,9 +78,9 @@ def impute(
 def roc_auc(y_test: np.ndarray, probabilities: np.ndarray) -> float:
     """Compute ROC AUC (two classes) or its one-vs-one macro mean from [m, n_classes] floats.
 
-    Probabilities are rounded to 1e-9: the last bits of a parallel forest vary. Raises ValueError
-    if the rows of three or more classes do not sum to one.
+    Raises ValueError if the rows of three or more classes do not sum to one.
     """
+    # the last bits of a parallel forest vary
     rounded = np.round(probabilities, 9)
     if rounded.shape[1] == 2:
         return float(roc_auc_score(y_test, rounded[:, 1]))
@@ -109,14 +104,9 @@ class ProgramScorer:
     """Score programs on one data set and remember their scores.
 
     `split_seed` draws the held-out rows (40%, stratified; none under `protocol="paper"`) and the
-    `n_splits` random 50/50 splits of the other rows, which are stratified only if 100 draws leave a
-    class out of a half. `split_seed` and the `canonical_form` of a program alone seed its run. A
-    reward therefore depends neither on order, nor on neighbours, nor on the seed of the training,
-    nor on the names of variables, and only one of several working programs of one form is run.
-
-    Args:
-        cache_path: file that shares scores between runs (`ScoreCache`), or None.
-        cache_entries: largest number of scores in it.
+    `n_splits` random 50/50 splits of the other rows. `split_seed` and the `canonical_form` of a
+    program alone seed its run: a reward depends neither on order, nor on neighbours, nor on the
+    seed of the training, nor on the names of variables. `cache_path`: the file of a `ScoreCache`.
     """
 
     def __init__(
@@ -132,16 +122,18 @@ class ProgramScorer:
     ) -> None:
         self.dataset, self.sandbox = dataset, sandbox
         self.protocol, self.split_seed, self.n_splits = protocol, split_seed, n_splits
-        self._scores: dict[str, Score] = {}
-        self._working: dict[str, Score] = {}  # by canonical form
+        self._scores: dict[str, tuple[float, str | None]] = {}
+        self._working: dict[str, tuple[float, None]] = {}  # by canonical form
         random = np.random.RandomState(split_seed)
         rows = np.arange(len(dataset.target))
         self.reward_rows, self.held_out_rows = rows, rows[:0]
         if protocol == "held_out":
-            reward_rows, held_out_rows = train_test_split(
-                rows, test_size=HELD_OUT_FRACTION, stratify=dataset.target, random_state=random
+            self.reward_rows, self.held_out_rows = map(
+                np.sort,
+                train_test_split(
+                    rows, test_size=HELD_OUT_FRACTION, stratify=dataset.target, random_state=random
+                ),
             )
-            self.reward_rows, self.held_out_rows = np.sort(reward_rows), np.sort(held_out_rows)
         halves = [draw_halves(self.reward_rows, dataset.target, random) for _ in range(n_splits)]
         self.n_train_rows = len(halves[0][0])
         self._splits, self._y_tests = self._make_splits(halves)
@@ -163,17 +155,14 @@ class ProgramScorer:
 
     @sandbox_errors()
     def start(self) -> None:
-        """Start the sandbox if it is not running; the first score starts it, too."""
+        """Start the sandbox if it is not running."""
         self.sandbox.start()
 
     def score(
-        self,
-        programs: Sequence[str],
-        on_result: Callable[[int, int], None] | None = None,
+        self, programs: Sequence[str], on_result: Callable[[int, int], None] | None = None
     ) -> list[Score]:
-        """Return one `Score` per program; run equal and renamed programs once.
+        """Return one `Score` per program; run equal programs, and working renamed copies, once.
 
-        Renamed copies of a program that fails are run, too: their error texts may hold names.
         `on_result(done, total)` is called as the scores of the `total` new programs arrive.
         """
         distinct = dict.fromkeys(programs)
@@ -182,10 +171,10 @@ class ProgramScorer:
         new = [program for program in distinct if program not in self._scores]
         ran = self._score_new(new, on_result)
         if self._disk is not None:
-            self._disk.put({program: self._scores[program][:2] for program in new})
+            self._disk.put({program: self._scores[program] for program in new})
         scores = []
         for program in programs:
-            scores.append(self._scores[program]._replace(cached=program not in ran))
+            scores.append(Score(*self._scores[program], cached=program not in ran))
             ran.discard(program)
         return scores
 
@@ -195,20 +184,21 @@ class ProgramScorer:
             return None
         splits, y_tests = self._make_splits([(self.reward_rows, self.held_out_rows)])
         trials = self._run(list(dict.fromkeys(programs)), splits, y_tests)
-        return [_score(trials[program]) for program in programs]
+        return [Score(trials[p].reward, trials[p].error, cached=False) for p in programs]
 
     def trial(self, program: str) -> Trial:
         """Run a program on every split, even if its score is known; store nothing."""
         return self._run([program], self._splits, self._y_tests)[program]
 
     def known_scores(self) -> dict[str, tuple[float, str | None]]:
-        """Return the reward and error of every scored program, by its text."""
-        return {program: (score.reward, score.error) for program, score in self._scores.items()}
+        """Return reward and error of every scored program."""
+        return dict(self._scores)
 
-    def load_scores(self, scores: dict[str, tuple[float, str | None]]) -> None:
-        """Add the `known_scores` of an earlier run; existing scores stay."""
-        new = {p: Score(*score, cached=True) for p, score in scores.items()}
-        self._remember({p: score for p, score in new.items() if p not in self._scores})
+    def load_scores(self, scores: Mapping[str, tuple[float, str | None]]) -> None:
+        """Add scores; existing ones stay."""
+        new = {program: tuple(scores[program]) for program in scores if program not in self._scores}
+        self._scores |= new
+        self._working |= {self._form(p): score for p, score in new.items() if score[1] is None}
 
     def program_seed(self, program: str) -> int:
         """Return the seed, in 0..2**32 - 1, of a program's run."""
@@ -218,7 +208,10 @@ class ProgramScorer:
     def _score_new(
         self, programs: list[str], on_result: Callable[[int, int], None] | None
     ) -> set[str]:
-        """Score and remember `programs`, the first of each form first; return those that ran."""
+        """Score and remember `programs`; return those that ran.
+
+        A renamed copy runs only if its original fails, since its error text may hold other names.
+        """
         done = itertools.count(1)
 
         def report(*_: object) -> None:
@@ -226,25 +219,22 @@ class ProgramScorer:
                 on_result(next(done), len(programs))
 
         forms = {program: self._form(program) for program in programs}
-        first = {form: program for program, form in reversed(forms.items())}
-        renamed = [program for program in programs if first[forms[program]] != program]
+        originals = {form: program for program, form in reversed(forms.items())}.values()
         ran: set[str] = set()
-        for batch in ([p for p in programs if p not in renamed], renamed):
-            to_run = [program for program in batch if forms[program] not in self._working]
-            trials = self._run(to_run, self._splits, self._y_tests, report)
-            scores = {program: _score(trial) for program, trial in trials.items()}
-            for program in batch:
-                if program not in scores:
-                    scores[program] = self._working[forms[program]]
-                    report()
-            self._remember(scores)
-            ran.update(to_run)
+        for copies in (False, True):
+            batch = [program for program in programs if (program not in originals) is copies]
+            known = {p: self._working[forms[p]] for p in batch if forms[p] in self._working}
+            trials = self._run(
+                [program for program in batch if program not in known],
+                self._splits,
+                self._y_tests,
+                report,
+            )
+            for _ in known:
+                report()
+            self.load_scores(known | {p: (t.reward, t.error) for p, t in trials.items()})
+            ran |= trials.keys()
         return ran
-
-    def _remember(self, scores: dict[str, Score]) -> None:
-        """Store scores by program, and by form for programs that work."""
-        self._scores |= scores
-        self._working |= {self._form(p): s for p, s in scores.items() if s.error is None}
 
     def _form(self, program: str) -> str:
         return program if self._is_refused(program) else canonical_form(program)
@@ -252,12 +242,14 @@ class ProgramScorer:
     def _is_refused(self, program: str) -> bool:
         return self.protocol == "paper" and "GridSearchCV(" in program
 
-    def _make_splits(self, halves: Halves) -> tuple[list[Split], list[np.ndarray]]:
-        """Return imputed splits, and their test labels, which never reach a program."""
-        x, y, categorical = self.dataset.features, self.dataset.target, self.dataset.categorical
+    def _make_splits(
+        self, halves: list[tuple[np.ndarray, np.ndarray]]
+    ) -> tuple[list[Split], list[np.ndarray]]:
+        """Return imputed splits, and their test labels, from pairs of training and test rows."""
+        x, y = self.dataset.features, self.dataset.target
         splits = []
         for train, test in halves:
-            x_train, x_test = impute(x[train], x[test], categorical)
+            x_train, x_test = impute(x[train], x[test], self.dataset.categorical)
             splits.append(Split(x_train=x_train, y_train=y[train], x_test=x_test))
         return splits, [y[test] for _, test in halves]
 
@@ -268,15 +260,13 @@ class ProgramScorer:
         y_tests: list[np.ndarray],
         on_result: Callable[[int, Outcome], None] | None = None,
     ) -> dict[str, Trial]:
-        """Run `programs`, except refused ones, which fail."""
         self.start()
         outcomes = dict.fromkeys(programs, _REFUSED)
         allowed = [program for program in programs if not self._is_refused(program)]
         seeds = [self.program_seed(program) for program in allowed]
-        results = self.sandbox.run(
-            allowed, splits, self.dataset.n_classes, seeds, on_result=on_result
-        )
-        outcomes |= zip(allowed, results, strict=True)
+        n_classes = self.dataset.n_classes
+        ran = self.sandbox.run(allowed, splits, n_classes, seeds, on_result=on_result)
+        outcomes |= zip(allowed, ran, strict=True)
         return {program: evaluate(outcome, y_tests) for program, outcome in outcomes.items()}
 
 
@@ -290,7 +280,3 @@ def evaluate(outcome: Outcome, y_tests: list[np.ndarray]) -> Trial:
         except ValueError as invalid:
             error = f"ValueError: {invalid}"
     return Trial(FAILURE_REWARD, None, error, outcome.seconds)
-
-
-def _score(trial: Trial) -> Score:
-    return Score(trial.reward, trial.error, cached=False)
