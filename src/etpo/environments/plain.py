@@ -1,7 +1,6 @@
-"""Validate what an environment returns and convert it to plain Python values.
+"""Validate the results of an environment and convert them to plain Python values.
 
-Checked once, where it enters: only finite numbers reach the weights, and only plain text and
-numbers reach records, JSON and checkpoints.
+Only finite numbers reach the weights; only plain text and numbers reach records and checkpoints.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -11,16 +11,11 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 
 class TextObservation(TypedDict):
-    """Observation of an agent; the prompt template of the model uses some of the fields.
+    """Observation of an agent; the prompt template of the model uses some of the fields."""
 
-    instruction: the request in words, for chat models.
-    prefix: the text that the action continues, for completion and infilling models.
-    suffix: the text after the action, for infilling models; may be empty.
-    """
-
-    instruction: str
-    prefix: str
-    suffix: str
+    instruction: str  # the request in words, for chat models
+    prefix: str  # text that the action continues, for completion and infilling models
+    suffix: str  # text after the action, for infilling models; may be empty
 
 
 FIELDS = tuple(TextObservation.__annotations__)
@@ -45,11 +40,10 @@ class TextVectorEnv(VectorEnv[Sequence[TextObservation], Sequence[str], np.ndarr
     rewards [num_envs] float64, terminations [num_envs] bool, truncations [num_envs] bool, infos).
     An environment that ends is reset in the same step (`AutoresetMode.SAME_STEP`): its entry in
     `observations` is the first one of the next episode and `infos["final_obs"]` holds the last
-    observation of the episode that ended (None elsewhere). `infos` always has these keys, too:
-    `error` (text of a failed action or None), `attempt` (1-based number of the action in its
-    episode) and `cached` (True if the reward was known before).
-
-    After `reset(options={"evaluation": True})` no step may affect later prompts.
+    one of the episode that ended (None elsewhere). `infos` also has `error` (text of a failed
+    action or None), `attempt` (1-based number of the action in its episode) and `cached` (True if
+    the reward was known before). After `reset(options={"evaluation": True})` no step may affect
+    later prompts.
 
     `task_name` names the task in a summary. A run uses these optional members if they exist:
     `write_best_action(folder, action)`, `held_out_score(action)`, `content_hash`, `sandbox_level`,

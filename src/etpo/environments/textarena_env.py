@@ -22,18 +22,17 @@ _LOCK = threading.RLock()  # the games draw from the module `random`
 class TextArenaEnv(gymnasium.Env):
     """A game of TextArena; its reward comes at the end, 0 before.
 
-    An invalid move is a failure (`info["error"]`); most games end at the second one. A turn limit
-    belongs to the game: every end is a termination. A seed determines the whole game, also with
-    parallel copies, and the global generator is left unchanged. Registered as `etpo/TextArena-v0`.
+    An invalid move is a failure (`info["error"]`). A turn limit belongs to the game: every end is
+    a termination. A seed determines the whole game, also with parallel copies, and the global
+    generator is left unchanged. Registered as `etpo/TextArena-v0`.
 
     Args:
         game: name in TextArena; with `-train` at the end observations hold the rules, the game's
             messages and the current board, otherwise the whole conversation.
         options: arguments of the game.
 
-    Raises ConfigError for a game that is unknown or cannot be created (its words or a key are
-    missing), ImportError without `textarena`; `reset` raises ConfigError if a game needs several
-    players.
+    Raises ConfigError for a game that is unknown, cannot be created (its words or a key are
+    missing) or needs several players; ImportError without `textarena`.
     """
 
     metadata: Mapping[str, Any] = {"render_modes": ["ansi"], "render_fps": 1}

@@ -166,7 +166,7 @@ MANY = "\n".join(["a,y", *(f"{i},{i * 0.37}" for i in range(40))])
     ("text", "target", "expected"),
     [
         ("", None, "environment.path=.*is empty"),
-        ("a,b,label\n", None, "environment.path=.*no rows"),
+        ("a,b,label\n", None, "environment.path=.*no data rows"),
         (labelled(["1,2"] * 8), "lable", "environment.target=lable is no column.*label"),
         ("a,y\n" + "1,no\n" * 8, None, "environment.path=.*'y' is constant"),
         ("a,y\n" + "1,\n" * 8, None, "target 'y' has no value"),

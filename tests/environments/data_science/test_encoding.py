@@ -18,16 +18,14 @@ def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> pd.DataFrame
 
 
 def encoded(columns: tuple[str, ...], rows: list[tuple[str, ...]], **options) -> Dataset:
-    return encode("d", table(columns, rows), "y", "impute", "there", CsvOptions(**options))
+    return encode("d", table(columns, rows), "y", "impute", CsvOptions(**options))
 
 
 def column(*cells: str, **options) -> tuple[list, bool]:
     """The encoded feature of these cells, and whether it is categorical."""
     filled = [*cells] * 4
     rows = [(cell, "constant", f"c{i % 2}") for i, cell in enumerate(filled)]
-    dataset = encode(
-        "d", table(("v", "w", "y"), rows), "y", "impute", "there", CsvOptions(**options)
-    )
+    dataset = encode("d", table(("v", "w", "y"), rows), "y", "impute", CsvOptions(**options))
     numbers = dataset.features[: len(cells), 0].tolist()
     return [None if np.isnan(x) else x for x in numbers], bool(dataset.categorical[0])
 
@@ -35,9 +33,7 @@ def column(*cells: str, **options) -> tuple[list, bool]:
 def classes(*cells: str, **options) -> tuple[str, ...]:
     """The class names of a target of these cells."""
     rows = [(str(i), cell) for i, cell in enumerate([*cells] * 4)]
-    return encode(
-        "d", table(("v", "y"), rows), "y", "impute", "there", CsvOptions(**options)
-    ).class_names
+    return encode("d", table(("v", "y"), rows), "y", "impute", CsvOptions(**options)).class_names
 
 
 @pytest.mark.parametrize("word", [*MISSING, "?"])
@@ -89,7 +85,7 @@ def test_a_column(cells, numbers, categorical):
     ],
 )
 def test_numbers_with_signs_and_separators_are_no_categories(cells):
-    with pytest.raises(ConfigError, match=r"there: column 'v'.*environment\.read_csv\.decimal"):
+    with pytest.raises(ConfigError, match=r"column 'v'.*environment\.read_csv\.decimal"):
         column(*cells)
     assert column(*cells, dtype={"v": "str"})[1]
 
@@ -120,7 +116,7 @@ def test_one_word_makes_no_categories_of_numbers(word):
     ],
 )
 def test_numbers_that_float64_does_not_hold(cells, error):
-    with pytest.raises(ConfigError, match=f"there: column 'v' holds .*{error}"):
+    with pytest.raises(ConfigError, match=f"column 'v' holds .*{error}"):
         column(*cells)
 
 
@@ -135,14 +131,14 @@ def test_a_missing_cell_among_integers_that_int64_does_not_hold(word):
 
 def test_rows_with_a_missing_cell_among_such_integers_are_dropped():
     rows = [(["9223372036854775808", "1", ""][i % 3], "w", f"c{i // 3 % 2}") for i in range(24)]
-    assert len(encode("d", table(("v", "w", "y"), rows), "y", "drop", "there").target) == 16
+    assert len(encode("d", table(("v", "w", "y"), rows), "y", "drop").target) == 16
 
 
 def test_a_text_column_by_request():
     assert column("007", "7", "12", dtype={"v": "str"}) == ([0, 2, 1], True)
     with pytest.raises(ConfigError, match=r"environment\.read_csv\.dtype.*'zip'"):
         column("007", "7", dtype={"zip": "str"})
-    with pytest.raises(ConfigError, match=r"there does not fit environment\.read_csv"):
+    with pytest.raises(ConfigError, match=r"environment\.read_csv\.dtype"):
         column("a", "7", dtype={"v": "int"})
 
 
@@ -208,4 +204,4 @@ def test_a_target_that_is_misspelt():
     rows = [("1", "no"), ("2", "yes")] * 4
     for target in ("Survived ", "survived", "Survivd"):
         with pytest.raises(ConfigError, match=r"environment\.target=.*did you mean Survived\?"):
-            encode("d", table(("v", "Survived"), rows), target, "impute", "there")
+            encode("d", table(("v", "Survived"), rows), target, "impute")

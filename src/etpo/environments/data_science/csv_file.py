@@ -14,7 +14,6 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -80,19 +79,30 @@ class CsvOptions:
             raise ConfigError(f"{key} is unknown; allowed: {', '.join(names)}")
         return cls(**(options or {}))
 
+    @property
+    def text_columns(self) -> list[str]:
+        """Return the names of the columns that `dtype` keeps as text."""
+        return [str(name) for name in self.dtype or {}]
+
     def __post_init__(self) -> None:
         if self.sep == "\\t":  # as a command line passes it
             object.__setattr__(self, "sep", "\t")
-        is_list = isinstance(self.na_values, Sequence) and not isinstance(self.na_values, str)
+        words = [None] if isinstance(self.na_values, str) else self.na_values
+        is_list = isinstance(words, Sequence) and all(
+            isinstance(w, str | int | float) for w in words
+        )
+        is_mapping = isinstance(self.dtype, Mapping) and set(map(str, self.dtype.values())) <= {
+            "str"
+        }
         checks = (
             ("sep", self.sep is None or is_character(self.sep), "one character"),
             ("decimal", is_character(self.decimal), "one character"),
             ("thousands", self.thousands is None or is_character(self.thousands), "one character"),
             ("thousands", self.thousands != self.decimal, "another character than for decimal"),
             ("header", self.header in ("infer", 0, None), "infer, 0 or null"),
-            ("na_values", is_list, "a list"),
+            ("na_values", is_list, "a list of texts and numbers"),
             ("keep_default_na", isinstance(self.keep_default_na, bool), "true or false"),
-            ("dtype", isinstance(self.dtype, Mapping | None), "a mapping, {column: str}"),
+            ("dtype", self.dtype is None or is_mapping, "a mapping, {column: str}"),
         )
         for key, valid, allowed in checks:
             if not valid:
@@ -104,18 +114,18 @@ def is_character(value: object) -> bool:
     return isinstance(value, str) and len(value) == 1
 
 
-def read_table(file: Path, where: str, options: CsvOptions) -> pd.DataFrame:
+def read_table(file: Path, options: CsvOptions) -> pd.DataFrame:
     """Return the stripped text cells of a CSV file; lines without any cell are skipped.
 
     Columns without a name are called `Unnamed: 0`, ... as in pandas, and dropped if they have no
-    cell either. Raises ConfigError, starting with `where`, if the file is no CSV file with rows of
-    equal length and a header row.
+    cell either. Raises ConfigError if the file is no CSV file with rows of equal length and a
+    header row.
     """
-    text = _decode(_read_bytes(file, where), where, options.encoding)
+    text = _decode(_read_bytes(file), options.encoding)
     excel = re.match(r"sep=(.)\r?\n", text)  # a line that Excel writes above the header
     if excel:
         text = text[excel.end() :]
-    sep = options.sep or (excel[1] if excel else _separator(text, where))
+    sep = options.sep or (excel[1] if excel else _separator(text))
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=sep, strict=True)
     rows = {}  # by line number
     try:
@@ -125,9 +135,9 @@ def read_table(file: Path, where: str, options: CsvOptions) -> pd.DataFrame:
                 rows[lines.line_num] = cells
     except csv.Error as error:
         line = f"line {lines.line_num}, {error}"
-        raise ConfigError(f"{where} cannot be read as CSV: {line}") from None
+        raise ConfigError(f"cannot be read as CSV: {line}") from None
     if not rows:
-        raise ConfigError(f"{where} is empty; a header row and data rows are needed")
+        raise ConfigError("the file is empty; a header row and data rows are needed")
     header = next(iter(rows.values()))
     if options.header is None:
         header = [str(position) for position in range(len(header))]
@@ -138,22 +148,22 @@ def read_table(file: Path, where: str, options: CsvOptions) -> pd.DataFrame:
     for line, row in rows.items():
         if len(row) != len(header):
             raise ConfigError(
-                f"{where}: line {line} has {len(row)} cells, not {len(header)} (separated by "
+                f"line {line} has {len(row)} cells, not {len(header)} (separated by "
                 f"{sep!r}; environment.read_csv.sep sets another separator)"
             )
     table = pd.DataFrame(list(rows.values()), columns=header, dtype=object)
     if options.header == "infer":
-        _check_header(table, where)
-    return _name_columns(table, where, options)
+        _check_header(table)
+    return _name_columns(table, options)
 
 
-def _read_bytes(file: Path, where: str) -> bytes:
+def _read_bytes(file: Path) -> bytes:
     """Return the content, decompressed according to its first bytes, not the name of the file."""
     decompress = {
         b"\x1f\x8b": gzip.decompress,
         b"BZh": bz2.decompress,
         b"\xfd7zXZ": lzma.decompress,
-        b"PK\x03\x04": partial(_unzip, where=where),
+        b"PK\x03\x04": _unzip,
     }
     try:
         content = file.read_bytes()
@@ -161,26 +171,26 @@ def _read_bytes(file: Path, where: str) -> bytes:
             if content.startswith(magic):
                 return function(content)
     except FileNotFoundError:
-        raise ConfigError(f"{where}: no such file") from None
+        raise ConfigError("no such file") from None
     except _UNREADABLE as error:
-        raise ConfigError(f"{where} cannot be read: {described(error)}") from None
+        raise ConfigError(f"cannot be read: {described(error)}") from None
     for kind, pattern in _OTHER_FORMATS.items():
         if re.match(pattern, content):
-            raise ConfigError(f"{where} cannot be read: it is {kind}; allowed is a CSV file")
+            raise ConfigError(f"cannot be read: it is {kind}; allowed is a CSV file")
     return content
 
 
-def _unzip(content: bytes, where: str) -> bytes:
+def _unzip(content: bytes) -> bytes:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         names = [n for n in archive.namelist() if not n.endswith("/") and "__MACOSX" not in n]
         if {"[Content_Types].xml", "mimetype"} & set(names):
-            raise ConfigError(f"{where} cannot be read: it is a spreadsheet; allowed is a CSV file")
+            raise ConfigError("cannot be read: it is a spreadsheet; allowed is a CSV file")
         if len(names) != 1:
-            raise ConfigError(f"{where}: the archive holds {len(names)} files; allowed is one")
+            raise ConfigError(f"the archive holds {len(names)} files; allowed is one")
         return archive.read(names[0])
 
 
-def _decode(content: bytes, where: str, encoding: str | None) -> str:
+def _decode(content: bytes, encoding: str | None) -> str:
     found = next((name for mark, name in _BOMS.items() if content.startswith(mark)), "utf-8")
     try:
         text = content.decode(encoding or found).removeprefix("\ufeff")
@@ -192,18 +202,18 @@ def _decode(content: bytes, where: str, encoding: str | None) -> str:
     except UnicodeDecodeError as error:
         likely = "utf-16-le" if b"\0" in content else "cp1252"
         raise ConfigError(
-            f"{where} cannot be read as {encoding or found}: {error.reason} at byte {error.start}; "
+            f"cannot be read as {encoding or found}: {error.reason} at byte {error.start}; "
             f"environment.read_csv.encoding={likely} or another name selects the encoding"
         ) from None
     if "\0" in text:
         raise ConfigError(
-            f"{where} cannot be read: it holds NUL characters; a UTF-16 file without a mark needs "
+            "cannot be read: it holds NUL characters; a UTF-16 file without a mark needs "
             "environment.read_csv.encoding=utf-16-le"
         )
     return text
 
 
-def _separator(text: str, where: str) -> str:
+def _separator(text: str) -> str:
     """Return the separator that splits the first rows into equally many cells, two or more.
 
     If none does, return the one that splits the header into most; ConfigError if several do.
@@ -216,33 +226,33 @@ def _separator(text: str, where: str) -> str:
     fitting = [sep for sep, w in widths.items() if len(set(w)) == 1 and w[0] > 1]
     if len(fitting) > 1:
         raise ConfigError(
-            f"{where}: {' and '.join(map(repr, fitting))} both split its rows into equally many "
+            f"{' and '.join(map(repr, fitting))} both split its rows into equally many "
             f"""cells; select one: "environment.read_csv.sep='{fitting[0]}'\""""
         )
     return fitting[0] if fitting else max(widths, key=lambda sep: widths[sep][:1], default=",")
 
 
-def _check_header(table: pd.DataFrame, where: str) -> None:
+def _check_header(table: pd.DataFrame) -> None:
     """Raise ConfigError if the first row looks like data."""
     columns = list(table.columns)
     numbers = [name for name in columns if _NUMBER.fullmatch(name)]
     first = int(numbers[0]) if numbers and numbers[0].isdecimal() else 0
     counting = [str(first + i) for i in range(len(numbers))]  # as in a header of positions
     if numbers and (len(numbers) < 2 or numbers != counting):
-        raise ConfigError(f"{where}: the header row holds the number {numbers[0]}{_ADVICE}")
+        raise ConfigError(f"the header row holds the number {numbers[0]}{_ADVICE}")
     same = table.to_numpy() == columns
     repeats = same.all(axis=1)
     if repeats.any():
         row = repeats.argmax() + 1
-        raise ConfigError(f"{where}: data row {row} repeats the header row{_ADVICE}")
+        raise ConfigError(f"data row {row} repeats the header row{_ADVICE}")
     repeated = [name for name, found in zip(columns, same.any(axis=0), strict=True) if found]
     if len([name for name in repeated if name and name not in numbers]) * 2 > len(columns):
         raise ConfigError(
-            f"{where}: cells such as {repeated[0]!r} are in the header row and below it{_ADVICE}"
+            f"cells such as {repeated[0]!r} are in the header row and below it{_ADVICE}"
         )
 
 
-def _name_columns(table: pd.DataFrame, where: str, options: CsvOptions) -> pd.DataFrame:
+def _name_columns(table: pd.DataFrame, options: CsvOptions) -> pd.DataFrame:
     """Give every column a unique name; drop empty columns and those of `index_col`."""
     used = (table != "").any().to_numpy() | (table.columns != "")
     names = [name or f"Unnamed: {j}" for j, name in enumerate(table.columns)]
@@ -251,7 +261,7 @@ def _name_columns(table: pd.DataFrame, where: str, options: CsvOptions) -> pd.Da
     twice = table.columns[table.columns.duplicated()]
     if len(twice):
         raise ConfigError(
-            f"{where}: two columns of the header have the same name, {twice[0]!r}; "
+            f"two columns of the header have the same name, {twice[0]!r}; "
             "environment.read_csv.header=null reads a file without a header row"
         )
     dropped = _index_columns(options.index_col, columns)
@@ -260,7 +270,7 @@ def _name_columns(table: pd.DataFrame, where: str, options: CsvOptions) -> pd.Da
             cells = table[name]
             if len(cells) > 1 and cells.is_unique and cells.map(str.isdecimal).all():
                 raise ConfigError(
-                    f"{where}: column {name!r} numbers the rows, as DataFrame.to_csv writes its "
+                    f"column {name!r} numbers the rows, as DataFrame.to_csv writes its "
                     f"index; environment.read_csv.index_col={position} drops it"
                 )
     return table.drop(columns=dropped)

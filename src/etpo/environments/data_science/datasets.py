@@ -18,6 +18,7 @@ from sklearn import datasets as bundled
 from etpo.environments.data_science import generated
 from etpo.environments.data_science.csv_file import CsvOptions, read_table
 from etpo.environments.data_science.encoding import Dataset, encode, sample_rows
+from etpo.environments.plain import sent_by
 from etpo.errors import ConfigError, check_integer, described
 
 __all__ = ["DATASET_NAMES", "Dataset", "load_dataset"]
@@ -65,13 +66,10 @@ def load_dataset(
     """Load and encode the data set `name`, one of `DATASET_NAMES`.
 
     Args:
-        path: the file that `name="csv"` reads.
-        target: its target column; None: the last one.
-        data_dir: folder that is searched for NAME.csv before OpenML; None: the environment variable
-            ETPO_DATA_DIR. Not used for generated data sets and those of scikit-learn.
+        path, target: file and target column (None: the last one) of `name="csv"`.
+        data_dir: folder to search for NAME.csv before OpenML; None: ETPO_DATA_DIR.
         missing: "impute" keeps missing cells as NaN, "drop" drops their rows.
-        max_rows: a larger data set becomes a stratified sample of that many rows, drawn by `seed`,
-            in the order of the source; its columns are encoded before.
+        max_rows: size of the stratified sample, drawn by `seed`, of a larger data set.
         read_csv: options of `pandas.read_csv` for CSV files, see `CsvOptions`.
 
     Raises ConfigError if the name, the file or its content cannot be used.
@@ -106,10 +104,11 @@ def _load_csv(path: str | None, target: str | None, missing: str, options: CsvOp
     if "://" in path:
         raise ConfigError(f"{where} is an address; allowed is a file: download it first")
     file = Path(path).expanduser()
-    table = read_table(file, where, options)
     name = re.sub(r"\W+", "_", file.name.partition(".")[0])
-    target = table.columns[-1] if target is None else str(target)
-    return encode(name, table, target, missing, where, options)
+    with sent_by(where):
+        table = read_table(file, options)
+        target = table.columns[-1] if target is None else str(target)
+        return encode(name, table, target, missing, options)
 
 
 def _load_named(name: str, data_dir: str | None, missing: str, options: CsvOptions) -> Dataset:
@@ -121,12 +120,13 @@ def _load_named(name: str, data_dir: str | None, missing: str, options: CsvOptio
         table = pd.DataFrame(content.data.astype(object), columns=list(content.feature_names))
         table["class"] = content.target_names[content.target]
     elif file := _file_in(data_dir or os.environ.get("ETPO_DATA_DIR"), name):
-        where += f" ({file})"
-        table = read_table(file, where, options)
-        return encode(name, table, table.columns[-1], missing, where, options)
+        with sent_by(f"{where} ({file})"):
+            table = read_table(file, options)
+            return encode(name, table, table.columns[-1], missing, options)
     else:
         table = _openml_table(name)
-    return encode(name, table.map(str), table.columns[-1], missing, where)
+    with sent_by(where):
+        return encode(name, table.map(str), table.columns[-1], missing)
 
 
 def _file_in(data_dir: str | None, name: str) -> Path | None:
@@ -162,7 +162,5 @@ def _openml_table(name: str) -> pd.DataFrame:
             "environment.data_dir or ETPO_DATA_DIR, "
             "or set environment.dataset=csv environment.path=FILE"
         ) from None
-    table = content.data.astype(object).assign(
-        **{content.target.name: content.target.astype(object)}
-    )
-    return table.where(table.notna(), "")
+    columns = [content.data.astype(object), content.target.astype(object)]
+    return pd.concat(columns, axis="columns").fillna("")

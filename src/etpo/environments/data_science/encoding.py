@@ -5,19 +5,18 @@ import hashlib
 import io
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from pandas.api.types import infer_dtype
 from sklearn.utils import resample
 
 from etpo.environments.data_science.csv_file import CsvOptions
-from etpo.errors import ConfigError, described
+from etpo.errors import ConfigError
 
 MAX_CLASSES = 20
 MIN_CLASS_ROWS = 4  # two for the reward splits and one held out, for every draw
@@ -68,32 +67,29 @@ def encode(
     table: pd.DataFrame,
     target: str,
     missing: str,
-    where: str,
     options: CsvOptions | None = None,
 ) -> Dataset:
     """Encode the text cells of `table`.
 
     Rows without a target are dropped; with `missing="drop"` also rows with any missing cell.
-    Raises ConfigError, starting with `where` (such as `environment.dataset=iris`), if no
-    classification task that can be split remains, or if pandas would silently change a value or a
-    class.
+    Raises ConfigError if no classification task that can be split remains, or if pandas would
+    silently change a value or a class.
     """
     options = options or CsvOptions()
-    _check_columns(table, target, where)
-    texts = _read_csv(table, str, where, options)  # NaN is a missing cell
-    _check_missing_targets(table[target], texts[target], f"{where}, target {target!r}", options)
-    has_target = texts[target].notna().to_numpy()
-    table, texts = table[has_target], texts[has_target]
-    cells = _read_features(table.drop(columns=target), texts, where, options)
+    _check_columns(table, target, options)
+    texts = _mark_missing(table, options)
+    _check_missing_targets(table[target], texts[target], options)
+    texts = texts[texts[target].notna()]
+    cells = pd.DataFrame({name: _parse(texts[name], options) for name in texts if name != target})
     if missing == "drop":
-        complete = cells.notna().all(axis=1).to_numpy()
+        complete = cells.notna().all(axis=1)
         if not complete.any():
             raise ConfigError(
-                f"{where} has no complete row (environment.missing=drop); 'impute' keeps the rows"
+                "no complete row is left (environment.missing=drop); 'impute' keeps the rows"
             )
-        table, cells = table[complete], cells[complete]
-    classes, class_names = _encode_target(list(table[target]), f"{where}, target {target!r}")
-    features, categorical = _encode_features(cells, table, where, options)
+        texts, cells = texts[complete], cells[complete]
+    classes, class_names = _encode_target(texts[target])
+    features, categorical = _encode_features(cells, texts, options)
     return Dataset(name, features, classes, categorical, tuple(cells.columns), class_names)
 
 
@@ -118,11 +114,14 @@ def sample_rows(dataset: Dataset, max_rows: int, seed: int) -> Dataset:
     return replace(dataset, features=dataset.features[kept], target=classes[kept])
 
 
-def _check_columns(table: pd.DataFrame, target: str, where: str) -> None:
+def _check_columns(table: pd.DataFrame, target: str, options: CsvOptions) -> None:
     columns = list(table.columns)
+    for name in options.text_columns:
+        if name not in columns:
+            raise ConfigError(f"environment.read_csv.dtype names {name!r}, which is no column")
     if len(columns) < 2:
         raise ConfigError(
-            f"{where} has no feature column besides {''.join(columns)!r}: if its cells have "
+            f"no feature column besides {''.join(columns)!r}: if its cells have "
             """another separator than , ; tab and |, set "environment.read_csv.sep=' '\""""
         )
     if target not in columns:
@@ -130,15 +129,14 @@ def _check_columns(table: pd.DataFrame, target: str, where: str) -> None:
         near = difflib.get_close_matches(target.lower().strip(), spelled, n=1)
         hint = f"did you mean {spelled[near[0]]}? " if near else ""
         raise ConfigError(
-            f"environment.target={target} is no column of {where}; {hint}"
-            f"the columns are {', '.join(columns)}"
+            f"environment.target={target} is no column; {hint}the columns are {', '.join(columns)}"
         )
     if not len(table):
-        raise ConfigError(f"{where} has no rows")
+        raise ConfigError("no data rows")
 
 
 def _check_missing_targets(
-    cells: "pd.Series[str]", texts: "pd.Series[str]", where: str, options: CsvOptions
+    cells: "pd.Series[str]", texts: "pd.Series[str]", options: CsvOptions
 ) -> None:
     """Raise ConfigError if a class may be lost, such as NA for Namibia, or no target is left."""
     expected = {"", *map(str, options.na_values)}
@@ -146,104 +144,95 @@ def _check_missing_targets(
     if words:
         listed = ",".join(f"'{word}'" for word in [*options.na_values, *words])
         raise ConfigError(
-            f"{where} holds {words[0]!r}, a missing cell for pandas: "
+            f"target {cells.name!r} holds {words[0]!r}, a missing cell for pandas: "
             f'"environment.read_csv.na_values=[{listed}]" drops its rows, '
             "environment.read_csv.keep_default_na=false with "
             """"environment.read_csv.na_values=['','?']" makes it a class"""
         )
     if texts.isna().all():
-        raise ConfigError(f"{where} has no value")
+        raise ConfigError(f"target {cells.name!r} has no value")
 
 
-def _read_features(
-    table: pd.DataFrame, texts: pd.DataFrame, where: str, options: CsvOptions
-) -> pd.DataFrame:
-    """Return the cells with the types that `pandas.read_csv` infers or `options.dtype` sets."""
-    dtype = {str(column): kind for column, kind in (options.dtype or {}).items()}
-    for column in dtype:
-        if column not in texts:
-            raise ConfigError(
-                f"environment.read_csv.dtype names {column!r}, which is no column of {where}"
-            )
-    cells = _read_csv(table, {k: v for k, v in dtype.items() if k in table}, where, options)
-    for name in cells:
-        if name not in dtype and infer_dtype(cells[name], skipna=True) == "string":
-            # integers that neither int64 nor uint64 holds; pandas then keeps `na_values` too
-            column = texts[name]
-            if options.thousands:
-                column = column.str.replace(options.thousands, "", regex=False)
-            integers = column.dropna().str.fullmatch(_INTEGER).all()
-            cells[name] = (column.astype(np.float64) if integers else texts[name]).to_numpy()
-    return cells
-
-
-def _read_csv(table: pd.DataFrame, dtype: Any, where: str, options: CsvOptions) -> pd.DataFrame:
+def _mark_missing(table: pd.DataFrame, options: CsvOptions) -> pd.DataFrame:
+    """Replace the missing cells of `pandas.read_csv` with NaN."""
     lines = table.to_csv(sep="\t", header=False, index=False, lineterminator="\r\n")
-    try:
-        return pd.read_csv(
-            io.StringIO(lines, newline=""),
-            sep="\t",
-            header=None,
-            names=list(table.columns),
-            index_col=False,
-            skip_blank_lines=False,
-            low_memory=False,
-            dtype=dtype,
-            na_values=list(options.na_values),
-            keep_default_na=options.keep_default_na,
-            decimal=options.decimal,
-            thousands=options.thousands,
-        )
-    except (ValueError, TypeError, OverflowError) as error:
-        raise ConfigError(
-            f"{where} does not fit environment.read_csv: {described(error)}"
-        ) from error
+    return pd.read_csv(
+        io.StringIO(lines, newline=""),
+        sep="\t",
+        header=None,
+        names=list(table.columns),
+        index_col=False,
+        skip_blank_lines=False,
+        dtype=str,
+        na_values=list(options.na_values),
+        keep_default_na=options.keep_default_na,
+    )
+
+
+def _parse(texts: "pd.Series[str]", options: CsvOptions) -> "pd.Series[Any]":
+    """Return a column as float64 or lower-case booleans if `pandas.read_csv` does, else as text."""
+    if texts.name in options.text_columns:
+        return texts
+    known = texts.dropna().astype(object)
+    if known.isin(("True", "TRUE", "true", "False", "FALSE", "false")).all() and len(known):
+        return texts.str.lower()
+    numbers = pd.to_numeric(known.map(partial(_with_point, options=options)), errors="coerce")
+    if numbers.isna().any():
+        return texts
+    missing = pd.to_numeric(pd.Series(list(options.na_values), dtype=object), errors="coerce")
+    numbers = numbers.astype(np.float64)
+    return numbers.where(~numbers.isin(missing.dropna())).reindex(texts.index)
+
+
+def _with_point(number: str, options: CsvOptions) -> str:
+    """Remove thousands separators and make the decimal separator a point."""
+    whole, separator, fraction = number.partition(options.decimal)
+    whole = whole.replace(options.thousands or "", "").replace(".", "x")
+    return whole + separator.replace(options.decimal, ".") + fraction
 
 
 def _encode_features(
-    cells: pd.DataFrame, table: pd.DataFrame, where: str, options: CsvOptions
+    cells: pd.DataFrame, texts: pd.DataFrame, options: CsvOptions
 ) -> tuple[np.ndarray, np.ndarray]:
     features = np.empty(cells.shape)
     categorical = np.zeros(cells.shape[1], dtype=bool)
     for j, (name, column) in enumerate(cells.items()):
-        source = f"{where}: column {name!r}"
-        kind = infer_dtype(column, skipna=True)
-        if kind in ("integer", "floating", "mixed-integer-float", "empty"):
-            features[:, j] = column.to_numpy(dtype=np.float64, na_value=np.nan)
+        if column.dtype == np.float64:
+            features[:, j] = column
             if np.isinf(features[:, j]).any():
-                raise ConfigError(f"{source} holds an infinite number")
+                raise ConfigError(f"column {name!r} holds an infinite number")
             if (np.abs(features[:, j]) >= _EXACT).any():
-                _check_exact(table[name], source, str(name))
+                _check_exact(texts[name].dropna(), str(name))
             continue
         categorical[j] = True
         categories = sorted(column.dropna().unique())
-        if kind != "boolean" and name not in (options.dtype or {}):
-            _check_categories(categories, source, str(name))
+        if name not in options.text_columns:
+            _check_categories(categories, str(name))
         codes = pd.Categorical(column.astype(object), categories=categories).codes
         features[:, j] = np.where(codes < 0, np.nan, codes)
     if np.isnan(features).all():
-        raise ConfigError(f"{where}: every feature cell is missing")
+        raise ConfigError("every feature cell is missing")
     return features, categorical
 
 
-def _check_exact(cells: Sequence[str], source: str, name: str) -> None:
+def _check_exact(cells: Iterable[str], name: str) -> None:
     """Raise ConfigError if two integers of a column are the same number in float64."""
     integers = {int(cell) for cell in cells if re.fullmatch(_INTEGER, cell)}
     if len(set(map(float, integers))) < len(integers):
         raise ConfigError(
-            f"{source} holds integers beyond 2**53 that are one number in float64; "
+            f"column {name!r} holds integers beyond 2**53 that are one number in float64; "
             f"'environment.read_csv.index_col=[{name}]' drops the column, "
             f"'environment.read_csv.dtype={{{name}: str}}' keeps its cells as categories"
         )
 
 
-def _check_categories(categories: list[str], source: str, name: str) -> None:
+def _check_categories(categories: list[str], name: str) -> None:
     """Raise ConfigError if the categories are numbers that pandas does not read as numbers."""
     as_text = f"'environment.read_csv.dtype={{{name}: str}}' keeps its cells as categories"
     if all(_WRITTEN_NUMBER.fullmatch(category) for category in categories):
         example = next(c for c in categories if not c.isdecimal())
         raise ConfigError(
-            f"{source} holds numbers with separators or signs, such as {example!r}: "
+            f"column {name!r} holds numbers with separators or signs, such as {example!r}: "
             """write plain numbers, or set "environment.read_csv.decimal=','" or """
             f""""environment.read_csv.thousands=','"; {as_text}"""
         )
@@ -251,13 +240,14 @@ def _check_categories(categories: list[str], source: str, name: str) -> None:
     words = [word for word, number in zip(categories, numbers, strict=True) if not number]
     if len(words) == 1 and len(categories) > 2 and not re.search(r"^[^#]*\d", words[0]):
         raise ConfigError(
-            f"{source} holds numbers and {words[0]!r}: "
+            f"column {name!r} holds numbers and {words[0]!r}: "
             f""""environment.read_csv.na_values=['?','{words[0]}']" makes it a missing cell, """
             f"{as_text}"
         )
 
 
-def _encode_target(cells: list[str], where: str) -> tuple[np.ndarray, tuple[str, ...]]:
+def _encode_target(column: "pd.Series[str]") -> tuple[np.ndarray, tuple[str, ...]]:
+    cells, source = list(column), f"target {column.name!r}"
     numeric = all(map(_PLAIN_NUMBER.fullmatch, cells))
     if numeric:
         spelled = {cell: _normalize(cell) for cell in set(cells)}
@@ -265,17 +255,17 @@ def _encode_target(cells: list[str], where: str) -> tuple[np.ndarray, tuple[str,
     counts = Counter(cells)
     names = tuple(sorted(counts, key=Decimal if numeric else str))
     if len(names) < 2:
-        raise ConfigError(f"{where} is constant ({names[0]!r}); two classes or more are needed")
+        raise ConfigError(f"{source} is constant ({names[0]!r}); two classes or more are needed")
     if len(names) > MAX_CLASSES:
         reason = "; it looks like a regression target" if numeric else ""
         raise ConfigError(
-            f"{where} has {len(names)} distinct values{reason}; at most {MAX_CLASSES} classes "
+            f"{source} has {len(names)} distinct values{reason}; at most {MAX_CLASSES} classes "
             "are allowed"
         )
     rarest = min(names, key=lambda name: counts[name])
     if counts[rarest] < MIN_CLASS_ROWS:
         raise ConfigError(
-            f"{where}: class {rarest!r} has {counts[rarest]} of {len(cells)} rows and cannot be "
+            f"{source}: class {rarest!r} has {counts[rarest]} of {len(cells)} rows and cannot be "
             f"split; {MIN_CLASS_ROWS} rows or more per class are needed"
         )
     code = {name: index for index, name in enumerate(names)}

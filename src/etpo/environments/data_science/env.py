@@ -1,8 +1,7 @@
 """The data-science task: write `build_model`, receive its ROC AUC, read the error, try again.
 
-Sources: the task and its repair prompt are from ETPO (arXiv 2402.06700, section 5).
-`mode="improve"` is an addition that makes several actions per episode useful; `mode="remember"`
-carries results of earlier episodes into later ones, after Reflexion (arXiv 2303.11366).
+The task and its repair prompt are from ETPO (arXiv 2402.06700, section 5); `mode="remember"` is
+after Reflexion (arXiv 2303.11366).
 """
 
 import json
@@ -26,19 +25,18 @@ from etpo_sandbox import Sandbox
 class DataScienceEnv(TextVectorEnv):
     """`num_envs` copies of the task on one data set, scored together in one sandbox.
 
-    The constructor loads and checks everything but starts no process: the sandbox starts at the
-    first `reset` or `step`. All randomness comes from `split_seed`; the seed of `reset` changes
-    nothing. The attempt limit belongs to the task: every end is a termination.
+    The constructor starts no process: the sandbox starts at the first `reset` or `step`. All
+    randomness comes from `split_seed`; the seed of `reset` changes nothing. The attempt limit
+    belongs to the task: every end is a termination.
 
     Args:
         mode: "repair" (the paper): a failure (reward -1) leads to the repair prompt; the first
             success or the `max_attempts`-th attempt ends the episode. "improve": an episode always
-            lasts `max_attempts`; a success leads to the improve prompt, and every attempt receives
-            its own score. "remember": as "repair", and prompts also show the best program and the
-            last different errors of all environments' earlier attempts, except evaluations.
+            lasts `max_attempts`, and a success leads to the improve prompt. "remember": as
+            "repair", and prompts also show the best program and the last different errors of all
+            environments' earlier attempts, except evaluations.
 
-    `load_dataset` and `ProgramScorer` document the other arguments. Raises ConfigError for values
-    that are not allowed.
+    `load_dataset` and `ProgramScorer` document the other arguments.
     """
 
     task_name = "data_science"
@@ -66,10 +64,9 @@ class DataScienceEnv(TextVectorEnv):
     ) -> None:
         _check_choice("mode", mode, ("repair", "improve", "remember"))
         _check_choice("protocol", protocol, ("held_out", "paper"))
-        check_integer("environment.max_attempts", max_attempts, 1)
-        check_integer("environment.n_splits", n_splits, 1)
-        check_integer("environment.score_cache_entries", score_cache_entries, 1)
-        check_integer("environment.num_envs", num_envs, 1)
+        counts = {"max_attempts": max_attempts, "n_splits": n_splits, "num_envs": num_envs}
+        for key, count in (counts | {"score_cache_entries": score_cache_entries}).items():
+            check_integer(f"environment.{key}", count, 1)
         check_integer("environment.split_seed", split_seed, 0, MAX_SEED)
         csv = {"path": path, "target": target, "data_dir": data_dir, "read_csv": read_csv}
         self.dataset = load_dataset(
@@ -101,17 +98,14 @@ class DataScienceEnv(TextVectorEnv):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[tuple[TextObservation, ...], dict[str, Any]]:
-        """Start a new episode in every environment.
-
-        `options={"evaluation": True}`: nothing is remembered until the next reset.
-        """
+        """Start a new episode in every environment; an evaluation leaves no memory."""
         super().reset(seed=seed)
         self.scorer.start()
         self._attempts[:] = 0
         self._remembers = self.mode == "remember" and not (options or {}).get("evaluation")
-        return tuple(self._first_observation() for _ in range(self.num_envs)), {}
+        return tuple(self._first_prompt() for _ in range(self.num_envs)), {}
 
-    def _first_observation(self) -> TextObservation:
+    def _first_prompt(self) -> TextObservation:
         return prompts.observation(self.task, memory=self._memory)
 
     def step_part(self, actions: Sequence[str], envs: np.ndarray) -> Step:
@@ -129,22 +123,20 @@ class DataScienceEnv(TextVectorEnv):
         observations = [prompts.observation(self.task, a, self._memory) for a in attempts]
         if self._remembers:
             self._memory = prompts.remember(self._memory, attempts)
-        final_observations = np.full(len(envs), None, dtype=object)
         infos = {
-            "final_obs": final_observations,
+            "final_obs": np.full(len(envs), None, dtype=object),
             "error": np.array([score.error for score in scores], dtype=object),
             "attempt": self._attempts[envs],
             "cached": np.array([score.cached for score in scores]),
         }
-        for index in np.flatnonzero(terminations):
-            final_observations[index] = observations[index]
-            observations[index] = self._first_observation()
+        for row in np.flatnonzero(terminations):
+            infos["final_obs"][row], observations[row] = observations[row], self._first_prompt()
         self._attempts[envs[terminations]] = 0
         rewards = np.array([score.reward for score in scores], dtype=np.float64)
         return tuple(observations), rewards, terminations, np.zeros(len(envs), dtype=bool), infos
 
     def held_out(self, programs: Sequence[str]) -> list[Score] | None:
-        """Score programs on the held-out rows; None under `protocol="paper"`."""
+        """See `ProgramScorer.held_out`."""
         return self.scorer.held_out(programs)
 
     def held_out_score(self, action: str) -> float | None:
@@ -154,7 +146,6 @@ class DataScienceEnv(TextVectorEnv):
 
     @property
     def content_hash(self) -> str:
-        """Return the sha256 of the encoded data set."""
         return self.dataset.content_hash
 
     @property
@@ -164,7 +155,6 @@ class DataScienceEnv(TextVectorEnv):
 
     @property
     def sandbox_level(self) -> str:
-        """Return the level of confinement."""
         return self.sandbox.level
 
     def write_best_action(self, folder: Path, action: str) -> None:
@@ -174,10 +164,7 @@ class DataScienceEnv(TextVectorEnv):
         write_text(folder / "best_action.py", text)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the scores so far, so that a resumed run repeats none, and the memory.
-
-        Another environment loads them only if it has the same `reward_key`.
-        """
+        """Return the memory and the scores, which need the same `reward_key` to be loaded."""
         scores = self.scorer.known_scores()
         state: dict[str, Any] = {"reward_key": self.reward_key, "scores": scores}
         if self.mode == "remember":

@@ -56,7 +56,7 @@ NO_MEMORY = Memory()
 
 
 def remember(memory: Memory, attempts: Iterable[Attempt]) -> Memory:
-    """Add attempts to `memory`: keep the best (the first of equals) and the last errors."""
+    """Keep the best attempt (the first of equals) and the last different errors."""
     best, errors = memory
     for attempt in attempts:
         if attempt.error is not None:
@@ -74,9 +74,8 @@ def _one_line(error: str) -> str:
 def program_from_action(action: str) -> str:
     """Return the program of an action.
 
-    Use the first fenced block that defines `build_model`, else the first block; a text that defines
-    `build_model` itself is used unchanged; all other text is the body of `build_model`, which a
-    fence ends.
+    This is the first fenced block that defines `build_model`, else the first block. Without a
+    block, and for text that starts as code, it is the text before the first fence.
     """
     blocks = list(_BLOCK.finditer(action))
     text = action[: blocks[0].start()] if blocks else action
@@ -97,11 +96,7 @@ def _defines(text: str) -> bool:
 def observation(
     task: Task, last: Attempt | None = None, memory: Memory = NO_MEMORY
 ) -> TextObservation:
-    """Return the prompt for a first attempt, or for the repair or improvement of `last`.
-
-    `memory` comes first: its errors, one per line, then its best program. A program is cut to
-    `MAX_PROGRAM_CHARACTERS`, an error to one line of `MAX_ERROR_CHARACTERS`.
-    """
+    """Return the prompt for a first attempt, or to repair or improve `last`, after `memory`."""
     facts = (
         f"{task.name}: {task.rows} training rows, {task.features} features, {task.classes} classes"
     )

@@ -29,6 +29,7 @@ FAILURE_REWARD = -1.0
 HELD_OUT_FRACTION = 0.4
 _UNSTRATIFIED_DRAWS = 100
 _REFUSED = Outcome(None, "RuntimeError: GridSearchCV is not allowed", 0.0)
+Fold = tuple[Split, np.ndarray]  # of the sandbox, and the test labels, which stay here
 
 
 class Score(NamedTuple):
@@ -136,7 +137,7 @@ class ProgramScorer:
             )
         halves = [draw_halves(self.reward_rows, dataset.target, random) for _ in range(n_splits)]
         self.n_train_rows = len(halves[0][0])
-        self._splits, self._y_tests = self._make_splits(halves)
+        self._folds = self._make_folds(halves)
         self._disk = ScoreCache(Path(cache_path), self.task, cache_entries) if cache_path else None
 
     @property
@@ -182,13 +183,13 @@ class ProgramScorer:
         """Fit on all reward rows and score once on the held-out rows; None under `paper`."""
         if not len(self.held_out_rows):
             return None
-        splits, y_tests = self._make_splits([(self.reward_rows, self.held_out_rows)])
-        trials = self._run(list(dict.fromkeys(programs)), splits, y_tests)
+        folds = self._make_folds([(self.reward_rows, self.held_out_rows)])
+        trials = self._run(list(dict.fromkeys(programs)), folds)
         return [Score(trials[p].reward, trials[p].error, cached=False) for p in programs]
 
     def trial(self, program: str) -> Trial:
         """Run a program on every split, even if its score is known; store nothing."""
-        return self._run([program], self._splits, self._y_tests)[program]
+        return self._run([program], self._folds)[program]
 
     def known_scores(self) -> dict[str, tuple[float, str | None]]:
         """Return reward and error of every scored program."""
@@ -224,12 +225,7 @@ class ProgramScorer:
         for copies in (False, True):
             batch = [program for program in programs if (program not in originals) is copies]
             known = {p: self._working[forms[p]] for p in batch if forms[p] in self._working}
-            trials = self._run(
-                [program for program in batch if program not in known],
-                self._splits,
-                self._y_tests,
-                report,
-            )
+            trials = self._run([p for p in batch if p not in known], self._folds, report)
             for _ in known:
                 report()
             self.load_scores(known | {p: (t.reward, t.error) for p, t in trials.items()})
@@ -242,25 +238,23 @@ class ProgramScorer:
     def _is_refused(self, program: str) -> bool:
         return self.protocol == "paper" and "GridSearchCV(" in program
 
-    def _make_splits(
-        self, halves: list[tuple[np.ndarray, np.ndarray]]
-    ) -> tuple[list[Split], list[np.ndarray]]:
-        """Return imputed splits, and their test labels, from pairs of training and test rows."""
+    def _make_folds(self, halves: list[tuple[np.ndarray, np.ndarray]]) -> list[Fold]:
+        """Return imputed splits and test labels from pairs of training and test rows."""
         x, y = self.dataset.features, self.dataset.target
-        splits = []
+        folds = []
         for train, test in halves:
             x_train, x_test = impute(x[train], x[test], self.dataset.categorical)
-            splits.append(Split(x_train=x_train, y_train=y[train], x_test=x_test))
-        return splits, [y[test] for _, test in halves]
+            folds.append((Split(x_train=x_train, y_train=y[train], x_test=x_test), y[test]))
+        return folds
 
     def _run(
         self,
         programs: list[str],
-        splits: list[Split],
-        y_tests: list[np.ndarray],
+        folds: list[Fold],
         on_result: Callable[[int, Outcome], None] | None = None,
     ) -> dict[str, Trial]:
         self.start()
+        splits, y_tests = zip(*folds, strict=True)
         outcomes = dict.fromkeys(programs, _REFUSED)
         allowed = [program for program in programs if not self._is_refused(program)]
         seeds = [self.program_seed(program) for program in allowed]
@@ -270,7 +264,7 @@ class ProgramScorer:
         return {program: evaluate(outcome, y_tests) for program, outcome in outcomes.items()}
 
 
-def evaluate(outcome: Outcome, y_tests: list[np.ndarray]) -> Trial:
+def evaluate(outcome: Outcome, y_tests: Sequence[np.ndarray]) -> Trial:
     """Compute ROC AUC by split and the reward, their mean; a failure has reward -1."""
     error = outcome.error
     if error is None:
