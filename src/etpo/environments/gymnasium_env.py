@@ -35,9 +35,8 @@ class GymnasiumEnv(TextVectorEnv):
         kwargs: arguments of the environment.
         max_episode_steps: actions until truncation (`TimeLimit`); None: as registered.
 
-    Raises ConfigError for other spaces, EnvironmentFailure if an environment cannot be made.
-    `reset` and `step` raise ConfigError for invalid values, and EnvironmentFailure for exceptions
-    of a copy, at once, without waiting for the other copies.
+    Raises ConfigError for invalid values and EnvironmentFailure for exceptions of a copy, at once,
+    without waiting for the other copies.
     """
 
     def __init__(
@@ -131,10 +130,7 @@ class GymnasiumEnv(TextVectorEnv):
 
 
 class Copy:
-    """One environment and its thread; results are validated plain Python values.
-
-    `make`, `reset` and `step` raise ConfigError and EnvironmentFailure, prefixed with `name`.
-    """
+    """One environment and its thread; results are validated plain Python values."""
 
     env: gymnasium.Env
 

@@ -77,22 +77,20 @@ class House:
                 continue
             if FURNITURE[name][1]:
                 found[f"close the {name}"] = partial(self.open.remove, name)
-            if self.held is not None:
-                found[f"put the {self.held} {preposition(name)} the {name}"] = partial(
-                    self.put, name
-                )
-                continue
-            found |= {f"grab the {thing}": partial(self.grab, thing) for thing in self.on(name)}
+            if self.held is None:
+                found |= {f"grab the {thing}": partial(self.grab, thing) for thing in self.on(name)}
+            else:
+                preposition = "in" if FURNITURE[name][1] else "on"
+                found[f"put the {self.held} {preposition} the {name}"] = partial(self.put, name)
         return found
 
     def describe(self, furniture: str) -> str:
         """Return the visible state of a piece of furniture."""
         if self.shut(furniture):
             return f"The {furniture} is closed."
-        things = listed(self.on(furniture))
-        if FURNITURE[furniture][1]:
-            return f"The {furniture} is open; in it: {things}."
-        return f"On the {furniture}: {things}."
+        is_container = FURNITURE[furniture][1]
+        place = f"The {furniture} is open; in it" if is_container else f"On the {furniture}"
+        return f"{place}: {listed(self.on(furniture))}."
 
     def goal_text(self) -> str:
         parts = [f"the {thing} in the {place}" for thing, place in self.goal.items()]
@@ -100,15 +98,9 @@ class House:
         return f"put {listed(parts)}, and leave {doors} closed"
 
 
-def preposition(furniture: str) -> str:
-    return "in" if FURNITURE[furniture][1] else "on"
-
-
 def listed(names: Sequence[str]) -> str:
     """Return `a, b and c`, or `nothing`."""
-    if not names:
-        return "nothing"
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "nothing"
 
 
 class HouseholdEnv(gymnasium.Env):
@@ -116,15 +108,8 @@ class HouseholdEnv(gymnasium.Env):
 
     Things behind a closed door are not visible, and only one thing can be held. An inadmissible
     action is a failure: `info["error"]` and the next observation report it, and the step is lost.
-    Observations are a Dict of instruction and prefix. Registered as `etpo/Household-v0`, truncated
-    after 60 steps.
-
-    Args:
-        num_goals: 1 to 4; three take 10 to 23 actions.
-        list_actions: observations list the admissible actions.
-        history: number of previous actions that observations show.
-
-    Raises ConfigError for values out of range.
+    `list_actions`: observations list the admissible actions. `history`: number of previous actions
+    in an observation. Registered as `etpo/Household-v0`, truncated after 60 steps.
     """
 
     metadata: Mapping[str, Any] = {"render_modes": ["ansi"], "render_fps": 1}
@@ -137,12 +122,11 @@ class HouseholdEnv(gymnasium.Env):
         history: int = 5,
         render_mode: str | None = None,
     ) -> None:
-        check_integer("environment.kwargs.num_goals", num_goals, 1, 4)
-        check_integer("environment.kwargs.history", history, 0)
+        key = "environment.kwargs"
+        check_integer(f"{key}.num_goals", num_goals, 1, 4)  # three take 10 to 23 actions
+        check_integer(f"{key}.history", history, 0)
         if not isinstance(list_actions, bool):
-            raise ConfigError(
-                f"environment.kwargs.list_actions={list_actions}: allowed are true, false"
-            )
+            raise ConfigError(f"{key}.list_actions={list_actions}: allowed are true, false")
         self.num_goals, self.list_actions, self.history = num_goals, list_actions, history
         self.render_mode = render_mode
         self.action_space = AnyText()

@@ -48,8 +48,7 @@ class TextArenaEnv(gymnasium.Env):
             import textarena
         except ImportError as error:
             raise ImportError('TextArena is missing: pip install -e ".[textarena]"') from error
-        known = textarena.envs.registration.ENV_REGISTRY
-        if game not in known:
+        if game not in textarena.envs.registration.ENV_REGISTRY:
             raise ConfigError(
                 f"environment.kwargs.game={game}: allowed are names of TextArena such as "
                 "FrozenLake-v0-train, GuessTheNumber-v0-train, TowerOfHanoi-v0-train"

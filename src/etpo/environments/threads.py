@@ -1,4 +1,4 @@
-"""A worker thread that does not delay the end of the process."""
+"""A worker thread that does not delay the exit of Python, even if a call never returns."""
 
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -9,11 +9,7 @@ from typing import Any
 
 
 class DaemonThread:
-    """Run calls one after the other in a daemon thread.
-
-    Python waits for the threads of a `ThreadPoolExecutor` when it exits, so a call that never
-    returns would keep the process alive.
-    """
+    """Run calls one after the other; unlike a `ThreadPoolExecutor`, it never delays the exit."""
 
     def __init__(self, name: str) -> None:
         self.calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()

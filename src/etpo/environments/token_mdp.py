@@ -1,9 +1,8 @@
 """MDPs whose actions are token sequences, with exact float64 solvers.
 
-They are small enough (about 5 tokens, 3 per action, a few states) to enumerate every action and
-prefix. Nothing here uses the training code, so that the two can be compared. Policies are tables
-log pi(w | s, prefix) [S, P, V] with finite entries: S states, P prefixes (0 is the empty one),
-V tokens, A actions. Solvers are differentiable with respect to the policy.
+They are small enough to enumerate every action and prefix. Nothing here uses the training code, so
+that the two can be compared. Policies are tables log pi(w | s, prefix) [S, P, V] with finite
+entries: S states, P prefixes (0 is the empty one), V tokens, A actions.
 """
 
 from collections.abc import Callable
@@ -112,13 +111,12 @@ class TokenMDP:
         Raises RuntimeError if it does not converge.
         """
 
+        def soft_value(q: Tensor, level: slice) -> Tensor:
+            return beta * (log_ref[:, level] + q / beta).logsumexp(-1)
+
         def sweep(value: Tensor) -> tuple[Tensor, Tensor]:
             leaf = self.rewards + self._continuation @ value
-            q, v = self._backup(
-                leaf,
-                lambda q, level: beta * (log_ref[:, level] + q / beta).logsumexp(-1),
-                token_discount,
-            )
+            q, v = self._backup(leaf, soft_value, token_discount)
             return (log_ref + q / beta).log_softmax(-1), v[:, 0]
 
         return fixed_point(sweep, torch.zeros_like(self.start))

@@ -53,13 +53,8 @@ def random_mdp(
 ) -> TokenMDP:
     """Draw random transitions, terminations and starts, and rewards unless they are given.
 
-    Args:
-        seed: draws the tables, independent of the run's seed.
-        vocabulary_size: number of letters plus the end token.
-        length: largest number of tokens of an action.
-        rewards: one mapping per state from an action's text to its reward; other actions pay 0.
-
-    Raises ConfigError for values out of range.
+    `vocabulary_size` counts the letters and the end token, `length` limits the tokens of an action.
+    `rewards` maps, for each state, texts of actions to rewards; other actions pay 0.
     """
     check_integer("environment.mdp.seed", seed, 0, MAX_SEED)
     check_integer("environment.mdp.num_states", num_states, 1, MAX_STATES)
@@ -104,11 +99,7 @@ class TokenMDPEnv(TextVectorEnv):
     vocabulary of the MDP (`model=token_mdp`) cannot write such a text. All draws come from the
     generator that `reset(seed=...)` seeds.
 
-    Args:
-        time_limit: number of actions until truncation, or None. Observations do not show it, and
-            the value of the next state is bootstrapped.
-
-    Raises ConfigError for values out of range.
+    `time_limit`: number of actions until truncation; observations do not show it.
     """
 
     task_name = "token_mdp"

@@ -54,10 +54,7 @@ _ADVICE = (
 
 @dataclass(frozen=True)
 class CsvOptions:
-    """Options of `pandas.read_csv` (`environment.read_csv`), with the same names and meanings.
-
-    Raises ConfigError for an unknown option or a value that is not allowed.
-    """
+    """Options of `pandas.read_csv` (`environment.read_csv`), with the same names and meanings."""
 
     sep: str | None = None  # None: whichever of comma, semicolon, tab and | fits
     encoding: str | None = None  # None: UTF-8, or the encoding of the byte order mark
@@ -71,29 +68,23 @@ class CsvOptions:
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | None) -> "CsvOptions":
-        """Create the options from a mapping; ConfigError for an unknown name."""
         names = [field.name for field in fields(cls)]
-        unknown = set(options or {}) - set(names)
-        if unknown:
-            key = f"environment.read_csv.{unknown.pop()}"
+        for name in set(options or {}) - set(names):
+            key = f"environment.read_csv.{name}"
             raise ConfigError(f"{key} is unknown; allowed: {', '.join(names)}")
         return cls(**(options or {}))
 
     @property
     def text_columns(self) -> list[str]:
-        """Return the names of the columns that `dtype` keeps as text."""
         return [str(name) for name in self.dtype or {}]
 
     def __post_init__(self) -> None:
         if self.sep == "\\t":  # as a command line passes it
             object.__setattr__(self, "sep", "\t")
-        words = [None] if isinstance(self.na_values, str) else self.na_values
-        is_list = isinstance(words, Sequence) and all(
-            isinstance(w, str | int | float) for w in words
-        )
-        is_mapping = isinstance(self.dtype, Mapping) and set(map(str, self.dtype.values())) <= {
-            "str"
-        }
+        words, kinds = self.na_values, self.dtype
+        is_list = isinstance(words, Sequence) and not isinstance(words, str)
+        is_list = is_list and all(isinstance(word, str | int | float) for word in words)
+        is_mapping = isinstance(kinds, Mapping) and all(kind == "str" for kind in kinds.values())
         checks = (
             ("sep", self.sep is None or is_character(self.sep), "one character"),
             ("decimal", is_character(self.decimal), "one character"),
@@ -270,19 +261,18 @@ def _name_columns(table: pd.DataFrame, options: CsvOptions) -> pd.DataFrame:
             cells = table[name]
             if len(cells) > 1 and cells.is_unique and cells.map(str.isdecimal).all():
                 raise ConfigError(
-                    f"column {name!r} numbers the rows, as DataFrame.to_csv writes its "
-                    f"index; environment.read_csv.index_col={position} drops it"
+                    f"column {name!r} numbers the rows, as DataFrame.to_csv writes its index; "
+                    f"environment.read_csv.index_col={position} drops it"
                 )
     return table.drop(columns=dropped)
 
 
 def _index_columns(index_col: Any, columns: Sequence[str]) -> list[str]:
     """Return the names of the columns that `index_col` selects; ConfigError for unknown ones."""
-    if index_col is None or index_col is False:
-        return []
     several = isinstance(index_col, Sequence) and not isinstance(index_col, str)
+    unset = index_col is None or index_col is False
     selected = []
-    for key in index_col if several else [index_col]:
+    for key in index_col if several else [] if unset else [index_col]:
         is_position = type(key) is int and 0 <= key < len(columns)
         selected.append(columns[key] if is_position else str(key))
         if selected[-1] not in columns:
