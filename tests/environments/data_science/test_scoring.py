@@ -124,7 +124,7 @@ def test_paper_protocol_uses_all_rows(sandbox):
 def test_split_seed_draws_the_rows(sandbox):
     def rows(split_seed):
         scorer = ProgramScorer(tiny([60, 40]), sandbox, split_seed=split_seed)
-        return scorer.held_out_rows, scorer._folds[0][0].x_train
+        return scorer.held_out_rows, scorer.folds[0][0].x_train
 
     for same, other in zip(rows(1), rows(1), strict=True):
         np.testing.assert_array_equal(same, other)
@@ -152,7 +152,7 @@ def test_many_rare_classes_fall_back_to_stratified_halves():
 def test_the_smallest_class_allowed_can_be_split(counts, sandbox):
     for split_seed in range(5):
         scorer = ProgramScorer(tiny(counts), sandbox, split_seed=split_seed)
-        labels = [y for split, y_test in scorer._folds for y in (split.y_train, y_test)]
+        labels = [y for split, y_test in scorer.folds for y in (split.y_train, y_test)]
         labels.append(scorer.dataset.target[scorer.held_out_rows])
         assert all(len(np.unique(label)) == len(counts) for label in labels)
 
@@ -160,10 +160,10 @@ def test_the_smallest_class_allowed_can_be_split(counts, sandbox):
 def test_missing_cells_are_filled_from_the_training_rows_of_the_split(sandbox):
     dataset = tiny([50, 50], missing=range(20, 60))
     scorer = ProgramScorer(dataset, sandbox)
-    for split, _ in scorer._folds:
+    for split, _ in scorer.folds:
         assert not np.isnan(split.x_train).any()
         assert not np.isnan(split.x_test).any()
-    fills = {float(np.median(split.x_train)) for split, _ in scorer._folds}
+    fills = {float(np.median(split.x_train)) for split, _ in scorer.folds}
     assert len(fills) > 1  # one median per split, not one of the whole table
 
 

@@ -244,7 +244,7 @@ def _check_header(table: pd.DataFrame) -> None:
 
 
 def _name_columns(table: pd.DataFrame, options: CsvOptions) -> pd.DataFrame:
-    """Give every column a unique name; drop empty columns and those of `index_col`."""
+    """Give every column a unique name; drop empty columns and `index_col`."""
     used = (table != "").any().to_numpy() | (table.columns != "")
     names = [name or f"Unnamed: {j}" for j, name in enumerate(table.columns)]
     table = table.set_axis(names, axis="columns").loc[:, used]

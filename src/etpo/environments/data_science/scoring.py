@@ -137,7 +137,7 @@ class ProgramScorer:
             )
         halves = [draw_halves(self.reward_rows, dataset.target, random) for _ in range(n_splits)]
         self.n_train_rows = len(halves[0][0])
-        self._folds = self._make_folds(halves)
+        self.folds = self._make_folds(halves)
         self._disk = ScoreCache(Path(cache_path), self.task, cache_entries) if cache_path else None
 
     @property
@@ -189,7 +189,7 @@ class ProgramScorer:
 
     def trial(self, program: str) -> Trial:
         """Run a program on every split, even if its score is known; store nothing."""
-        return self._run([program], self._folds)[program]
+        return self._run([program], self.folds)[program]
 
     def known_scores(self) -> dict[str, tuple[float, str | None]]:
         """Return reward and error of every scored program."""
@@ -225,7 +225,7 @@ class ProgramScorer:
         for copies in (False, True):
             batch = [program for program in programs if (program not in originals) is copies]
             known = {p: self._working[forms[p]] for p in batch if forms[p] in self._working}
-            trials = self._run([p for p in batch if p not in known], self._folds, report)
+            trials = self._run([p for p in batch if p not in known], self.folds, report)
             for _ in known:
                 report()
             self.load_scores(known | {p: (t.reward, t.error) for p, t in trials.items()})
