@@ -65,7 +65,7 @@ def in_sandbox(sandbox: Sandbox, programs: list[str], splits: list[Split]) -> No
 
 
 def measure(count: int, rounds: int) -> pd.DataFrame:
-    """Measure programs per second of every round: columns model, variant, round, programs_per_second."""
+    """Measure every round: columns model, variant, round, programs_per_second."""
     rows = []
     with Sandbox(workers=1) as one, Sandbox(workers=2) as two:
         splits = [split for split, _ in ProgramScorer(load_dataset("tic_tac_toe"), one).folds]

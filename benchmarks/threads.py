@@ -61,7 +61,7 @@ def run(variant: str, iterations: int, seed: int, folder: Path) -> pd.DataFrame:
 
 
 def measure(rounds: int, iterations: int, loads: list[int]) -> pd.DataFrame:
-    """Return the seconds of all runs: columns variant, busy (other processes), round and `COLUMNS`."""
+    """Return seconds of all runs: columns variant, busy (other processes), round, `COLUMNS`."""
     parts = []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):
