@@ -28,17 +28,11 @@ class SandboxError(ValueError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of one program on its splits.
+    """Result of one program on its splits."""
 
-    Attributes:
-        probabilities: [m, n_classes] float64 in [0, 1] (tolerance 1e-6) per split; None on failure.
-        error: `TypeName: message` of the first split that failed, one line of at most 600 bytes.
-        seconds: CPU seconds over the splits up to the first failure.
-    """
-
-    probabilities: tuple[np.ndarray, ...] | None
-    error: str | None
-    seconds: float
+    probabilities: tuple[np.ndarray, ...] | None  # [m, n_classes] float64 in [0, 1] (+- 1e-6) each
+    error: str | None  # `TypeName: message` of the first failure, one line, at most 600 bytes
+    seconds: float  # CPU seconds of all splits up to the first failure
 
 
 class Sandbox:

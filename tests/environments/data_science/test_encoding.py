@@ -1,14 +1,16 @@
 """What the cells of a column and of the target mean: as pandas reads them, and nothing is lost."""
 
+import io
+
 import numpy as np
 import pandas as pd
 import pytest
 
+from etpo.environments.data_science import encoding
 from etpo.environments.data_science.csv_file import CsvOptions
 from etpo.environments.data_science.encoding import Dataset, encode
 from etpo.errors import ConfigError
 
-# what pandas 3.1 documents for read_csv
 MISSING = ["", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND"]
 MISSING += ["1.#QNAN", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"]
 
@@ -205,3 +207,9 @@ def test_a_target_that_is_misspelt():
     for target in ("Survived ", "survived", "Survivd"):
         with pytest.raises(ConfigError, match=r"environment\.target=.*did you mean Survived\?"):
             encode("d", table(("v", "Survived"), rows), target, "impute")
+
+
+def test_pandas_reads_the_same_words_as_missing_cells():
+    lines = "".join(f'"{word}",x\n' for word in [*sorted(encoding._MISSING), "none", "-", "N.A."])
+    read = pd.read_csv(io.StringIO(lines), header=None, dtype=str)[0]
+    assert read.isna().sum() == len(encoding._MISSING) == len(read) - 3

@@ -1,4 +1,4 @@
-"""Scores of a checkpoint are those of its data, splits and limits alone."""
+"""Scores of a checkpoint belong to its data, splits and limits."""
 
 import pytest
 

@@ -9,13 +9,13 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from sklearn import datasets as bundled
 
-from etpo.environments.data_science import generated
 from etpo.environments.data_science.csv_file import CsvOptions, read_table
 from etpo.environments.data_science.encoding import Dataset, encode, sample_rows
 from etpo.environments.plain import sent_by
@@ -23,7 +23,42 @@ from etpo.errors import ConfigError, check_integer, described
 
 __all__ = ["DATASET_NAMES", "Dataset", "load_dataset"]
 
-_GENERATED = {"tic_tac_toe": generated.tic_tac_toe, "balance_scale": generated.balance_scale}
+_LINES = ("012", "345", "678", "036", "147", "258", "048", "246")  # of tic-tac-toe, by square
+
+
+def tic_tac_toe() -> pd.DataFrame:
+    """Return all 958 boards at the end of a game in which x moves first (OpenML 50), sorted.
+
+    Cells are x, o or b (blank); the class is positive if x has won.
+    """
+    squares = product(("top", "middle", "bottom"), ("left", "middle", "right"))
+    columns = [f"{row}-{column}-square" for row, column in squares]
+    rows = []
+    for board in product("box", repeat=9):
+        x, o = (any(all(board[int(i)] == p for i in line) for line in _LINES) for p in "xo")
+        ahead = board.count("x") - board.count("o")
+        last_by_x = ahead == 1 and not o and (x or "b" not in board)
+        last_by_o = ahead == 0 and not x and o
+        if last_by_x or last_by_o:
+            rows.append((*board, "positive" if x else "negative"))
+    return pd.DataFrame(rows, columns=[*columns, "Class"])
+
+
+def balance_scale() -> pd.DataFrame:
+    """Return the grid of two weights and two distances in 1..5 (OpenML 11, 625 rows).
+
+    The class is the side with the larger product of weight and distance: L, R or B (balanced).
+    """
+    rows = []
+    for left_weight, left_distance, right_weight, right_distance in product(range(1, 6), repeat=4):
+        left, right = left_weight * left_distance, right_weight * right_distance
+        side = "L" if left > right else "R" if right > left else "B"
+        rows.append((left_weight, left_distance, right_weight, right_distance, side))
+    columns = ["left-weight", "left-distance", "right-weight", "right-distance", "class"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+_GENERATED = {"tic_tac_toe": tic_tac_toe, "balance_scale": balance_scale}
 _BUNDLED = {
     "iris": bundled.load_iris,
     "wine": bundled.load_wine,

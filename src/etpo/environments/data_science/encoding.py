@@ -2,7 +2,6 @@
 
 import difflib
 import hashlib
-import io
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -21,7 +20,10 @@ from etpo.errors import ConfigError
 MAX_CLASSES = 20
 MIN_CLASS_ROWS = 4  # two for the reward splits and one held out, for every draw
 _EXACT = 2**53  # float64 holds every integer up to here
-_INTEGER = r"[+-]?[0-9]+"
+_MISSING = {  # the missing cells of pandas.read_csv
+    *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"),
+    *("<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
+}
 _PLAIN_NUMBER = re.compile(r"[+-]?(0|[1-9]\d*)(\.\d+)?", re.ASCII)  # no 007, no 1e5
 _GROUPED = r"\d{1,3}(?P<group>[,. '’\u00a0\u202f])\d{3}((?P=group)\d{3})*([.,]\d+)?"
 _WRITTEN_NUMBER = re.compile(
@@ -77,9 +79,9 @@ def encode(
     """
     options = options or CsvOptions()
     _check_columns(table, target, options)
-    texts = _mark_missing(table, options)
-    _check_missing_targets(table[target], texts[target], options)
-    texts = texts[texts[target].notna()]
+    words = {*map(str, options.na_values)} | (_MISSING if options.keep_default_na else set())
+    _check_missing_targets(table[target], words, options)
+    texts = table.mask(table.isin(words))[~table[target].isin(words)]  # NaN is a missing cell
     cells = pd.DataFrame({name: _parse(texts[name], options) for name in texts if name != target})
     if missing == "drop":
         complete = cells.notna().all(axis=1)
@@ -136,37 +138,21 @@ def _check_columns(table: pd.DataFrame, target: str, options: CsvOptions) -> Non
 
 
 def _check_missing_targets(
-    cells: "pd.Series[str]", texts: "pd.Series[str]", options: CsvOptions
+    column: "pd.Series[str]", missing: set[str], options: CsvOptions
 ) -> None:
     """Raise ConfigError if a class may be lost, such as NA for Namibia, or no target is left."""
-    expected = {"", *map(str, options.na_values)}
-    words = sorted(set(cells[texts.isna().to_numpy()]) - expected)
+    cells, source = set(column), f"target {column.name!r}"
+    words = sorted(cells & missing - {"", *map(str, options.na_values)})
     if words:
         listed = ",".join(f"'{word}'" for word in [*options.na_values, *words])
         raise ConfigError(
-            f"target {cells.name!r} holds {words[0]!r}, a missing cell for pandas: "
+            f"{source} holds {words[0]!r}, a missing cell for pandas: "
             f'"environment.read_csv.na_values=[{listed}]" drops its rows, '
             "environment.read_csv.keep_default_na=false with "
             """"environment.read_csv.na_values=['','?']" makes it a class"""
         )
-    if texts.isna().all():
-        raise ConfigError(f"target {cells.name!r} has no value")
-
-
-def _mark_missing(table: pd.DataFrame, options: CsvOptions) -> pd.DataFrame:
-    """Replace the missing cells of `pandas.read_csv` with NaN."""
-    lines = table.to_csv(sep="\t", header=False, index=False, lineterminator="\r\n")
-    return pd.read_csv(
-        io.StringIO(lines, newline=""),
-        sep="\t",
-        header=None,
-        names=list(table.columns),
-        index_col=False,
-        skip_blank_lines=False,
-        dtype=str,
-        na_values=list(options.na_values),
-        keep_default_na=options.keep_default_na,
-    )
+    if cells <= missing:
+        raise ConfigError(f"{source} has no value")
 
 
 def _parse(texts: "pd.Series[str]", options: CsvOptions) -> "pd.Series[Any]":
@@ -217,7 +203,7 @@ def _encode_features(
 
 def _check_exact(cells: Iterable[str], name: str) -> None:
     """Raise ConfigError if two integers of a column are the same number in float64."""
-    integers = {int(cell) for cell in cells if re.fullmatch(_INTEGER, cell)}
+    integers = {int(cell) for cell in cells if re.fullmatch(r"[+-]?[0-9]+", cell)}
     if len(set(map(float, integers))) < len(integers):
         raise ConfigError(
             f"column {name!r} holds integers beyond 2**53 that are one number in float64; "
@@ -268,8 +254,7 @@ def _encode_target(column: "pd.Series[str]") -> tuple[np.ndarray, tuple[str, ...
             f"{source}: class {rarest!r} has {counts[rarest]} of {len(cells)} rows and cannot be "
             f"split; {MIN_CLASS_ROWS} rows or more per class are needed"
         )
-    code = {name: index for index, name in enumerate(names)}
-    return np.array([code[cell] for cell in cells], dtype=np.int64), names
+    return pd.Categorical(cells, categories=names).codes.astype(np.int64), names
 
 
 def _normalize(number: str) -> str:
