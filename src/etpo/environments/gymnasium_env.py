@@ -13,7 +13,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from etpo.environments import plain
+from etpo.environments import validation
 from etpo.environments.text_env import FIELDS, Step, TextObservation, TextVectorEnv
 from etpo.environments.threads import DaemonThread
 from etpo.errors import ConfigError, EnvironmentFailure, check_integer, described
@@ -151,7 +151,7 @@ class Copy:
     def reset(self, seed: int | None, options: dict[str, Any] | None) -> TextObservation:
         """Return the first observation of a new episode."""
         returned = self.call("reset", seed=seed, options=options)
-        with plain.sent_by(f"{self.name}: reset()"):
+        with validation.error_prefix(f"{self.name}: reset()"):
             first, _ = unpack(returned, ("observation", "info"))
             return observation(first, self.env.observation_space)
 
@@ -162,16 +162,16 @@ class Copy:
         episode that ended (else None), error and cached.
         """
         returned = self.call("step", action)
-        with plain.sent_by(f"{self.name}: step()"):
+        with validation.error_prefix(f"{self.name}: step()"):
             names = ("observation", "reward", "terminated", "truncated", "info")
             following, reward, terminated, truncated, info = unpack(returned, names)
-            reward = plain.reward(reward)
-            terminated = plain.flag("terminated", terminated)
-            truncated = plain.flag("truncated", truncated)
+            reward = validation.reward(reward)
+            terminated = validation.flag("terminated", terminated)
+            truncated = validation.flag("truncated", truncated)
             if not isinstance(info, Mapping | None):
-                raise ConfigError(f"info={plain.shown(info)}: allowed is a dict")
-            error = plain.error_text((info or {}).get("error"))
-            cached = plain.flag("cached", (info or {}).get("cached") or False)
+                raise ConfigError(f"info={validation.shown(info)}: allowed is a dict")
+            error = validation.error_text((info or {}).get("error"))
+            cached = validation.flag("cached", (info or {}).get("cached") or False)
             try:
                 following = observation(following, self.env.observation_space)
             except ConfigError:
@@ -236,6 +236,6 @@ def is_text(space: spaces.Space | None) -> bool:
 def observation(value: Any, space: spaces.Space) -> TextObservation:
     """Convert an observation of a space to a `TextObservation`."""
     if isinstance(space, spaces.Dict):
-        return plain.observation(value, list(space))
-    text = plain.text("observation", value)
+        return validation.observation(value, list(space))
+    text = validation.text("observation", value)
     return TextObservation(instruction=text, prefix=text, suffix="")

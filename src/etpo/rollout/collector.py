@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from etpo.environments import plain
+from etpo.environments import validation
 from etpo.environments.text_env import TextObservation, TextVectorEnv
 from etpo.environments.threads import DaemonThread
 from etpo.generation.sampler import Sample, action_texts, sample
@@ -53,7 +53,9 @@ class Group:
         self.texts = action_texts(policy, self.prompts, self.taken)
         return self.texts
 
-    def receive(self, policy: LanguageModelPolicy, answer: plain.Answer, last: bool) -> None:
+    def receive(
+        self, policy: LanguageModelPolicy, answer: validation.StepResult, last: bool
+    ) -> None:
         """Takes what came of the actions; `last`: open episodes are cut here."""
         ended = torch.tensor(answer.terminated)
         cut = ~ended if last else torch.tensor(answer.truncated) & ~ended
@@ -69,7 +71,7 @@ class Group:
         self.attempt = torch.where(ended | cut, 0, self.attempt + 1)
         self.observations = answer.observations
 
-    def written(self, policy: LanguageModelPolicy, answer: plain.Answer) -> list[Record]:
+    def written(self, policy: LanguageModelPolicy, answer: validation.StepResult) -> list[Record]:
         """The actions as a person reads them."""
         return [
             Record(
@@ -103,12 +105,12 @@ def collect(
     truncated: their true next prompts are kept for bootstrapping. `on_progress(stage, done,
     total)` is called with stage "rollout".
 
-    Raises ConfigError for what an environment may not send (`etpo.environments.plain`).
+    Raises ConfigError for what an environment may not send (`etpo.environments.validation`).
     """
     first, _ = environment.reset(seed=seed, options={"evaluation": generator is None})
     source = f"environment {environment.task_name}"
-    with plain.sent_by(source):
-        observations = plain.observations(first, environment.num_envs)
+    with validation.error_prefix(source):
+        observations = validation.observations(first, environment.num_envs)
     parts = [
         Group(envs, observations)
         for envs in np.array_split(np.arange(environment.num_envs), groups)
@@ -122,8 +124,8 @@ def collect(
                 start = time.perf_counter()
                 if number > 0:
                     returned = answers[index]()
-                    with plain.sent_by(source):
-                        answer = plain.answer(returned, len(part.envs))
+                    with validation.error_prefix(source):
+                        answer = validation.step_result(returned, len(part.envs))
                     part.receive(policy, answer, last=number == rounds)
                 answered = time.perf_counter()
                 if number < rounds:

@@ -18,7 +18,7 @@ from sklearn import datasets as bundled
 
 from etpo.environments.data_science.csv_file import CsvOptions, read_table
 from etpo.environments.data_science.encoding import Dataset, encode, sample_rows
-from etpo.environments.plain import sent_by
+from etpo.environments.validation import error_prefix
 from etpo.errors import ConfigError, check_integer, described
 
 __all__ = ["DATASET_NAMES", "Dataset", "load_dataset"]
@@ -140,7 +140,7 @@ def _load_csv(path: str | None, target: str | None, missing: str, options: CsvOp
         raise ConfigError(f"{where} is an address; allowed is a file: download it first")
     file = Path(path).expanduser()
     name = re.sub(r"\W+", "_", file.name.partition(".")[0])
-    with sent_by(where):
+    with error_prefix(where):
         table = read_table(file, options)
         target = table.columns[-1] if target is None else str(target)
         return encode(name, table, target, missing, options)
@@ -155,12 +155,12 @@ def _load_named(name: str, data_dir: str | None, missing: str, options: CsvOptio
         table = pd.DataFrame(content.data.astype(object), columns=list(content.feature_names))
         table["class"] = content.target_names[content.target]
     elif file := _file_in(data_dir or os.environ.get("ETPO_DATA_DIR"), name):
-        with sent_by(f"{where} ({file})"):
+        with error_prefix(f"{where} ({file})"):
             table = read_table(file, options)
             return encode(name, table, table.columns[-1], missing, options)
     else:
         table = _openml_table(name)
-    with sent_by(where):
+    with error_prefix(where):
         return encode(name, table.map(str), table.columns[-1], missing)
 
 

@@ -16,8 +16,8 @@ from gymnasium import spaces
 
 from etpo.environments import gymnasium_env
 from etpo.environments.gymnasium_env import GymnasiumEnv
-from etpo.environments.plain import MAX_ERROR
 from etpo.environments.text_env import AnyText
+from etpo.environments.validation import MAX_ERROR
 from etpo.errors import ConfigError, EnvironmentFailure
 
 DICT = spaces.Dict({"instruction": AnyText(), "prefix": AnyText()})

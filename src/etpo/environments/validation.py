@@ -18,7 +18,7 @@ MAX_REWARD = 1e15  # squares of such rewards, and their sums, are finite in floa
 MAX_ERROR = 2000  # characters of an error text
 
 
-class Answer(NamedTuple):
+class StepResult(NamedTuple):
     """Validated result of `TextVectorEnv.step` for n environments; each field has length n."""
 
     observations: list[TextObservation]
@@ -30,7 +30,7 @@ class Answer(NamedTuple):
     cached: list[bool]
 
 
-def answer(returned: Any, count: int) -> Answer:
+def step_result(returned: Any, count: int) -> StepResult:
     """Validate the five results of `TextVectorEnv.step` or `step_part` for `count` environments."""
     observations, rewards, terminated, truncated, infos = returned
     fields = {"observations": observations, "rewards": rewards, "terminations": terminated}
@@ -41,7 +41,7 @@ def answer(returned: Any, count: int) -> Answer:
         fields[f"infos[{key!r}]"] = infos[key]
     for name, values in fields.items():
         check_count(name, values, count)
-    return Answer(
+    return StepResult(
         [observation(value) for value in observations],
         [reward(value) for value in rewards],
         [flag("terminated", value) for value in terminated],
@@ -149,7 +149,7 @@ def shown(value: Any) -> str:
 
 
 @contextmanager
-def sent_by(source: str) -> Iterator[None]:
+def error_prefix(source: str) -> Iterator[None]:
     """Prefix the ConfigErrors raised inside with `source`."""
     try:
         yield
