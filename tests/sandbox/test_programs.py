@@ -1,5 +1,8 @@
 """What honest programs return, and the error texts of those that fail."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -225,3 +228,8 @@ def test_large_data_passes(sandbox: Sandbox) -> None:
 def test_bad_settings(setting: dict[str, object], message: str) -> None:
     with pytest.raises(SandboxError, match=message):
         Sandbox(**setting)
+
+
+def test_the_package_does_not_import_etpo() -> None:
+    code = "import sys, etpo_sandbox.server; sys.exit('etpo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
