@@ -7,7 +7,7 @@ import pytest
 
 from etpo import score
 from etpo.environments.data_science.env import DataScienceEnv
-from etpo.environments.sandbox import Sandbox
+from etpo_sandbox import Sandbox
 
 WORKS = """from sklearn.tree import DecisionTreeClassifier
 def build_model(x_train, y_train):

@@ -28,7 +28,7 @@ from etpo.config import (
     load_checkpoint,
     run_folder,
 )
-from etpo.environments import plain
+from etpo.environments import validation
 from etpo.environments.text_env import TextVectorEnv
 from etpo.errors import MAX_SEED, ConfigError, check_integer, described
 from etpo.files import write_text
@@ -91,7 +91,7 @@ def play(
     Every copy of the environment plays one episode after a `reset`: that short episodes end first
     has no influence on which ones are counted.
 
-    Raises ConfigError for what an environment may not send (`etpo.environments.plain`).
+    Raises ConfigError for what an environment may not send (`etpo.environments.validation`).
     """
     source = f"environment {environment.task_name}"
     episodes: list[list[Record]] = []
@@ -100,8 +100,8 @@ def play(
         size = min(environment.num_envs, count - len(episodes))
         wave: list[list[Record]] = [[] for _ in range(size)]
         first, _ = environment.reset(seed=seed + len(episodes), options={"evaluation": True})
-        with plain.sent_by(source):
-            observations = plain.observations(first, environment.num_envs)
+        with validation.error_prefix(source):
+            observations = validation.observations(first, environment.num_envs)
         playing = np.arange(environment.num_envs) < size
         while playing.any():
             envs = np.arange(environment.num_envs) if together else np.flatnonzero(playing)
@@ -109,8 +109,8 @@ def play(
             taken = sample(policy, prompts, max_new_tokens, generator)
             texts = action_texts(policy, prompts, taken)
             step = environment.step(texts) if together else environment.step_part(texts, envs)
-            with plain.sent_by(source):
-                answer = plain.answer(step, len(envs))
+            with validation.error_prefix(source):
+                answer = validation.step_result(step, len(envs))
             for row, env in enumerate(envs):
                 observations[env] = answer.observations[row]
                 if not playing[env]:

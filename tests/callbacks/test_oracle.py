@@ -15,6 +15,8 @@ from etpo.models.char_lm import build_char_lm
 from etpo.models.critics import HeadCritic
 from etpo.models.prompting import CompletionTemplate
 
+from ..token_mdp_oracle import TokenMDP
+
 BETA, GAMMA = 0.5, 0.8
 
 
@@ -86,7 +88,7 @@ def test_numbers_agree_with_the_optimum_over_whole_actions(environment, module):
     move(module.policy.model)
     trainer = SimpleNamespace(datamodule=SimpleNamespace(environment=environment))
     OracleDistance().on_validation_epoch_end(trainer, module)
-    mdp = replace(environment.mdp, gamma=GAMMA)
+    mdp = TokenMDP.of(replace(environment.mdp, gamma=GAMMA))
     with torch.no_grad():
         log_pi, log_ref, value = tables(environment, module)
     log_optimum, optimum = mdp.solve_actions(log_ref, BETA)

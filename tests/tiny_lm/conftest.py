@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from etpo.environments.sandbox import Outcome, Sandbox, Split
+from etpo_sandbox import Outcome, Sandbox, Split
 from tiny_lm.build import CHECKPOINT
 from tiny_lm.grammar import Program, sample
 

@@ -17,7 +17,7 @@ from etpo.environments.data_science.prompts import (
     observation,
     program_from_action,
 )
-from etpo.environments.sandbox import Split
+from etpo_sandbox import Split
 from tiny_lm.build import CHECKPOINT, build, encode, group, sample_actions
 from tiny_lm.corpus import sample_example
 from tiny_lm.grammar import parse, sample

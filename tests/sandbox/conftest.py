@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from etpo.environments.sandbox import Sandbox, Split
+from etpo_sandbox import Sandbox, Split
 
 N_TRAIN, N_TEST, N_FEATURES = 113, 97, 5
 GOOD_PROGRAM = """

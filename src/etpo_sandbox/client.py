@@ -1,4 +1,4 @@
-"""The training process's side of one fork server: start it, give it work, check what returns."""
+"""Client of one fork server in the training process: start it, send work, check the replies."""
 
 import contextlib
 import json
@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from etpo.environments.sandbox import confinement, protocol
+from etpo_sandbox import confinement, protocol
 
-_PACKAGE_ROOT = Path(__file__).parents[3]
+_SOURCE = Path(__file__).parents[1]
 _START_SECONDS = 120.0
 _PROBABILITY_TOLERANCE = 1e-6
 _SERVER = """import json, sys
 settings, *sys.path = sys.argv[1:]
 del sys.argv[1:]
-from etpo.environments.sandbox.server import main
+from etpo_sandbox.server import main
 main(**json.loads(settings))
 """
 
@@ -35,10 +35,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Reply:
-    """What one program made of one split: probabilities [m, n_classes], or an error text.
+    """Result of one program on one split: probabilities [m, n_classes], or an error text.
 
-    cpu_seconds: of all its threads. answered_late: the program was ended as idle while it waited
-    for this process, which had been stopped.
+    cpu_seconds: CPU time of all threads. answered_late: the program was ended as idle while it
+    waited for this process, which had been stopped.
     """
 
     probabilities: np.ndarray | None
@@ -48,15 +48,15 @@ class Reply:
 
 
 class ServerError(RuntimeError):
-    """A server ended, hangs or cannot confine: nothing that the program should be blamed for."""
+    """A server ended, hangs or cannot confine; the program is not to blame."""
 
 
 class Server:
-    """One fork server; runs one program at a time. Safe to use from any one thread at a time."""
+    """A fork server that runs one program at a time; use from one thread at a time."""
 
     def __init__(self, level: str, deadline: float, memory_mib: int) -> None:
         self._deadline = deadline
-        # only a server that hangs takes this long: load on the machine is no failure
+        # so long that only a server that hangs exceeds it, not a loaded machine
         self._patience = 120 + 20 * deadline
         settings = {"level": level, "deadline": deadline, "memory_mib": memory_mib}
         self._control, theirs = socket.socketpair()
@@ -73,7 +73,7 @@ class Server:
         _send_own_pidfd(self._control)
 
     def wait_started(self) -> None:
-        """Return once the server can work; raise ServerError with its last words if it cannot."""
+        """Wait until the server is ready; raise ServerError with its last output if it fails."""
         self._control.settimeout(_START_SECONDS)
         started = False
         with contextlib.suppress(OSError):
@@ -81,15 +81,15 @@ class Server:
         if not started:
             self._control.close()
             self.process.kill()
-            words = self.process.stderr.read().decode("utf-8", "replace").strip().splitlines()
+            lines = self.process.stderr.read().decode("utf-8", "replace").strip().splitlines()
             self.close()
-            reason = words[-1] if words else f"no answer in {_START_SECONDS:g} seconds"
+            reason = lines[-1] if lines else f"no answer in {_START_SECONDS:g} seconds"
             raise ServerError(f"the sandbox server did not start: {reason}")
         self.process.stderr.close()
         self._control.settimeout(self._patience)
 
     def run(self, program: str, split: Split, n_classes: int, seed: int) -> Reply:
-        """Run one program on one split in a child of its own; raises ServerError."""
+        """Run one program on one split in a new child. Raises ServerError."""
         try:
             ours, theirs = socket.socketpair()
             with ours:
@@ -106,7 +106,7 @@ class Server:
         return self._reply(answer, protocol.REPORT.unpack(report), split, n_classes, delivered)
 
     def close(self) -> None:
-        """End the server, and with it its child."""
+        """Stop the server and its child."""
         with contextlib.suppress(OSError):
             self._control.shutdown(socket.SHUT_RDWR)
         self._control.close()
@@ -129,7 +129,7 @@ class Server:
             probabilities = np.frombuffer(payload, np.float64).reshape(shape)
             error = check_probabilities(probabilities)
             return Reply(None if error else probabilities, error, seconds)
-        stuck = not delivered or tag == protocol.RESULT  # it waited for this process
+        stuck = not delivered or tag == protocol.RESULT  # the child waited for this process
         late = stuck and limit == protocol.IDLE_LIMIT
         return Reply(None, self._end_text(limit, status), seconds, answered_late=late)
 
@@ -140,17 +140,15 @@ class Server:
             return f"TimeoutError: idle for more than {self._deadline:g} seconds"
         if limit == protocol.THREAD_LIMIT:
             return f"RuntimeError: more than {protocol.MAX_THREADS} threads"
-        if os.WIFSIGNALED(status):
-            reason = f"signal {os.WTERMSIG(status)}"
-        else:
-            reason = f"exit status {os.WEXITSTATUS(status)}"
+        code = os.waitstatus_to_exitcode(status)
+        reason = f"signal {-code}" if code < 0 else f"exit status {code}"
         return f"RuntimeError: the program ended the process ({reason})"
 
 
 def check_probabilities(probabilities: np.ndarray) -> str | None:
-    """Why [m, n_classes] are no class probabilities; None if they are.
+    """Return an error text if [m, n_classes] are no class probabilities, else None.
 
-    Rows must sum to one where there are three or more classes, for ROC AUC one-vs-one needs it.
+    With three or more classes each row must sum to one, as one-vs-one ROC AUC requires.
     """
     if not np.isfinite(probabilities).all():
         return "ValueError: predict_proba returned NaN or infinite values"
@@ -163,9 +161,9 @@ def check_probabilities(probabilities: np.ndarray) -> str | None:
 
 
 def clean_text(data: bytes) -> str:
-    """Untrusted bytes as one line of at most 600 bytes of printable text."""
-    text = data.decode("utf-8", "replace")
-    text = "".join(character if character.isprintable() else " " for character in text).strip()
+    """Decode untrusted bytes to one line of at most 600 bytes of printable text."""
+    decoded = data.decode("utf-8", "replace")
+    text = "".join(c if c.isprintable() else " " for c in decoded).strip()
     text = text.encode()[: protocol.MAX_ERROR_BYTES].decode("utf-8", "ignore")
     return text or "RuntimeError: the program failed without a message"
 
@@ -173,7 +171,7 @@ def clean_text(data: bytes) -> str:
 def _converse(
     connection: socket.socket, program: str, split: Split, n_classes: int, seed: int
 ) -> tuple[bytes, bool]:
-    """(RESULT or FAILED with its payload, b"" or less if the program ended; all was delivered)."""
+    """Return (RESULT or FAILED with its payload, truncated if the program ended; all was sent)."""
     if connection.recv(1) != protocol.CONFINED:
         reason = clean_text(_receive(connection, protocol.MAX_ERROR_BYTES))
         raise ServerError(f"the sandbox cannot confine a program: {reason}")
@@ -194,7 +192,7 @@ def _converse(
 
 
 def _deliver(connection: socket.socket, data: bytes) -> bool:
-    """Send all of `data`; false where the other end has closed."""
+    """Send all of `data`; return False if the other end has closed."""
     try:
         connection.sendall(data)
     except (BrokenPipeError, ConnectionResetError):
@@ -203,12 +201,12 @@ def _deliver(connection: socket.socket, data: bytes) -> bool:
 
 
 def _receive(connection: socket.socket, size: int) -> bytes:
-    """`size` bytes, or fewer where the other end closes."""
+    """Receive `size` bytes, or fewer if the other end closes."""
     data = bytearray()
     while len(data) < size:
         try:
             chunk = connection.recv(min(size - len(data), 1 << 20))
-        except ConnectionResetError:  # it closed with something unread
+        except ConnectionResetError:  # closed with unread data
             break
         if not chunk:
             break
@@ -221,22 +219,22 @@ def _raw(array: np.ndarray, dtype: type) -> bytes:
 
 
 def _send_own_pidfd(control: socket.socket) -> None:
-    """Hand the server a descriptor by which it notices the end of this process, however it ends.
+    """Send the server a pidfd that signals the end of this process, however it ends.
 
-    Its closed socket would do, unless a process forked from this one still holds a copy.
+    The closed socket alone is not enough if a process forked from this one still holds a copy.
     """
     try:
         pidfd = os.pidfd_open(os.getpid())
     except (AttributeError, OSError):  # not Linux, or before 5.3
         control.sendall(protocol.PARENT)
         return
-    with contextlib.suppress(OSError):  # a server that is gone is noticed by wait_started
+    with contextlib.suppress(OSError):  # wait_started notices a server that is gone
         socket.send_fds(control, [protocol.PARENT], [pidfd])
     os.close(pidfd)
 
 
 def _environment() -> dict[str, str]:
-    """The server's environment: nothing of this process's but where libraries are found."""
+    """Return the server's environment variables; only LD_LIBRARY_PATH is inherited."""
     threads = ("OMP", "OPENBLAS", "MKL", "BLIS", "NUMEXPR", "VECLIB_MAXIMUM")
     environment = {f"{name}_NUM_THREADS": "1" for name in threads}
     environment |= {
@@ -255,13 +253,13 @@ def _environment() -> dict[str, str]:
 def _command(level: str, settings: dict[str, object]) -> list[str]:
     # -I without its -E, which would ignore PYTHONHASHSEED; the environment is from scratch anyway
     python = [sys.executable, "-s", "-P", "-c", _SERVER, json.dumps(settings)]
-    command = [*python, *(path for path in sys.path if path), str(_PACKAGE_ROOT)]
+    command = [*python, *(path for path in sys.path if path), str(_SOURCE)]
     return [*_bubblewrap(), *command] if level == "bubblewrap" else command
 
 
 def _bubblewrap() -> list[str]:
-    """The `bwrap` call that shows Python and its libraries, read-only, and nothing else."""
-    package = str(_PACKAGE_ROOT / "etpo")
+    """Return the `bwrap` command that exposes only Python and its libraries, read-only."""
+    package = str(_SOURCE / "etpo_sandbox")
     system = ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache")
     shown = [*system, sys.base_prefix, sys.prefix, *confinement.readable_paths()[1], package]
     command = ["bwrap", "--unshare-all", "--new-session"]

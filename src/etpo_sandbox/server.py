@@ -1,7 +1,7 @@
 """The fork server: a process with scikit-learn loaded that forks one confined child per split.
 
-Started by `python -s -P -c` with an environment from scratch. It sees neither data nor programs:
-the child's socket is passed to it, and it closes its copy after the fork.
+`client` starts it with a new, minimal environment. It sees neither data nor programs: it receives
+the child's socket and closes its copy after the fork.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from etpo.environments.sandbox import child, confinement, protocol, seccomp
+from etpo_sandbox import child, confinement, protocol, seccomp
 
 _MODULES = """
 calibration cluster compose covariance cross_decomposition datasets decomposition
@@ -30,7 +30,7 @@ _POLL_SECONDS = 0.05
 
 
 class Usage(NamedTuple):
-    """A running child: CPU seconds of all threads, threads, and whether none is runnable."""
+    """Resource use of a running child: CPU seconds of all threads, their number, none runnable."""
 
     cpu_seconds: float
     threads: int
@@ -38,7 +38,7 @@ class Usage(NamedTuple):
 
 
 def main(level: str, deadline: float, memory_mib: int) -> None:
-    """Serve until the training process closes its end of descriptor 0 or ends."""
+    """Serve until the training process ends or closes its end of descriptor 0."""
     control = socket.socket(fileno=os.dup(0))
     alarms = socket.recv_fds(control, 1, 1)[1]  # a pidfd of the training process, or none
     if sys.platform == "linux":
@@ -51,7 +51,7 @@ def main(level: str, deadline: float, memory_mib: int) -> None:
         filter=seccomp.program() if level != "unsafe" else None,
     )
     if level == "full":
-        confinement.enter_namespaces()  # may cost the right to read Python's own files
+        confinement.enter_namespaces()  # may lose the right to read Python's files
     if level == "bubblewrap":
         confinement.hide_from_ptrace()
     if sys.platform == "linux" and len(os.listdir("/proc/self/task")) != 1:
@@ -77,7 +77,7 @@ def main(level: str, deadline: float, memory_mib: int) -> None:
 
 
 def _supervise(pid: int, control: socket.socket, alarms: list[int], deadline: float) -> bool:
-    """Watch one child and report on it; false where the training process is gone."""
+    """Watch one child and report its end; return False if the training process is gone."""
     limit = protocol.NO_LIMIT
     idle_seconds, last = 0.0, time.monotonic()
     ended = False
@@ -87,7 +87,7 @@ def _supervise(pid: int, control: socket.socket, alarms: list[int], deadline: fl
         if usage is None:
             continue
         if usage.is_idle:
-            # where this process itself was kept waiting, only one poll counts
+            # count at most two polls if this process itself had to wait
             idle_seconds += min(now - last, 2 * _POLL_SECONDS)
         last = now
         limit = _limit_hit(usage, idle_seconds, deadline)
@@ -96,7 +96,7 @@ def _supervise(pid: int, control: socket.socket, alarms: list[int], deadline: fl
             ended = True
     try:
         parent_waits = control.recv(1, socket.MSG_DONTWAIT) == protocol.STOP
-    except BlockingIOError:  # the alarm: the training process has ended
+    except BlockingIOError:  # the training process has ended
         parent_waits = False
     _kill(pid)
     _, status, used = os.wait4(pid, 0)
@@ -119,9 +119,9 @@ def _limit_hit(usage: Usage, idle_seconds: float, deadline: float) -> bytes:
 
 
 def _usage(pid: int) -> Usage | None:
-    """What a child does now, or None where it has ended.
+    """Return the resource use of a child, None if it has ended.
 
-    Threads that wait for a processor or for a page are runnable, so a loaded machine makes no
+    Threads that wait for a processor or a page count as runnable, so a loaded machine makes no
     child idle. Outside Linux all time counts as idle time.
     """
     if sys.platform != "linux":
@@ -139,14 +139,14 @@ def _usage(pid: int) -> Usage | None:
 
 
 def _kill(pid: int) -> None:
-    """End a child and, where nothing stops it from forking, its process group."""
+    """Kill a child and its process group, which it may have if forking is not blocked."""
     for kill in (os.killpg, os.kill):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             kill(pid, signal.SIGKILL)
 
 
 def _load_libraries() -> None:
-    """Import what programs use, in one thread."""
+    """Import the libraries that programs use, without starting a thread."""
     warnings.simplefilter("ignore")
     sys.modules["pyarrow"] = None  # it would start a thread
     import numpy as np
@@ -157,5 +157,5 @@ def _load_libraries() -> None:
         importlib.import_module(f"sklearn.{name}")
     x = np.random.RandomState(0).normal(size=(40, 3))
     sys.modules["sklearn.linear_model"].LogisticRegression().fit(x, x[:, 0] > 0).predict_proba(x)
-    # looks through /proc for thread pools, which a confined program cannot
+    # reads /proc to find thread pools, which a confined program cannot
     sys.modules["sklearn.cluster"].KMeans(2, n_init=1).fit(x)

@@ -1,6 +1,6 @@
-"""What takes a process's rights away: resource limits, capabilities, Landlock, seccomp (ctypes).
+"""Drop the rights of a process: resource limits, capabilities, Landlock, seccomp (by ctypes).
 
-Everything here is Linux only but the resource limits; importing it works everywhere.
+Everything except the resource limits is Linux only; the import works everywhere.
 """
 
 import contextlib
@@ -15,21 +15,12 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from etpo.environments.sandbox import seccomp
+from etpo_sandbox import seccomp
 
-# the packages whose files a program may read; the standard library comes on top
+# packages that a program may read, besides the standard library
 LIBRARIES = (
-    "numpy",
-    "scipy",
-    "pandas",
-    "joblib",
-    "threadpoolctl",
-    "sklearn",
-    "narwhals",
-    "dateutil",
-    "six",
-    "pytz",
-    "tzdata",
+    *("numpy", "scipy", "pandas", "joblib", "threadpoolctl", "sklearn"),
+    *("narwhals", "dateutil", "six", "pytz", "tzdata"),
 )
 # joblib reads the processor quota when it counts processors
 _READABLE_SYSTEM_FILES = (
@@ -62,17 +53,17 @@ class _SockFprog(ctypes.Structure):
 
 
 def landlock_abi() -> int:
-    """The kernel's Landlock version; 0 where there is none."""
+    """Return the kernel's Landlock version, 0 if it has none."""
     if sys.platform != "linux":
         return 0
     return max(0, _libc().syscall(ctypes.c_long(_LANDLOCK_CREATE), None, ctypes.c_size_t(0), 1))
 
 
 def readable_paths() -> tuple[list[Path], list[Path]]:
-    """(files and folders that a program may read, folders that it may only list).
+    """Return (files and folders that a program may read, folders that it may only list).
 
-    The standard library and `LIBRARIES`, without site-packages and without the data files that
-    scikit-learn ships: a program could find the test rows there.
+    These are the standard library and `LIBRARIES`, without site-packages and without the data files
+    of scikit-learn, where a program could find the test rows.
     """
     readable: list[Path] = []
     listed: list[Path] = []
@@ -107,14 +98,14 @@ def readable_paths() -> tuple[list[Path], list[Path]]:
 
 
 def hidden_paths() -> list[Path]:
-    """The folders with data files in scikit-learn, for `bwrap` to cover."""
+    """Return scikit-learn's data folders, which `bwrap` has to cover."""
     spec = importlib.util.find_spec("sklearn")
     datasets = Path(spec.origin).parent / "datasets"
     return [datasets / name for name in ("data", "images", "tests")]
 
 
 def landlock_ruleset() -> int:
-    """A file descriptor of the rules: read `readable_paths`, write /dev/null, nothing else."""
+    """Return a descriptor of the rules: read `readable_paths`, write /dev/null, nothing else."""
     abi = landlock_abi()
     file_rights = (1 << (13 if abi < 2 else 14 if abi < 3 else 15 if abi < 5 else 16)) - 1
     rules = _RulesetAttr(file_rights, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
@@ -131,7 +122,7 @@ def landlock_ruleset() -> int:
 
 
 def set_no_new_privileges() -> None:
-    """Make seccomp and Landlock possible without root, for this process and its children."""
+    """Allow seccomp and Landlock without root, for this process and its children."""
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
@@ -141,7 +132,7 @@ def hide_from_ptrace() -> None:
 
 
 def enter_namespaces() -> bool:
-    """Move this process to its own user, network and IPC namespaces; false where refused.
+    """Move this process to new user, network and IPC namespaces; return False if refused.
 
     No PID namespace: a program can neither fork nor signal, so it would add nothing.
     """
@@ -150,12 +141,12 @@ def enter_namespaces() -> bool:
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when the thread that forked it ends."""
+    """Let the kernel kill this process when the thread that forked it ends."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def limit_resources(memory_mib: int, cpu_seconds: float) -> None:
-    """Hard limits: address space, CPU (whole seconds, one beyond), files, no writes, no core."""
+    """Set hard limits on address space, CPU seconds (rounded up, plus one), files and writes."""
     seconds = math.ceil(cpu_seconds) + 1
     limits = {
         "RLIMIT_AS": (memory_mib << 20, memory_mib << 20),
@@ -175,33 +166,28 @@ def limit_resources(memory_mib: int, cpu_seconds: float) -> None:
             if sys.platform == "linux":
                 raise
     with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")  # killed before anything else
+        Path("/proc/self/oom_score_adj").write_text("1000")  # first to be killed
 
 
 def drop_capabilities() -> None:
-    """Give up every capability; root keeps its uid but no right beyond it."""
+    """Drop every capability; root keeps only its uid."""
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     _check(_libc().capset(header, (ctypes.c_uint32 * 6)()))
 
 
 def restrict_files(ruleset: int) -> None:
-    """Put this process under a Landlock ruleset for good."""
+    """Apply a Landlock ruleset to this process irrevocably."""
     _call(_LANDLOCK_RESTRICT, ctypes.c_int(ruleset), 0)
 
 
 def restrict_system_calls(program: bytes) -> None:
-    """Put this process under a seccomp filter (`seccomp.program`) for good."""
+    """Apply a seccomp filter (`seccomp.program`) to this process irrevocably."""
     code = _SockFprog(len(program) // 8, program)
     _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(code))
 
 
-def is_full_supported() -> bool:
-    """Whether Landlock and the seccomp filter are there."""
-    return landlock_abi() > 0 and is_filter_supported()
-
-
 def is_filter_supported() -> bool:
-    """Whether this is Linux on a processor that the seccomp filter knows."""
+    """Return True on Linux with a processor that the seccomp filter supports."""
     return sys.platform == "linux" and platform.machine() in seccomp.AUDIT_ARCH
 
 

@@ -1,4 +1,4 @@
-"""`Sandbox`: runs many programs at once on a pool of fork servers."""
+"""`Sandbox`: run many programs at once on a pool of fork servers."""
 
 import heapq
 import logging
@@ -13,42 +13,43 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from etpo.environments.sandbox import confinement, probe
-from etpo.environments.sandbox.client import Reply, Server, ServerError, Split
-from etpo.errors import ConfigError
+from etpo_sandbox import confinement, probe
+from etpo_sandbox.client import Reply, Server, ServerError, Split
 
 LEVELS = ("full", "bubblewrap", "unsafe")
 MIN_DEADLINE = 0.1
 MIN_MEMORY_MIB = 512
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("etpo.sandbox")  # below "etpo", whose records go to train.log
+
+
+class SandboxError(ValueError):
+    """A setting that is not allowed, or a level that this machine cannot provide."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a program is worth on its splits.
+    """Result of one program on its splits."""
 
-    probabilities: per split [m, n_classes] float64 in [0, 1] (a tolerance of 1e-6); None after a
-    failure. error: `TypeName: message` of the first split that failed, one line of at most 600
-    bytes; None after a success. seconds: CPU seconds over the splits up to that one.
-    """
-
-    probabilities: tuple[np.ndarray, ...] | None
-    error: str | None
-    seconds: float
+    probabilities: tuple[np.ndarray, ...] | None  # [m, n_classes] float64 in [0, 1] (+- 1e-6) each
+    error: str | None  # `TypeName: message` of the first failure, one line, at most 600 bytes
+    seconds: float  # CPU seconds of all splits up to the first failure
 
 
 class Sandbox:
-    """Runs programs that nobody has read: each on each split in a confined process of its own.
+    """Run untrusted programs, each split in a separate confined process.
 
-    A program is Python source that defines `build_model(x_train, y_train)` and returns a fitted
-    classifier with `predict_proba`. `level="full"` confines by Landlock and seccomp (Linux 5.13 or
-    later, x86-64 or ARM64) and falls back to bubblewrap where Landlock is missing; `unsafe`
-    confines nothing but memory and time. `workers`: fork servers (default: one per usable core).
-    `deadline`: CPU seconds per split, and as many seconds in which no thread of the program wants
-    to run, so that load on the machine makes no program fail. `memory_mib`: address space per
-    program, about 350 MiB of which the libraries take.
+    A program is Python source that defines `build_model(x_train, y_train)`; this returns a fitted
+    classifier with `predict_proba`.
 
-    Raises ConfigError for a value that is not allowed or a level that this machine cannot give.
+    Args:
+        level: `full` confines by Landlock and seccomp (Linux 5.13 or later, x86-64 or ARM64), by
+            `bubblewrap` without Landlock; `unsafe` limits only memory and time.
+        workers: number of fork servers; None: one per usable core.
+        deadline: CPU seconds per split, and seconds during which no thread is runnable. Wall-clock
+            time does not count, so a loaded machine makes no program fail.
+        memory_mib: address space per program; the libraries take about 350 MiB of it.
+
+    Raises SandboxError if a value is not allowed or the machine cannot provide the level.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Sandbox:
 
     @property
     def level(self) -> str:
-        """The level in force: full, bubblewrap or unsafe."""
+        """Return the level in force: full, bubblewrap or unsafe."""
         return self._level
 
     def __enter__(self) -> "Sandbox":
@@ -84,14 +85,14 @@ class Sandbox:
         self.close()
 
     def start(self) -> None:
-        """Start the servers and attack one of them; does nothing if they run.
+        """Start the servers and attack one of them; do nothing if they are running.
 
-        Raises ConfigError where the self-test breaks out, RuntimeError if a server does not start.
+        Raises SandboxError if the self-test breaks out, RuntimeError if a server does not start.
         """
         if self._servers:
             return
         if self._level == "unsafe":
-            _log.warning("environment.sandbox.level=unsafe: programs run without protection")
+            _log.warning("sandbox level=unsafe: programs run without protection")
         self._closing.clear()
         try:
             for _ in range(self._workers):
@@ -105,7 +106,7 @@ class Sandbox:
             raise
 
     def close(self) -> None:
-        """Stop the servers and what they run; `start` or `run` start them again."""
+        """Stop the servers and their programs; `start` or `run` starts them again."""
         self._closing.set()
         _close_all(self._servers)
 
@@ -117,16 +118,15 @@ class Sandbox:
         seed: int | Sequence[int],
         on_result: Callable[[int, Outcome], None] | None = None,
     ) -> list[Outcome]:
-        """One `Outcome` per program, in their order, whatever the number of workers.
+        """Return one `Outcome` per program, in order, independent of the number of workers.
 
-        A program that fails on a split is not run on those after it; its other splits start once
-        the first has passed. `seed` (one for all or one per program, 0..2**32-1) plus the number
-        of the split seeds NumPy and `random`. `on_result(index, outcome)` is called in this thread
-        as each program finishes. Raises RuntimeError if a server fails twice on one split; the
-        sandbox is closed then.
+        The first split of a program runs alone; after a failure later splits are skipped. `seed`
+        (0 to 2**32 - 1, one for all or one per program) plus the number of the split seeds NumPy
+        and `random`. `on_result(index, outcome)` is called in this thread as programs finish.
+        Raises RuntimeError, and closes the sandbox, if a server fails twice on one split.
         """
-        seeds = np.broadcast_to(seed, len(programs)).tolist()
         self.start()
+        seeds = np.broadcast_to(seed, len(programs)).tolist()
         outcomes: list[Outcome | None] = [None] * len(programs)
         replies: list[dict[int, Reply]] = [{} for _ in programs]
         ready = [(index, 0) for index in range(len(programs))]  # a heap of (program, split)
@@ -139,14 +139,10 @@ class Sandbox:
                         index, number = heapq.heappop(ready)
                         if any(reply.error for reply in replies[index].values()):
                             continue
-                        server = free.pop()
+                        server, split = free.pop(), splits[number]
+                        split_seed = (seeds[index] + number) % 2**32
                         job = pool.submit(
-                            self._run_split,
-                            server,
-                            programs[index],
-                            splits[number],
-                            n_classes,
-                            (seeds[index] + number) % 2**32,
+                            self._run_split, server, programs[index], split, n_classes, split_seed
                         )
                         running[job] = index, number, server
                     for job in wait(running, return_when=FIRST_COMPLETED).done:
@@ -169,7 +165,7 @@ class Sandbox:
     def _run_split(
         self, index: int, program: str, split: Split, n_classes: int, seed: int
     ) -> Reply:
-        """Run one split; once more on a new server if the server failed, once more if late."""
+        """Run one split; repeat it once, on a new server if the server failed."""
         try:
             reply = self._servers[index].run(program, split, n_classes, seed)
             if not reply.answered_late:
@@ -177,7 +173,7 @@ class Sandbox:
         except ServerError as error:
             if self._closing.is_set():
                 raise
-            _log.warning("%s; it is started again", error)
+            _log.warning("%s; restarting it", error)
             self._servers[index].close()
             self._servers[index] = self._new_server()
             self._servers[index].wait_started()
@@ -193,14 +189,14 @@ class Sandbox:
         except ServerError as error:
             failure = str(error)
         if failure is not None:
-            raise ConfigError(
-                f"environment.sandbox.level={self._level} does not hold on this machine "
+            raise SandboxError(
+                f"level={self._level} does not hold on this machine "
                 f"({failure}); level=unsafe runs programs without protection"
             )
 
 
 def _outcome(replies: dict[int, Reply], n_splits: int) -> Outcome | None:
-    """What a program's replies by split add up to; None while one is missing that matters."""
+    """Combine a program's replies by split; None while a required one is missing."""
     seconds = 0.0
     for number in range(n_splits):
         if number not in replies:
@@ -212,36 +208,33 @@ def _outcome(replies: dict[int, Reply], n_splits: int) -> Outcome | None:
 
 
 def available_level(level: str) -> str:
-    """The level that this machine gives for `level`; raises ConfigError if there is none."""
-    key = "environment.sandbox.level"
+    """Return the level that this machine provides for `level`; SandboxError if none."""
     if level not in LEVELS:
-        raise ConfigError(f"{key}={level} is unknown; allowed: {', '.join(LEVELS)}")
-    if level == "unsafe" or (level == "full" and confinement.is_full_supported()):
+        raise SandboxError(f"level={level} is unknown; allowed: {', '.join(LEVELS)}")
+    has_filter = confinement.is_filter_supported()
+    if level == "unsafe" or (level == "full" and has_filter and confinement.landlock_abi()):
         return level
-    if shutil.which("bwrap") and confinement.is_filter_supported():
+    if has_filter and shutil.which("bwrap"):
         return "bubblewrap"
     missing = "bwrap" if level == "bubblewrap" else "Landlock (Linux 5.13 or later) or bwrap"
-    raise ConfigError(
-        f"{key}={level} needs {missing} on x86-64 or ARM64 Linux; "
-        f"{key}=unsafe runs programs without protection"
+    raise SandboxError(
+        f"level={level} needs {missing} on x86-64 or ARM64 Linux; "
+        "level=unsafe runs programs without protection"
     )
 
 
 def usable_cores() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return the number of cores that this process may use."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # Linux
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 def _check_at_least(key: str, value: object, lowest: float) -> None:
-    """A finite number from `lowest` on, a whole one where `lowest` is."""
+    """Raise SandboxError unless `value` is a finite number >= `lowest` (an int if that is one)."""
     kind = int if isinstance(lowest, int) else (int, float)
     is_number = isinstance(value, kind) and not isinstance(value, bool)
     if not is_number or not lowest <= value < math.inf:
-        raise ConfigError(
-            f"environment.sandbox.{key}={value} is not allowed; a number, {lowest} or more"
-        )
+        raise SandboxError(f"{key}={value} is not allowed; a number, {lowest} or more")
 
 
 def _close_all(servers: list[Server]) -> None:

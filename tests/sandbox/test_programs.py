@@ -1,11 +1,13 @@
 """What honest programs return, and the error texts of those that fail."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from etpo.environments.sandbox import Sandbox, Split
-from etpo.errors import ConfigError
+from etpo_sandbox import Sandbox, SandboxError, Split
 
 from .conftest import GOOD_PROGRAM, N_FEATURES, N_TEST, make_splits
 
@@ -215,14 +217,19 @@ def test_large_data_passes(sandbox: Sandbox) -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"level": "none"}, "environment.sandbox.level=none .*full, bubblewrap, unsafe"),
-        ({"workers": 0}, "environment.sandbox.workers=0 .*1 or more"),
-        ({"workers": 1.5}, "environment.sandbox.workers=1.5 .*1 or more"),
-        ({"deadline": 0.0}, "environment.sandbox.deadline=0.0 .*0.1 or more"),
-        ({"deadline": "soon"}, "environment.sandbox.deadline=soon .*0.1 or more"),
-        ({"memory_mib": 100}, "environment.sandbox.memory_mib=100 .*512 or more"),
+        ({"level": "none"}, "level=none .*full, bubblewrap, unsafe"),
+        ({"workers": 0}, "workers=0 .*1 or more"),
+        ({"workers": 1.5}, "workers=1.5 .*1 or more"),
+        ({"deadline": 0.0}, "deadline=0.0 .*0.1 or more"),
+        ({"deadline": "soon"}, "deadline=soon .*0.1 or more"),
+        ({"memory_mib": 100}, "memory_mib=100 .*512 or more"),
     ],
 )
 def test_bad_settings(setting: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(SandboxError, match=message):
         Sandbox(**setting)
+
+
+def test_the_package_does_not_import_etpo() -> None:
+    code = "import sys, etpo_sandbox.server; sys.exit('etpo' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

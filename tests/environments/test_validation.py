@@ -16,8 +16,8 @@ from gymnasium import spaces
 
 from etpo.environments import gymnasium_env
 from etpo.environments.gymnasium_env import GymnasiumEnv
-from etpo.environments.plain import MAX_ERROR
 from etpo.environments.text_env import AnyText
+from etpo.environments.validation import MAX_ERROR
 from etpo.errors import ConfigError, EnvironmentFailure
 
 DICT = spaces.Dict({"instruction": AnyText(), "prefix": AnyText()})
@@ -308,7 +308,7 @@ def test_a_config_error_of_an_environment_is_left_as_it_is():
 
 
 @pytest.mark.parametrize("method", ["reset", "step"])
-def test_a_failure_is_told_while_another_copy_hangs(method):
+def test_a_failure_is_raised_while_another_copy_hangs(method):
     released = threading.Event()
 
     def play(environment):

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from etpo.environments.data_science.renaming import canonical_form
+from etpo.environments.data_science.program_identity import canonical_form
 from tiny_lm import grammar
 
 PROGRAMS = [grammar.sample(random.Random(seed), mistake_rate=0.0) for seed in range(300)]
@@ -61,7 +61,7 @@ def test_comments_and_blanks_make_no_other_form():
         pytest.param("if x:\n  f()\ng()", "if x:\n  f()\n  g()", id="block"),
     ],
 )
-def test_programs_that_may_mean_different_things_keep_apart(one, other):
+def test_programs_with_different_meanings_have_different_forms(one, other):
     assert canonical_form(body(one)) != canonical_form(body(other))
     assert canonical_form(one) != canonical_form(other)
 

@@ -1,26 +1,26 @@
-"""What runs in a forked child: give up all rights, fit the program's model, send probabilities.
+"""Body of a forked child: drop all rights, fit the program's model, send its probabilities.
 
-Nothing here can be trusted once the program runs, for it shares the process: the training process
-checks all that comes back, and the server ends the child.
+The program shares this process, so nothing here can be trusted once it runs: the training process
+checks every reply, and the server ends the child.
 """
 
-import contextlib
 import os
 import random
 import sys
 import types
 from typing import Any, NamedTuple
 
+import joblib
 import numpy as np
 
-from etpo.environments.sandbox import confinement, protocol
+from etpo_sandbox import confinement, protocol
 
-# the longest first: site-packages lies in the folder of the standard library
+# longest first: site-packages is inside the folder of the standard library
 _IMPORT_FOLDERS = sorted((f"{path}{os.sep}" for path in sys.path if path), key=len, reverse=True)
 
 
 class Limits(NamedTuple):
-    """What a child may use; `ruleset` (Landlock) and `filter` (seccomp) are None where not used."""
+    """Limits of a child; `ruleset` (Landlock) and `filter` (seccomp) are None if unused."""
 
     memory_mib: int
     cpu_seconds: float
@@ -53,7 +53,8 @@ def _run(descriptor: int) -> np.ndarray:
     x_train = _receive_array(descriptor, (n_train, n_features), np.float64)
     y_train = _receive_array(descriptor, (n_train,), np.int64)
     _seed(seed)
-    with _one_process():
+    # joblib runs `n_jobs` sequentially: no process, and sums in a fixed order
+    with joblib.parallel_config(backend="sequential"):
         model = _fit(program, x_train, y_train)
         _send(descriptor, protocol.FITTED)
         x_test = _receive_array(descriptor, (n_test, n_features), np.float64)
@@ -61,7 +62,7 @@ def _run(descriptor: int) -> np.ndarray:
 
 
 def _confine(descriptor: int, limits: Limits) -> int:
-    """Take every right from this process; returns the new number of `descriptor`."""
+    """Drop every right of this process; return the new number of `descriptor`."""
     os.setsid()
     confinement.limit_resources(limits.memory_mib, limits.cpu_seconds)
     if sys.platform == "linux":
@@ -78,17 +79,10 @@ def _confine(descriptor: int, limits: Limits) -> int:
 
 
 def _seed(seed: int) -> None:
-    """Seed every generator, also those that a program makes without a seed."""
+    """Seed every generator, including NumPy generators made without a seed."""
     random.seed(seed)
     np.random.seed(seed)
     np.random.bit_generator.randbits = random.Random(seed).getrandbits
-
-
-def _one_process() -> contextlib.AbstractContextManager:
-    """Have joblib run `n_jobs` one after the other: no process, and sums in a fixed order."""
-    import joblib
-
-    return joblib.parallel_config(backend="sequential")
 
 
 def _fit(program: str, x_train: np.ndarray, y_train: np.ndarray) -> Any:
@@ -101,7 +95,7 @@ def _fit(program: str, x_train: np.ndarray, y_train: np.ndarray) -> Any:
 
 
 def _probabilities(model: Any, x_test: np.ndarray, n_classes: int) -> np.ndarray:
-    """float64 [n_test, n_classes]; the columns of classes that `model` never saw are zero."""
+    """Return float64 [n_test, n_classes]; columns of classes missing in training are zero."""
     probabilities = np.asarray(model.predict_proba(x_test))
     if probabilities.dtype.kind not in "biuf":
         raise TypeError(f"predict_proba returned dtype {probabilities.dtype}, not floats")
@@ -119,12 +113,12 @@ def _probabilities(model: Any, x_test: np.ndarray, n_classes: int) -> np.ndarray
 
 
 def _describe(error: BaseException, memory_mib: int) -> bytes:
-    """`TypeName: message`, as the last line of a traceback, in at most 600 bytes.
+    """Return `TypeName: message`, as the last line of a traceback, in at most 600 bytes.
 
-    Paths of modules are relative to where they were imported from: the text is part of a prompt,
-    and a run must not depend on where the software lies.
+    Import folders are removed from paths: the text is part of a prompt, and a run must not depend
+    on the place of the installation.
     """
-    error.__traceback__ = None  # frees the frames' arrays
+    error.__traceback__ = None  # free the frames' arrays
     name = type(error).__name__
     try:
         message = str(error)

@@ -12,15 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from etpo.environments.sandbox import Sandbox, client, confinement, pool
-from etpo.errors import ConfigError
+from etpo_sandbox import Sandbox, SandboxError, client, confinement, pool
 
 from .conftest import GOOD_PROGRAM, assert_scores_well, make_splits
 
 TRAINER = """
 import json, os, signal, sys, time
 import numpy as np
-from etpo.environments.sandbox import Sandbox, Split
+from etpo_sandbox import Sandbox, Split
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
 x = np.random.RandomState(0).normal(size=(60, 3))
@@ -190,7 +189,7 @@ def test_without_landlock_bubblewrap_or_a_clear_refusal(monkeypatch: pytest.Monk
     monkeypatch.setattr(confinement, "landlock_abi", lambda: 0)
     monkeypatch.setattr(pool.shutil, "which", lambda name: None)
     for level in ("full", "bubblewrap"):
-        with pytest.raises(ConfigError, match=r"environment\.sandbox\.level=unsafe"):
+        with pytest.raises(SandboxError, match=r"level=unsafe"):
             Sandbox(level=level)
     monkeypatch.setattr(pool.shutil, "which", lambda name: f"/usr/bin/{name}")
     assert Sandbox(level="full").level == "bubblewrap"
@@ -199,7 +198,7 @@ def test_without_landlock_bubblewrap_or_a_clear_refusal(monkeypatch: pytest.Monk
 @pytest.mark.slow
 def test_bubblewrap_runs_programs_or_is_refused() -> None:
     if shutil.which("bwrap") is None:
-        with pytest.raises(ConfigError, match="level=bubblewrap needs bwrap"):
+        with pytest.raises(SandboxError, match="level=bubblewrap needs bwrap"):
             Sandbox(level="bubblewrap")
         return
     with Sandbox(level="bubblewrap", workers=1) as sandbox:
@@ -208,7 +207,7 @@ def test_bubblewrap_runs_programs_or_is_refused() -> None:
 
 def test_self_test_finds_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "_command", unconfined(client._command))
-    with pytest.raises(ConfigError, match=r"level=full does not hold .*a program can read_file"):
+    with pytest.raises(SandboxError, match=r"level=full does not hold .*a program can read_file"):
         Sandbox(workers=1).start()
 
 

@@ -1,4 +1,4 @@
-"""Programs that differ only in what they call their variables, in comments or in blanks."""
+"""Recognize programs that differ only in names of variables, comments or blanks."""
 
 import builtins
 import io
@@ -7,33 +7,32 @@ import re
 import tokenize
 
 _LAYOUT = {tokenize.INDENT: "\t", tokenize.DEDENT: "\r", tokenize.NEWLINE: "\n"}
-_LEFT_OUT = (tokenize.COMMENT, tokenize.NL, tokenize.ENDMARKER)
+_IGNORED = (tokenize.COMMENT, tokenize.NL, tokenize.ENDMARKER)
 _FORMAT_STRING = getattr(tokenize, "FSTRING_START", None)
-_NO_VARIABLES = {*dir(builtins), *keyword.kwlist, *keyword.softkwlist, "build_model"}
-_TELLS_NAMES = {
+_RESERVED = {*dir(builtins), *keyword.kwlist, *keyword.softkwlist, "build_model"}
+_INTROSPECTION = {
     *("class", "compile", "dir", "eval", "exec", "gc", "getattr", "globals", "inspect", "locals"),
     *("setattr", "sys", "vars"),
 }
 
 
 def canonical_form(program: str) -> str:
-    """One text for all programs that are the same up to the names of variables.
+    """Return one text for all programs that are equal up to variable names, comments and blanks.
 
-    Only the tokens are read; nothing is parsed or run. A name counts as a variable if a statement
-    `name = ...` binds it. Where its name could matter (it is a builtin or imported, stands in a
-    string or before the = of a keyword argument, or the program can look at names), and where the
-    text is no Python or has more than printable ASCII characters and line feeds, the program itself
-    is returned.
+    A name is a variable if a statement `name = ...` binds it. The program itself is returned if the
+    name of a variable could matter (it is a builtin or imported, part of a string, or a keyword
+    argument; or the program can inspect names), and for text that is no printable ASCII or no
+    Python.
     """
-    if not re.fullmatch(r"[\n -~]*", program):  # the tokenizer and Python split others differently
+    if not re.fullmatch(r"[\n -~]*", program):  # else the tokenizer may differ from Python
         return program
     try:
         tokens = list(tokenize.generate_tokens(io.StringIO(program).readline))
     except (tokenize.TokenError, SyntaxError):
         return program
-    kinds = [token.type for token in tokens if token.type not in _LEFT_OUT]
-    words = [_LAYOUT.get(t.type, t.string) for t in tokens if t.type not in _LEFT_OUT]
-    fixed = set(_NO_VARIABLES)
+    kinds = [token.type for token in tokens if token.type not in _IGNORED]
+    words = [_LAYOUT.get(t.type, t.string) for t in tokens if t.type not in _IGNORED]
+    fixed = set(_RESERVED)
     variables: dict[str, str] = {}
     depth, importing = 0, False
     for kind, before, word, after in zip(
@@ -41,7 +40,7 @@ def canonical_form(program: str) -> str:
     ):
         if kind == tokenize.NAME:
             importing = importing or word in ("from", "import")
-            if word.startswith("_") or word in _TELLS_NAMES:
+            if word.startswith("_") or word in _INTROSPECTION:
                 return program
             if importing or (after == "=" and depth > 0):
                 fixed.add(word)

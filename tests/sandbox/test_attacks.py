@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from etpo.environments.sandbox import Outcome, Sandbox, confinement, seccomp
+from etpo_sandbox import Outcome, Sandbox, confinement, seccomp
 
 from .attacks import ATTACKS, ENDLESS, attack
 from .conftest import GOOD_PROGRAM, N_FEATURES, N_TEST, assert_scores_well, make_splits

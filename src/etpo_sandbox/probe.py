@@ -1,4 +1,4 @@
-"""The self-test: a program that attacks its sandbox and fails if an attack works."""
+"""Self-test: a program that attacks its sandbox and fails if an attack succeeds."""
 
 PROGRAM = """
 import os

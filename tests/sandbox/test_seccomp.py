@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from etpo.environments.sandbox import seccomp
+from etpo_sandbox import seccomp
 
 ALLOW, KILL = 0x7FFF0000, 0x80000000
 EPERM, ENOSYS = 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
