@@ -19,7 +19,7 @@ from etpo.rollout.types import Actions, Record, Rollout, pad_stack
 OnProgress = Callable[[str, int, int], None]
 
 
-class StepResult(NamedTuple):
+class GroupStep(NamedTuple):
     """Outcome of one step of a group of environments."""
 
     prompts: PromptBatch
@@ -39,7 +39,7 @@ class EnvGroup:
         self.envs = envs
         self.observations = [observations[env] for env in envs]
         self.step = torch.zeros(len(envs), dtype=torch.long)
-        self.results: list[StepResult] = []
+        self.results: list[GroupStep] = []
         self.prompts: PromptBatch
         self.sample: Sample
         self.texts: list[str]
@@ -64,7 +64,7 @@ class EnvGroup:
             final = answer.final_obs[row]
             following.append(answer.observations[row] if final is None else final)
         self.results.append(
-            StepResult(
+            GroupStep(
                 self.prompts,
                 self.sample,
                 torch.tensor(answer.rewards, dtype=torch.float32),
@@ -172,7 +172,7 @@ def collect(
     )
 
 
-def stack(steps: list[StepResult], pad_id: int) -> Actions:
+def stack(steps: list[GroupStep], pad_id: int) -> Actions:
     """Concatenate the steps to one batch, in their order."""
     samples = [step.sample for step in steps]
     return Actions(
