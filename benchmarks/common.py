@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 
 from etpo.config import CONF
 from etpo.environments.text_env import TextObservation, TextVectorEnv
-from etpo.models.backbone import Backbone, tiny_checkpoint
 from etpo.models.fresh import fresh_llama, save_checkpoint
 from etpo.models.loading import load_tokenizer
+from etpo.models.policy import LanguageModelPolicy, tiny_checkpoint
 from etpo.rollout.datamodule import RolloutDataModule
 
 RESULTS = Path("benchmarks/results")
@@ -97,11 +97,11 @@ def configured(folder: str, *overrides: str) -> Any:
         return compose("train", [*model, *overrides])
 
 
-def endless(folder: str) -> Backbone:
-    """A backbone whose actions all have the largest length."""
-    backbone = instantiate(configured(folder).model)()
-    backbone.stop_ids = []
-    return backbone
+def endless(folder: str) -> LanguageModelPolicy:
+    """A policy whose actions all have the largest length."""
+    policy = instantiate(configured(folder).model)()
+    policy.stop_ids = []
+    return policy
 
 
 class Iterations:
@@ -112,8 +112,8 @@ class Iterations:
     ) -> None:
         settings = "rollout.update_epochs=1", "algorithm.max_kl=null", *overrides
         cfg = configured(folder, f"rollout.minibatch_size={completions}", *settings)
-        backbone = endless(folder)
-        self.module = instantiate(cfg.algorithm, backbone=lambda: backbone)
+        policy = endless(folder)
+        self.module = instantiate(cfg.algorithm, policy=lambda: policy)
         self.prompt, self.completions, self.new_tokens = prompt, completions, new_tokens
 
     def run(self, count: int) -> list[float]:

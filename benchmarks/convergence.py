@@ -61,7 +61,7 @@ def figure(runs: dict[int, Points]) -> Figure:
         axes.set_yscale("log")
         axes.set_ylabel(label)
         axes.axhline(BOUND, color="black", linewidth=0.8)
-        axes.annotate(
+        axes.compute_targets(
             f"{BOUND}", (0.995, BOUND), xycoords=("axes fraction", "data"), ha="right", va="bottom"
         )
         axes.spines[["top", "right"]].set_visible(False)

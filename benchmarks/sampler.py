@@ -19,26 +19,28 @@ from common import MODELS, RESULTS, endless, observation, prompt_of, save_model,
 from matplotlib.figure import Figure
 from transformers import GenerationConfig
 
-from etpo.models.backbone import Backbone, PromptBatch
-from etpo.rollout.sampler import sample
+from etpo.generation.sampler import sample
+from etpo.models.policy import LanguageModelPolicy, PromptBatch
 
 ACTIONS, PROMPT_TOKENS, NEW_TOKENS = 64, 165, 100
 PROMPTS = {"1 prompt": 1, "16 prompts": 16, "64 prompts": 64}
 
 
-def variants(backbone: Backbone, prompts: PromptBatch) -> dict[str, Callable[[], torch.Tensor]]:
+def variants(
+    policy: LanguageModelPolicy, prompts: PromptBatch
+) -> dict[str, Callable[[], torch.Tensor]]:
     """Functions that return token ids [64, 100]."""
     settings = GenerationConfig(
-        do_sample=True, top_k=0, max_new_tokens=NEW_TOKENS, pad_token_id=backbone.pad_id
+        do_sample=True, top_k=0, max_new_tokens=NEW_TOKENS, pad_token_id=policy.pad_id
     )  # without an EOS token
-    backbone.policy.generation_config = settings
+    policy.model.generation_config = settings
 
     def generate() -> torch.Tensor:
-        output = backbone.policy.generate(input_ids=prompts.ids, attention_mask=prompts.mask.long())
+        output = policy.model.generate(input_ids=prompts.ids, attention_mask=prompts.mask.long())
         return output[:, prompts.ids.shape[1] :]
 
     def sampler() -> torch.Tensor:
-        return sample(backbone, prompts, NEW_TOKENS, torch.Generator().manual_seed(0)).ids
+        return sample(policy, prompts, NEW_TOKENS, torch.Generator().manual_seed(0)).ids
 
     return {"generate": generate, "sampler": sampler}
 
@@ -49,11 +51,11 @@ def measure(models: Sequence[str], rounds: int) -> pd.DataFrame:
     rows = []
     for name in models:
         with tempfile.TemporaryDirectory() as folder:
-            backbone = endless(save_model(Path(folder) / "model", name))
+            policy = endless(save_model(Path(folder) / "model", name))
         for label, count in PROMPTS.items():
             texts = [prompt_of(PROMPT_TOKENS, f"# {number:02d}\n") for number in range(count)]
-            prompts = backbone.encode([observation(t) for t in texts] * (ACTIONS // count))
-            both = variants(backbone, prompts)
+            prompts = policy.encode([observation(t) for t in texts] * (ACTIONS // count))
+            both = variants(policy, prompts)
             for number in range(rounds + 1):
                 for variant, run in both.items():
                     start = time.perf_counter()

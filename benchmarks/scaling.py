@@ -51,7 +51,7 @@ def run_point(sizes: dict[str, int], steps: int, chunk: int | None) -> dict[str,
             prompt,
             sizes["batch"],
             sizes["length"],
-            f"algorithm.vocabulary_chunk={'null' if chunk is None else chunk}",
+            f"algorithm.logits_chunk_size={'null' if chunk is None else chunk}",
         )
         seconds = statistics.median(iterations.run(steps))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -115,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", choices=list(POINTS), default=list(POINTS))
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--chunk", type=int, help="algorithm.vocabulary_chunk")
+    parser.add_argument("--chunk", type=int, help="algorithm.logits_chunk_size")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args()

@@ -24,9 +24,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import linear
 
-from etpo.algorithms import objectives, soft_bellman
-from etpo.algorithms.chunked import in_chunks, reduce_in_chunks
-from etpo.algorithms.soft_bellman import at_taken
+from etpo.algorithms import losses as objectives
+from etpo.algorithms import returns as soft_bellman
+from etpo.algorithms.returns import at_taken
+from etpo.models.chunked_logits import in_chunks, reduce_in_chunks
 
 MIB = 2**20
 M_MMAP_THRESHOLD = -3  # of malloc.h

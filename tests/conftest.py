@@ -263,7 +263,7 @@ def assert_same_run(repeatable) -> Callable[[Path, Path], None]:
         weights, other_weights = (
             torch.load(f / "checkpoints" / "last.ckpt")["state_dict"] for f in (folder, other)
         )
-        assert any(name.startswith("backbone.policy.") for name in weights)
+        assert any(name.startswith("policy.model.") for name in weights)
         assert weights.keys() == other_weights.keys()
         for name in weights:
             assert torch.equal(weights[name], other_weights[name]), name

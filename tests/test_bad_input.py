@@ -15,7 +15,7 @@ from lightning import LightningModule
 from etpo import evaluate, train
 from etpo.config import CONF
 from etpo.errors import ConfigError
-from etpo.models.backbone import tiny_checkpoint
+from etpo.models.policy import tiny_checkpoint
 
 OUT_OF_RANGE = [
     # override, words of the message
@@ -31,7 +31,7 @@ OUT_OF_RANGE = [
     ("algorithm.gamma=1.5", "at most 1"),
     ("algorithm.clip_high=small", "above 0"),
     ("algorithm.critic_loss=l1", "huber, mse"),
-    ("algorithm.annotation_batch=0", "1 or more"),
+    ("algorithm.forward_batch_size=0", "1 or more"),
     ("rollout.minibatch_size=7", "multiples of 7"),
     ("rollout.minibatch_size=0", "1 or more"),
     ("rollout.minibatch_size=some", "integer"),
@@ -55,7 +55,7 @@ OUT_OF_RANGE = [
     ("model.max_prompt_tokens=0", "1 or more"),
     ("model.attn_implementation=slow", "eager"),
     ("model/prompt=chat", "chat template"),
-    ("algorithm.correction=maybe", "true, false"),
+    ("algorithm.doubly_robust=maybe", "true, false"),
     ("critic.hidden_size=0", "1 or more"),
     ("callbacks.credit.num_actions=0", "1 or more"),
     ("callbacks.credit.every_n_iterations=some", "integer"),

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from etpo import train
-from etpo.algorithms import etpo, objectives
+from etpo.algorithms import etpo
+from etpo.algorithms import losses as objectives
 
 SMALL = (
     "environment=token_mdp",

@@ -151,7 +151,9 @@ def ended_within(process, seconds, number=None):
 def test_a_failure_ends_the_process_though_another_copy_hangs(
     start_train, arguments, tmp_path, groups
 ):
-    process = start_train(tmp_path, *arguments("hangs and fails"), f"rollout.groups={groups}")
+    process = start_train(
+        tmp_path, *arguments("hangs and fails"), f"rollout.pipeline_groups={groups}"
+    )
     status, out, err = ended_within(process, 120)
     assert status == 2, out + err
     assert "copy 0: step() raised RuntimeError: server gone" in err
@@ -176,7 +178,10 @@ def test_one_signal_ends_a_run_that_waits_for_a_copy(
     start_train, arguments, tmp_path, kind, groups, number, expected
 ):
     process = start_train(
-        tmp_path, *arguments(kind), f"rollout.groups={groups}", f"hydra.run.dir={tmp_path}/run"
+        tmp_path,
+        *arguments(kind),
+        f"rollout.pipeline_groups={groups}",
+        f"hydra.run.dir={tmp_path}/run",
     )
     status, out, err = ended_within(process, 30, number)
     assert status == expected, out + err

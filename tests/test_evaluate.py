@@ -11,9 +11,9 @@ import torch
 from etpo import evaluate, train
 from etpo.environments.text_env import TextVectorEnv
 from etpo.errors import ConfigError, OutputError
-from etpo.models.backbone import Backbone
+from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
-from etpo.rollout.episode import Record
+from etpo.rollout.types import Record
 
 
 @pytest.fixture
@@ -156,14 +156,14 @@ class Together(Countdown):
 
 
 @pytest.fixture(scope="module")
-def backbone(checkpoint):
-    return Backbone(str(checkpoint("llama")), CompletionTemplate())
+def policy(checkpoint):
+    return LanguageModelPolicy(str(checkpoint("llama")), CompletionTemplate())
 
 
-def played(backbone, environment, count, generator=None, max_actions=100):
+def played(policy, environment, count, generator=None, max_actions=100):
     with torch.no_grad():
         return evaluate.play(
-            backbone,
+            policy,
             environment,
             count,
             max_new_tokens=3,
@@ -174,10 +174,10 @@ def played(backbone, environment, count, generator=None, max_actions=100):
 
 
 @pytest.mark.parametrize("kind", [Countdown, Together])
-def test_every_episode_is_played_to_its_end(kind, backbone):
+def test_every_episode_is_played_to_its_end(kind, policy):
     """Short ones are not counted twice, and nothing of a second episode is counted."""
     environment = kind(3)
-    episodes = played(backbone, environment, 5)
+    episodes = played(policy, environment, 5)
     assert [len(episode) for episode in episodes] == [3, 4, 1, 2, 3]  # of seeds 2 to 6
     assert [[r.attempt for r in episode] for episode in episodes[:2]] == [[1, 2, 3], [1, 2, 3, 4]]
     assert [sum(r.reward for r in episode) for episode in episodes] == [1] * 5
@@ -187,23 +187,23 @@ def test_every_episode_is_played_to_its_end(kind, backbone):
 
 
 @pytest.mark.parametrize("kind", [Countdown, Together])
-def test_what_an_environment_sends_is_checked(kind, backbone, monkeypatch):
+def test_what_an_environment_sends_is_checked(kind, policy, monkeypatch):
     monkeypatch.setattr(kind, "told", lambda self, envs: {"error": [ValueError("no")] * len(envs)})
-    assert {r.error for e in played(backbone, kind(2), 2) for r in e} == {"no"}
+    assert {r.error for e in played(policy, kind(2), 2) for r in e} == {"no"}
     for told in ({"cached": ["perhaps"] * 2}, {"error": []}):
         monkeypatch.setattr(kind, "told", lambda self, envs, told=told: told)
         with pytest.raises(ConfigError, match="^environment countdown: "):
-            played(backbone, kind(2), 2)
+            played(policy, kind(2), 2)
 
 
-def test_a_reward_that_is_no_number_is_refused(backbone):
+def test_a_reward_that_is_no_number_is_refused(policy):
     class NoNumber(Countdown):
         def step_part(self, actions, envs):
             following, rewards, *rest = super().step_part(actions, envs)
             return following, rewards * np.nan, *rest
 
     with pytest.raises(ConfigError, match="^environment countdown: reward="):
-        played(backbone, NoNumber(2), 2)
+        played(policy, NoNumber(2), 2)
 
 
 def test_a_result_that_cannot_be_written_is_one_line(tmp_path):
@@ -220,17 +220,17 @@ def test_a_result_that_cannot_be_written_is_one_line(tmp_path):
         evaluate.report(result, played, tmp_path / "file")
 
 
-def test_a_long_episode_is_cut(backbone):
-    assert [len(episode) for episode in played(backbone, Countdown(2), 3, max_actions=2)] == [
+def test_a_long_episode_is_cut(policy):
+    assert [len(episode) for episode in played(policy, Countdown(2), 3, max_actions=2)] == [
         2,
         2,
         1,
     ]
 
 
-def test_sampled_episodes_depend_on_the_generator(backbone):
+def test_sampled_episodes_depend_on_the_generator(policy):
     texts = [
-        [r.action for e in played(backbone, Countdown(2), 3, generator) for r in e]
+        [r.action for e in played(policy, Countdown(2), 3, generator) for r in e]
         for generator in (None, *(torch.Generator().manual_seed(seed) for seed in (0, 0, 1)))
     ]
     assert texts[1] == texts[2]
@@ -276,7 +276,7 @@ RUNS = {
         "algorithm=zero_shot",
         "environment.max_episode_steps=2",
     ),
-    "token_mdp": ("environment=token_mdp", "model=token_mdp", "algorithm=best_of_n"),
+    "token_mdp": ("environment=token_mdp", "model=token_mdp", "algorithm=zero_shot"),
 }
 
 

@@ -17,7 +17,7 @@ from transformers import (
 
 from etpo import export, train
 from etpo.errors import ConfigError
-from etpo.models.backbone import Backbone, tiny_checkpoint
+from etpo.models.policy import LanguageModelPolicy, tiny_checkpoint
 from etpo.models.prompting import CompletionTemplate
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -57,7 +57,7 @@ def saved_policy(ckpt_path, lora=None):
     if lora:
         model = get_peft_model(model, LoraConfig(**lora))
     state = torch.load(ckpt_path)["state_dict"]
-    prefix = "backbone.policy."
+    prefix = "policy.model."
     weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     assert not model.load_state_dict(weights, strict=False).unexpected_keys
     return model.eval()
@@ -145,7 +145,7 @@ TRAINED = {
 }
 
 
-def moved_backbone(checkpoint, folder, tied, lora):
+def moved_policy(checkpoint, folder, tied, lora):
     """A policy that training has moved, on a random model; its checkpoint lies in `folder`."""
     shutil.copytree(checkpoint("qwen-instruct"), folder)
     config = AutoConfig.from_pretrained(folder)
@@ -155,11 +155,13 @@ def moved_backbone(checkpoint, folder, tied, lora):
     with torch.no_grad():  # DoRA divides by the norm of every row
         model.get_input_embeddings().weight[config.pad_token_id].normal_()
     model.save_pretrained(folder)
-    backbone = Backbone(str(folder), CompletionTemplate(), lora=lora, temperature=0.5, min_p=0.1)
+    policy = LanguageModelPolicy(
+        str(folder), CompletionTemplate(), lora=lora, temperature=0.5, min_p=0.1
+    )
     with torch.no_grad():
-        for parameter in backbone.policy_parameters():
+        for parameter in policy.trainable_parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-    return backbone
+    return policy
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -169,15 +171,15 @@ def moved_backbone(checkpoint, folder, tied, lora):
 )
 def test_the_folder_is_the_policy(trained, merge, tied, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    backbone = moved_backbone(checkpoint, tmp_path / "base", tied, TRAINED[trained])
+    policy = moved_policy(checkpoint, tmp_path / "base", tied, TRAINED[trained])
     ids = torch.randint(3, 250, (2, 9), generator=torch.Generator().manual_seed(1))
     prompt, action = ids.split([4, 5], dim=1)
     with torch.no_grad():
-        expected = backbone(prompt, torch.ones_like(prompt).bool(), action).log_kept
-        policy = backbone.policy(input_ids=ids).logits
+        expected = policy(prompt, torch.ones_like(prompt).bool(), action).log_kept
+        policy = policy.model(input_ids=ids).logits
     text = [{"role": "user", "content": "Go. <|im_end|>"}]
-    said = backbone.tokenizer.apply_chat_template(text, tokenize=False)
-    export.write(backbone, tmp_path / "out", merge)
+    said = policy.tokenizer.apply_chat_template(text, tokenize=False)
+    export.write(policy, tmp_path / "out", merge)
     if merge:
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     else:
@@ -203,10 +205,10 @@ def test_the_folder_is_the_policy(trained, merge, tied, checkpoint, tmp_path, mo
 def test_a_folder_that_is_not_the_policy_is_refused(checkpoint, tmp_path, monkeypatch):
     """As where untied weights would be tied again by whoever loads them."""
     lora = TRAINED["embedding"]
-    backbone = moved_backbone(checkpoint, tmp_path / "base", True, lora)
+    policy = moved_policy(checkpoint, tmp_path / "base", True, lora)
     monkeypatch.setattr(export, "merged", lambda policy: policy.merge_and_unload())
     with pytest.raises(ConfigError, match="^merge=true: log-probabilities"):
-        export.write(backbone, tmp_path / "out", True)
+        export.write(policy, tmp_path / "out", True)
 
 
 def test_a_policy_with_a_short_context(checkpoint, tmp_path):
@@ -218,7 +220,7 @@ def test_a_policy_with_a_short_context(checkpoint, tmp_path):
         bos_token_id=0, eos_token_id=1, pad_token_id=2,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    export.write(Backbone(str(folder), CompletionTemplate()), tmp_path / "out", True)
+    export.write(LanguageModelPolicy(str(folder), CompletionTemplate()), tmp_path / "out", True)
     assert AutoConfig.from_pretrained(tmp_path / "out").n_positions == 16
 
 
@@ -226,7 +228,7 @@ def test_a_run_that_cannot_be_read_is_no_fault_of_out(monkeypatch, tmp_path):
     def unreadable(ckpt_path):
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(export, "load_backbone", unreadable)
+    monkeypatch.setattr(export, "load_policy", unreadable)
     cfg = OmegaConf.create({"ckpt_path": "a", "out": str(tmp_path / "out"), "merge": True})
     with pytest.raises(ConfigError, match="^ckpt_path=a: .*the disk is gone"):
         export.export(cfg)

@@ -15,7 +15,7 @@ from transformers import AutoModel
 from etpo import evaluate, train
 from etpo.config import CONF
 from etpo.environments.data_science.scoring import ProgramScorer, Score
-from etpo.rollout.sampler import sample
+from etpo.generation.sampler import sample
 
 FAMILY = {
     "causal_lm": "llama",
@@ -82,13 +82,11 @@ def test_the_loop_runs_and_moves_the_policy(
     option, tmp_path, checkpoint, command, graded_by_length
 ):
     run = trained(tmp_path, option, checkpoint)
-    backbone = run.module.backbone
+    policy = run.module.policy
     cfg = composed(tmp_path, f"model={option}", "model.name_or_path=x")
-    names = {
-        f"backbone.policy.{n}" for n, p in backbone.policy.named_parameters() if p.requires_grad
-    }
+    names = {f"policy.model.{n}" for n, p in policy.model.named_parameters() if p.requires_grad}
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]
-    kept = {name for name in saved if name.startswith("backbone.")}
+    kept = {name for name in saved if name.startswith("policy.")}
     if cfg.model.lora is None:
         assert names <= kept  # a tied weight is kept under both of its names
         assert not any("reference" in name for name in kept)
@@ -103,7 +101,7 @@ def test_a_trunk_critic_learns_beside_full_weights_and_beside_lora(
 ):
     run = trained(tmp_path, option, checkpoint, "critic=full", "algorithm.critic_lr=1e-2")
     trunk = dict(run.module.critic.trunk.named_parameters())
-    shared = {id(p) for p in run.module.backbone.parameters()} & {id(p) for p in trunk.values()}
+    shared = {id(p) for p in run.module.policy.parameters()} & {id(p) for p in trunk.values()}
     assert not shared
     pretrained = AutoModel.from_pretrained(checkpoint(FAMILY[option])).named_parameters()
     for name, weights in pretrained:
@@ -140,7 +138,7 @@ def test_variants_of_a_run(
 ):
     """Weights' type, attention and optimizer steps are what the override says; it learns."""
     run = trained(tmp_path, option, checkpoint, override)
-    policy = run.module.backbone.policy
+    policy = run.module.policy.model
     dtype = next(policy.parameters()).dtype
     assert (dtype, policy.config._attn_implementation, run.trainer.global_step) == variant
 
@@ -149,19 +147,19 @@ def test_variants_of_a_run(
 def test_what_is_sampled_is_what_is_trained(
     option, tmp_path, checkpoint, command, graded_by_length
 ):
-    backbone = trained(tmp_path, option, checkpoint).module.backbone
-    prompts = backbone.encode(
+    policy = trained(tmp_path, option, checkpoint).module.policy
+    prompts = policy.encode(
         [
             {"instruction": "Write it.", "prefix": "def f():\n", "suffix": "\n"},
             {"instruction": "Write it, please, now.", "prefix": "def g(x, y):\n", "suffix": "\n"},
         ]
     )
-    taken = sample(backbone, prompts, 6, torch.Generator().manual_seed(0))
+    taken = sample(policy, prompts, 6, torch.Generator().manual_seed(0))
     inputs = prompts.ids, prompts.mask, taken.ids
     chosen = taken.ids.unsqueeze(-1)
-    recomputed = backbone(*inputs).log_probs.gather(-1, chosen).squeeze(-1)
+    recomputed = policy(*inputs).log_probs.gather(-1, chosen).squeeze(-1)
     torch.testing.assert_close(recomputed[taken.mask], taken.log_probs[taken.mask])
-    reference = backbone(*inputs, reference=True).log_probs.gather(-1, chosen).squeeze(-1)
+    reference = policy(*inputs, reference=True).log_probs.gather(-1, chosen).squeeze(-1)
     assert (reference - recomputed)[taken.mask].abs().max() > 1e-3
 
 
@@ -179,10 +177,10 @@ def test_a_checkpoint_is_evaluated_with_its_own_weights_and_precision(
     file = tmp_path / "run" / "checkpoints" / "last.ckpt"
     loaded, play = [], evaluate.play
 
-    def observed(backbone, *rest, **settings):
-        loaded.append(backbone)
+    def observed(policy, *rest, **settings):
+        loaded.append(policy)
         assert torch.is_autocast_enabled("cpu") == (precision == "bf16-mixed")
-        return play(backbone, *rest, **settings)
+        return play(policy, *rest, **settings)
 
     monkeypatch.setattr(evaluate, "play", observed)
     ended = command(
@@ -190,8 +188,8 @@ def test_a_checkpoint_is_evaluated_with_its_own_weights_and_precision(
     )
     assert ended.status == 0, ended.err
     saved = torch.load(file)["state_dict"]
-    trainable = dict(loaded[0].policy.named_parameters())
+    trainable = dict(loaded[0].model.named_parameters())
     trainable = {name: p for name, p in trainable.items() if p.requires_grad}
     assert trainable
     for name, weights in trainable.items():
-        assert torch.equal(weights, saved[f"backbone.policy.{name}"]), name
+        assert torch.equal(weights, saved[f"policy.model.{name}"]), name

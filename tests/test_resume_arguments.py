@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from etpo.algorithms.on_policy import OnPolicyAlgorithm
+from etpo.algorithms.base import OnPolicyAlgorithm
 from etpo.config import check_overrides
 from etpo.errors import ConfigError
 from etpo.resume import resume_arguments
@@ -92,7 +92,12 @@ class Scheduled(OnPolicyAlgorithm):
     """The schedules of an algorithm alone."""
 
     def __init__(self, iters: int, epoch: int) -> None:
-        self.first_beta, self.last_beta, self.beta_iters, self.epoch = 0.02, 0.005, iters, epoch
+        self.first_beta, self.last_beta, self.beta_anneal_iters, self.epoch = (
+            0.02,
+            0.005,
+            iters,
+            epoch,
+        )
 
     @property
     def current_epoch(self) -> int:
@@ -105,7 +110,7 @@ def test_a_longer_run_keeps_its_schedules_and_never_steps_up(run):
         new = ["ckpt_path=link", "trainer.max_epochs=50", *added]
         cfg = check_overrides("train", resume_arguments(new))
         assert cfg.trainer.max_epochs == 50
-        assert cfg.algorithm.beta_iters == iters
+        assert cfg.algorithm.beta_anneal_iters == iters
         assert cfg.algorithm.scheduler.total_iters == iters
     before = [Scheduled(25, epoch).beta for epoch in range(25)]
     after = [Scheduled(25, epoch).beta for epoch in range(25, 50)]

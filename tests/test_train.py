@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from etpo import train
-from etpo.models.backbone import tiny_checkpoint
+from etpo.models.policy import tiny_checkpoint
 
 SUMMARY_KEYS = {
     *("status", "algorithm", "environment", "dataset", "data_hash", "model", "seed", "sandbox"),

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from etpo.errors import MAX_SEED, ConfigError, EnvironmentFailure, OutputError, check_integer
-from etpo.models.backbone import tiny_checkpoint
+from etpo.models.policy import tiny_checkpoint
 from etpo.overrides import hydra_value, split_arguments
 
 _PACKAGED = Path(__file__).parent / "conf"

@@ -32,10 +32,10 @@ from etpo.environments import plain
 from etpo.environments.text_env import TextVectorEnv
 from etpo.errors import MAX_SEED, ConfigError, check_integer, described
 from etpo.files import write_text
-from etpo.models.backbone import Backbone
+from etpo.generation.sampler import action_texts, sample
+from etpo.models.policy import LanguageModelPolicy
 from etpo.rollout.datamodule import derived_seed
-from etpo.rollout.episode import Record
-from etpo.rollout.sampler import action_texts, sample
+from etpo.rollout.types import Record
 from etpo.run_folder import remove_made
 from etpo.train import quiet
 
@@ -77,7 +77,7 @@ def load_weights(module: nn.Module, state: dict[str, torch.Tensor], ckpt_path: s
 
 
 def play(
-    backbone: Backbone,
+    policy: LanguageModelPolicy,
     environment: TextVectorEnv,
     count: int,
     *,
@@ -105,9 +105,9 @@ def play(
         playing = np.arange(environment.num_envs) < size
         while playing.any():
             envs = np.arange(environment.num_envs) if together else np.flatnonzero(playing)
-            prompts = backbone.encode([observations[env] for env in envs])
-            taken = sample(backbone, prompts, max_new_tokens, generator)
-            texts = action_texts(backbone, prompts, taken)
+            prompts = policy.encode([observations[env] for env in envs])
+            taken = sample(policy, prompts, max_new_tokens, generator)
+            texts = action_texts(policy, prompts, taken)
             step = environment.step(texts) if together else environment.step_part(texts, envs)
             with plain.sent_by(source):
                 answer = plain.answer(step, len(envs))
@@ -115,7 +115,7 @@ def play(
                 observations[env] = answer.observations[row]
                 if not playing[env]:
                     continue
-                prompt = str(backbone.tokenizer.decode(prompts.ids[row][prompts.mask[row]]))
+                prompt = str(policy.tokenizer.decode(prompts.ids[row][prompts.mask[row]]))
                 number, error = len(wave[env]) + 1, answer.errors[row]
                 reward, known = answer.rewards[row], answer.cached[row]
                 limited = bool(taken.length_limited[row])
@@ -181,10 +181,10 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, list[list[Recor
     if "max_attempts" in run.environment:
         run.environment.max_attempts = 1
     environment = instantiate(run.environment)
-    module: ETPO = instantiate(run.algorithm, backbone=instantiate(run.model))
+    module: ETPO = instantiate(run.algorithm, policy=instantiate(run.model))
     load_weights(module, state, cfg.ckpt_path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module.backbone.to(device)
+    module.policy.to(device)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     mixed = torch.autocast(device.type, torch.bfloat16, run.trainer.precision == "bf16-mixed")
     programs = hasattr(environment, "held_out")
@@ -195,7 +195,7 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, list[list[Recor
         for policy, source in (("greedy", None), ("sampled", generator)):
             with mixed:
                 played[policy] = play(
-                    module.backbone,
+                    module.policy,
                     environment,
                     1 if programs and source is None else cfg.samples,
                     max_new_tokens=run.rollout.max_new_tokens,

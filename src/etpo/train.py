@@ -39,7 +39,7 @@ from etpo.config import (
 )
 from etpo.environments.text_env import TextVectorEnv
 from etpo.errors import ConfigError
-from etpo.models.backbone import tiny_checkpoint
+from etpo.models.policy import tiny_checkpoint
 from etpo.resume import check_optimizer, check_progress, resume_arguments
 from etpo.run_folder import held
 from etpo.study import run_cell
@@ -87,7 +87,7 @@ def build_with(environment: TextVectorEnv, cfg: DictConfig) -> Run:
     trainer = instantiate(cfg.trainer, logger=loggers, callbacks=[*own, *callbacks], **limits)
     datamodule.check(trainer.world_size)
     start_tracking(trainer.loggers)
-    module = instantiate(cfg.algorithm, backbone=instantiate(cfg.model))
+    module = instantiate(cfg.algorithm, policy=instantiate(cfg.model))
     if cfg.ckpt_path is not None:
         content = load_checkpoint(cfg.ckpt_path)
         check_progress(content, cfg.ckpt_path, cfg.trainer.max_epochs)

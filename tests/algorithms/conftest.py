@@ -14,25 +14,25 @@ from etpo.algorithms.etpo import ETPO
 from etpo.algorithms.ntpo import NTPO
 from etpo.algorithms.poad import POAD
 from etpo.algorithms.ppo_kl import PPOKL
-from etpo.models.backbone import Backbone
 from etpo.models.critics import HeadCritic, LanguageModelCritic, LoraCritic
+from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 from etpo.rollout.datamodule import RolloutDataModule
 
 ETPO_SETTINGS = {
     "beta": 0.01,
-    "beta_end_factor": 1.0,
-    "beta_iters": 1,
+    "beta_final_factor": 1.0,
+    "beta_anneal_iters": 1,
     "gamma": 0.9,
     "lambda_": 0.9,
-    "lambda_iters": None,
+    "lambda_anneal_iters": None,
     "eta": 0.05,
-    "floor": 0.0,
-    "correction": True,
-    "scale_objective": False,
+    "pessimism_threshold": 0.0,
+    "doubly_robust": True,
+    "normalize_by_advantage_rms": False,
     "clip_low": 0.2,
     "clip_high": 0.2,
-    "leak": 1.0,
+    "truncation_kl_coef": 1.0,
     "max_kl": 0.5,
     "tau": 1.0,
     "policy_lr": 3e-3,
@@ -40,24 +40,24 @@ ETPO_SETTINGS = {
     "critic_loss": "huber",
     "huber_delta": 1.0,
     "max_grad_norm": 1.0,
-    "annotation_batch": 8,
-    "vocabulary_chunk": None,
+    "forward_batch_size": 8,
+    "logits_chunk_size": None,
 }
 
 WITH_CRITIC = {POAD: {"lambda_": 0.5}, NTPO: {"lambda_": 0.5}, PPOKL: {"lambda_": 0.5}}
 BASELINE_SETTINGS = {
     "beta": 0.5,
-    "beta_end_factor": 1.0,
-    "beta_iters": 1,
-    "leak": 0.2,
+    "beta_final_factor": 1.0,
+    "beta_anneal_iters": 1,
+    "truncation_kl_coef": 0.2,
     "gamma": 0.8,
     "clip": 0.2,
     "max_kl": None,
     "policy_lr": 3e-3,
     "critic_lr": 3e-3,
     "max_grad_norm": 1.0,
-    "annotation_batch": 8,
-    "vocabulary_chunk": None,
+    "forward_batch_size": 8,
+    "logits_chunk_size": None,
 }
 
 
@@ -73,7 +73,9 @@ def build_etpo(checkpoint, etpo_settings):
 
     def build(critic=HeadCritic, min_p=0.0, variant=ETPO, **changes):
         return variant(
-            lambda: Backbone(str(checkpoint("llama")), CompletionTemplate(), min_p=min_p),
+            lambda: LanguageModelPolicy(
+                str(checkpoint("llama")), CompletionTemplate(), min_p=min_p
+            ),
             functools.partial(critic, hidden_size=32),
             functools.partial(torch.optim.AdamW, eps=1e-5, weight_decay=0.0),
             **(etpo_settings | changes),
@@ -91,7 +93,9 @@ def build_baseline(checkpoint):
         torch.manual_seed(0)
         has_critic = algorithm in WITH_CRITIC or algorithm is ArCHer
         return algorithm(
-            lambda: Backbone(str(checkpoint("llama")), CompletionTemplate(), min_p=min_p),
+            lambda: LanguageModelPolicy(
+                str(checkpoint("llama")), CompletionTemplate(), min_p=min_p
+            ),
             functools.partial(HeadCritic, hidden_size=16) if has_critic else None,
             functools.partial(torch.optim.AdamW, eps=1e-5, weight_decay=0.0),
             **(BASELINE_SETTINGS | own | changes),
@@ -102,16 +106,16 @@ def build_baseline(checkpoint):
 
 @pytest.fixture
 def build_algorithm():
-    """build_algorithm(algorithm, backbone, critic, ...): any algorithm, from its parts."""
+    """build_algorithm(algorithm, policy, critic, ...): any algorithm, from its parts."""
 
-    def make(algorithm, backbone, critic, **changes):
+    def make(algorithm, policy, critic, **changes):
         settings = ETPO_SETTINGS if issubclass(algorithm, ETPO) else BASELINE_SETTINGS
         own = WITH_CRITIC.get(algorithm, {"tau": 1.0} if algorithm is ArCHer else {})
         sizes = {} if critic is LanguageModelCritic else {"hidden_size": 16}
         if critic is LoraCritic:
             sizes["lora"] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
         return algorithm(
-            backbone,
+            policy,
             None if critic is None else functools.partial(critic, **sizes),
             functools.partial(torch.optim.AdamW, eps=1e-5, weight_decay=0.0),
             **(settings | own | changes),

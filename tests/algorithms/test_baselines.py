@@ -13,7 +13,8 @@ import pytest
 import torch
 from lightning import Callback
 
-from etpo.algorithms.advantages import (
+from etpo.algorithms.archer import ArCHer
+from etpo.algorithms.baselines import (
     generalized_advantages,
     group_mean_of_others,
     group_standardised,
@@ -21,13 +22,12 @@ from etpo.algorithms.advantages import (
     k3,
     penalised_rewards,
 )
-from etpo.algorithms.archer import ArCHer
 from etpo.algorithms.ntpo import NTPO
 from etpo.algorithms.poad import POAD
-from etpo.algorithms.policy_gradient import Taken, TakenBatch
+from etpo.algorithms.ppo import Taken, TakenBatch
 from etpo.algorithms.ppo_kl import PPOKL
 from etpo.algorithms.reinforce import GRPO, RLOO, Reinforce
-from etpo.rollout.episode import Actions, Record, Rollout
+from etpo.rollout.types import Actions, Record, Rollout
 
 MASK = torch.tensor([[1, 1], [1, 0], [1, 0], [1, 1]]).bool()
 PROMPTS = torch.tensor([[5, 6], [5, 6], [5, 7], [5, 6]])
@@ -82,7 +82,7 @@ def near(rows):
 
 def log_probs_taken(module, batch, **side):
     inputs = batch.prompt_ids, batch.prompt_mask, batch.action_ids
-    log_probs = module.backbone(*inputs, **side).log_probs
+    log_probs = module.policy(*inputs, **side).log_probs
     return log_probs.gather(-1, batch.action_ids.unsqueeze(-1)).squeeze(-1)
 
 
@@ -128,12 +128,12 @@ class LastToken(torch.nn.Module):
 
 def test_archer_credits_q_less_v(build_baseline, monkeypatch):
     """A(o, a) = Q(o, a) - V(o), arXiv 2402.19446, of the target critic; then standardised."""
-    module = build_baseline(ArCHer, annotation_batch=3)
+    module = build_baseline(ArCHer, forward_batch_size=3)
     module.target_critic = LastToken()
     monkeypatch.setattr(module, "all_gather", lambda value: value)
     actions = ACTIONS._replace(action_ids=torch.tensor([[3, 8], [5, 9], [9, 3], [4, 2]]))
-    features = module.backbone.features(*actions[:3])
-    batch = module.annotate(
+    features = module.policy.features(*actions[:3])
+    batch = module.compute_targets(
         ROLLOUT._replace(
             actions=actions._replace(features=features),
             bootstrap_ids=torch.tensor([[8]]),
@@ -175,7 +175,7 @@ def test_grpo(credit):
 
 def test_truncated_actions_are_bootstrapped_at_their_next_prompts(build_baseline):
     """Rows 1 and 2, by environment the other way round."""
-    module = build_baseline(POAD, annotation_batch=1)
+    module = build_baseline(POAD, forward_batch_size=1)
     random = torch.Generator().manual_seed(0)
     torch.nn.init.normal_(module.critic.head.value.weight, generator=random)
     cut = torch.tensor([False, True, True, False])
@@ -190,7 +190,7 @@ def test_truncated_actions_are_bootstrapped_at_their_next_prompts(build_baseline
     def plain(prompt):
         ids = torch.tensor([prompt])
         inputs = ids, torch.ones_like(ids).bool(), torch.tensor([[9]])
-        features = module.backbone(*inputs, reference=True).features
+        features = module.policy(*inputs, reference=True).features
         return module.critic(*inputs, features).item()
 
     assert abs(plain([5, 6, 7]) - plain([8])) > 0.1
@@ -214,9 +214,9 @@ ALL = [POAD, NTPO, PPOKL, ArCHer, Reinforce, RLOO, GRPO]
 @pytest.mark.parametrize("algorithm", ALL)
 def test_nothing_moves_without_reward(algorithm, build_baseline, letter_env, fit, paid):
     module = build_baseline(algorithm, beta=0.0)
-    before = [p.clone() for p in module.backbone.policy_parameters()]
+    before = [p.clone() for p in module.policy.trainable_parameters()]
     fit(module, paid(letter_env(4), lambda action: 0), 1)
-    for old, new in zip(before, module.backbone.policy_parameters(), strict=True):
+    for old, new in zip(before, module.policy.trainable_parameters(), strict=True):
         assert torch.equal(old, new)
 
 
@@ -227,9 +227,11 @@ def test_credited_tokens_become_likelier(
 ):
     """Not in the first iteration, of which ArCHer's critic knows nothing yet."""
     module = build_baseline(algorithm, min_p=min_p)
-    annotate, batches = module.annotate, []
+    compute_targets, batches = module.compute_targets, []
     monkeypatch.setattr(
-        module, "annotate", lambda rollout: batches.append(annotate(rollout)) or batches[-1]
+        module,
+        "compute_targets",
+        lambda rollout: batches.append(compute_targets(rollout)) or batches[-1],
     )
     env = paid(letter_env(8, length=1), lambda action: sum(map(ord, action[-1:])) % 2)
     data = fit(module, env, 4, minibatch_size=64, update_epochs=10)
@@ -263,10 +265,10 @@ def test_a_policy_beyond_the_trust_region_rests(algorithm, build_baseline, lette
             self.moved = []
 
         def on_train_batch_start(self, trainer, module, batch, index):
-            self.before = [p.detach().clone() for p in module.backbone.policy_parameters()]
+            self.before = [p.detach().clone() for p in module.policy.trainable_parameters()]
 
         def on_train_batch_end(self, trainer, module, outputs, batch, index):
-            pairs = zip(self.before, module.backbone.policy_parameters(), strict=True)
+            pairs = zip(self.before, module.policy.trainable_parameters(), strict=True)
             moved = not all(torch.equal(old, new) for old, new in pairs)
             self.moved.append((module.policy_stopped, moved))
 
@@ -293,7 +295,7 @@ def test_the_step_is_the_policy_gradient(
     fresh = build_baseline(algorithm)
     fresh.trainer = module.trainer
     fresh.log_mean = lambda *_: None
-    batch = fresh.annotate(data.rollout)
+    batch = fresh.compute_targets(data.rollout)
     lengths = torch.arange(len(batch.weights)) % 5 + 1
     mask = torch.arange(batch.action_mask.shape[1]) < lengths[:, None]
     batch = batch._replace(action_mask=mask, advantages=torch.randn(mask.shape))
@@ -304,14 +306,14 @@ def test_the_step_is_the_policy_gradient(
     expected = -(batch.advantages * log_probs_taken(fresh, batch) * mask).sum(1)
     if algorithm is GRPO:
         expected = expected / lengths
-    assert_same_gradient(loss, expected.mean(), fresh.backbone.policy_parameters(), 1e-4, 1e-5)
+    assert_same_gradient(loss, expected.mean(), fresh.policy.trainable_parameters(), 1e-4, 1e-5)
 
 
 def test_the_step_of_grpo_away_from_the_reference(build_baseline, assert_same_gradient):
     """Mean over tokens of -A log pi + beta k3, whose gradient is 0 at pi = pi_ref."""
     module = build_baseline(GRPO, beta=0.3)
     module.log_mean = lambda *_: None
-    parameters = module.backbone.policy_parameters()
+    parameters = module.policy.trainable_parameters()
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in parameters:

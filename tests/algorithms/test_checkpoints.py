@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from etpo.algorithms.etpo import ETPO
-from etpo.models.backbone import Backbone
 from etpo.models.critics import LoraCritic, TrunkCritic
+from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}
@@ -26,10 +26,10 @@ def saved(checkpoint, build_algorithm, letter_env, fit, tmp_path):
     """saved(...): module and the content of best.ckpt and last.ckpt of one iteration of ETPO."""
 
     def run(critic, tau, lora=None):
-        backbone = functools.partial(
-            Backbone, str(checkpoint("qwen")), CompletionTemplate(), lora=lora
+        policy = functools.partial(
+            LanguageModelPolicy, str(checkpoint("qwen")), CompletionTemplate(), lora=lora
         )
-        module = build_algorithm(ETPO, backbone, critic, tau=tau)
+        module = build_algorithm(ETPO, policy, critic, tau=tau)
         folder = {"dirpath": tmp_path, "save_on_train_epoch_end": True}
         callbacks = [
             ModelCheckpoint(
@@ -48,7 +48,7 @@ def saved(checkpoint, build_algorithm, letter_env, fit, tmp_path):
 @pytest.mark.parametrize("tau", [1.0, 0.5])
 def test_nothing_is_kept_twice(tau, critic, lora, saved):
     module, best, last = saved(critic, tau, lora)
-    policy = sum(p.nbytes for p in module.backbone.policy_parameters())
+    policy = sum(p.nbytes for p in module.policy.trainable_parameters())
     value = sum(p.nbytes for p in module.critic.parameters() if p.requires_grad)
     assert stored(best) == policy
     assert "optimizer_states" not in best

@@ -2,7 +2,7 @@ import pytest
 import torch
 from lightning import Callback
 
-from etpo.algorithms import soft_bellman
+from etpo.algorithms import returns as soft_bellman
 from etpo.algorithms.etpo import ETPO
 from etpo.errors import ConfigError
 from etpo.models.critics import HeadCritic, TrunkCritic
@@ -17,22 +17,22 @@ class Rewards(Callback):
 
 
 @pytest.mark.parametrize("critic", [HeadCritic, TrunkCritic])
-@pytest.mark.parametrize("correction", [True, False])
+@pytest.mark.parametrize("doubly_robust", [True, False])
 def test_nothing_moves_without_reward(build_etpo, letter_env, fit, paid, critic, correction):
-    module = build_etpo(critic, correction=correction)
-    before = [p.clone() for p in module.backbone.policy_parameters()]
+    module = build_etpo(critic, doubly_robust=correction)
+    before = [p.clone() for p in module.policy.trainable_parameters()]
     one_step = {"minibatch_size": 32, "update_epochs": 1}
     fit(module, paid(letter_env(4), lambda action: 0), 1, **one_step)
-    for old, new in zip(before, module.backbone.policy_parameters(), strict=True):
+    for old, new in zip(before, module.policy.trainable_parameters(), strict=True):
         # what remains is the rounding of a float32 KL, the sampler's too; a real step is policy_lr
         torch.testing.assert_close(old, new, rtol=0, atol=1e-2 * module.policy_lr)
 
 
 def test_the_policy_moves_with_reward(build_etpo, letter_env, fit, paid):
     module = build_etpo()
-    before = [p.clone() for p in module.backbone.policy_parameters()]
+    before = [p.clone() for p in module.policy.trainable_parameters()]
     fit(module, paid(letter_env(4), lambda action: sum(map(ord, action)) % 2), 1)
-    pairs = zip(before, module.backbone.policy_parameters(), strict=True)
+    pairs = zip(before, module.policy.trainable_parameters(), strict=True)
     assert max((old - new).abs().max() for old, new in pairs) > module.policy_lr / 2
 
 
@@ -57,28 +57,28 @@ def test_tokens_below_min_p_take_no_part(build_etpo, letter_env, fit):
     loss, kl = module.policy_step(batch)
     assert kl.item() == pytest.approx(0, abs=1e-5)
     loss.backward()
-    gradients = [p.grad for p in module.backbone.policy_parameters() if p.grad is not None]
+    gradients = [p.grad for p in module.policy.trainable_parameters() if p.grad is not None]
     assert gradients
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 def test_the_leak_term_keeps_what_min_p_cut_off_unlikely(build_etpo, letter_env, fit):
-    module = build_etpo(min_p=0.3, leak=0.0)
+    module = build_etpo(min_p=0.3, truncation_kl_coef=0.0)
     data = fit(module, letter_env(8), 1)
     module.log_mean = lambda *_: None
-    batch = module.annotate(data.rollout)
+    batch = module.compute_targets(data.rollout)
     support, mask = batch.old_log_probs.isfinite(), batch.action_mask
     inputs = batch.prompt_ids, batch.prompt_mask, batch.action_ids
-    parameters = module.backbone.policy_parameters()
+    parameters = module.policy.trainable_parameters()
 
     def gradient(loss):
         parts = torch.autograd.grad(loss, parameters, allow_unused=True)
         return torch.cat([part.flatten() for part in parts if part is not None])
 
     without = gradient(module.policy_step(batch)[0])
-    module.leak = 0.7
+    module.truncation_kl_coef = 0.7
     leaked = gradient(module.policy_step(batch)[0]) - without
-    log_kept = module.backbone(*inputs, support=support).log_kept
+    log_kept = module.policy(*inputs, support=support).log_kept
     expected = gradient(-0.7 * ((log_kept * mask).sum(1) * batch.weights).mean())
     assert expected.norm() > 1e-3
     torch.testing.assert_close(leaked, expected, rtol=1e-3, atol=1e-5)
@@ -129,7 +129,13 @@ def test_the_step_is_the_doubly_robust_gradient_of_the_rollout(
     build_etpo, letter_env, fit, assert_same_gradient
 ):
     module = build_etpo(
-        TrunkCritic, beta=0.3, eta=0.2, floor=1.0, clip_low=0.05, clip_high=0.2, leak=0.0
+        TrunkCritic,
+        beta=0.3,
+        eta=0.2,
+        pessimism_threshold=1.0,
+        clip_low=0.05,
+        clip_high=0.2,
+        truncation_kl_coef=0.0,
     )
     data = fit(module, letter_env(4), 3)
     batch, _ = data.fill()
@@ -138,11 +144,11 @@ def test_the_step_is_the_doubly_robust_gradient_of_the_rollout(
     actions, mask = rollout.actions, rollout.actions.action_mask
     inputs = actions.prompt_ids, actions.prompt_mask, actions.action_ids
     with torch.no_grad():
-        log_old = module.backbone(*inputs).log_probs
-        log_ref, features, _ = module.backbone(*inputs, reference=True)
+        log_old = module.policy(*inputs).log_probs
+        log_ref, features, _ = module.policy(*inputs, reference=True)
         value, scores = module.target_critic(*inputs, features)
         raw = value[..., None] + scores - (log_old.exp() * scores).sum(-1, keepdim=True)
-        q = torch.minimum(raw, value[..., None])  # floor=1: of all tokens
+        q = torch.minimum(raw, value[..., None])  # pessimism_threshold=1: of all tokens
         soft = (log_old.exp() * (q - module.beta * (log_old - log_ref))).sum(-1)
 
         def taken(x):
@@ -153,9 +159,9 @@ def test_the_step_is_the_doubly_robust_gradient_of_the_rollout(
         others = [errors[env != n].sum() / mask[env != n].sum() for n in env.tolist()]
         advantages = errors - torch.stack(others)[:, None]
         generator = torch.Generator().manual_seed(0)
-        for parameter in module.backbone.policy_parameters():  # pi is no longer pi_old
+        for parameter in module.policy.trainable_parameters():  # pi is no longer pi_old
             parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
-    log_pi = module.backbone(*inputs).log_probs
+    log_pi = module.policy(*inputs).log_probs
     cost = module.beta * (log_pi - log_ref) + module.eta * (log_pi - log_old) - q
     ratio = (taken(log_pi) - taken(log_old)).exp()
     correction = torch.minimum(ratio * advantages, ratio.clamp(0.95, 1.2) * advantages)
@@ -166,20 +172,20 @@ def test_the_step_is_the_doubly_robust_gradient_of_the_rollout(
     assert (ratio[mask] > 1.2).any()
     assert len(actions.step.unique()) > 2
     step, _ = module.policy_step(batch)
-    assert_same_gradient(step, expected, module.backbone.policy_parameters(), 1e-3, 1e-6)
+    assert_same_gradient(step, expected, module.policy.trainable_parameters(), 1e-3, 1e-6)
 
 
 def test_scaling_keeps_the_direction_of_the_whole_objective(build_etpo, letter_env, fit, paid):
-    module = build_etpo(scale_objective=True)
+    module = build_etpo(normalize_by_advantage_rms=True)
     env = paid(letter_env(4), lambda action: sum(map(ord, action)) % 7 / 7)
     rollout = fit(module, env, 1).rollout
     module.log_mean = lambda *_: None
 
     def gradient(scaled):
-        module.scale_objective, module.scale = scaled, 1.0
-        batch = module.annotate(rollout)
+        module.normalize_by_advantage_rms, module.scale = scaled, 1.0
+        batch = module.compute_targets(rollout)
         loss, _ = module.policy_step(batch)
-        parts = torch.autograd.grad(loss, module.backbone.policy_parameters(), allow_unused=True)
+        parts = torch.autograd.grad(loss, module.policy.trainable_parameters(), allow_unused=True)
         return torch.cat([part.flatten() for part in parts if part is not None]), batch
 
     plain, batch = gradient(False)
@@ -194,7 +200,7 @@ def test_grouping_actions_by_length_changes_nothing(
 ):
     module = build_etpo(critic=TrunkCritic, max_kl=None)  # else the policy may rest already
     data = fit(module, letter_env(6), 1, actions_per_iteration=42, minibatch_size=14)
-    batch = module.annotate(data.rollout)
+    batch = module.compute_targets(data.rollout)
     lengths = torch.arange(42) % 5 + 1
     batch = batch._replace(action_mask=torch.arange(5) < lengths[:, None])
     logged = {}
@@ -220,7 +226,7 @@ def test_trust_region_leaves_a_stopped_policy_without_gradient(build_etpo, lette
             self.moved, self.critic_moved = [], []
 
         def weights(self, module):
-            policy = torch.cat([p.detach().flatten() for p in module.backbone.policy_parameters()])
+            policy = torch.cat([p.detach().flatten() for p in module.policy.trainable_parameters()])
             critic = torch.cat([p.detach().flatten() for p in module.critic.parameters()])
             return policy, critic
 
@@ -251,7 +257,7 @@ def test_lambda_moves_to_one_over_the_iterations(
 
     lambda_returns = soft_bellman.lambda_returns
     monkeypatch.setattr(soft_bellman, "lambda_returns", spy)
-    fit(build_etpo(lambda_=0.5, lambda_iters=iters), letter_env(4), 4)
+    fit(build_etpo(lambda_=0.5, lambda_anneal_iters=iters), letter_env(4), 4)
     assert used == pytest.approx(expected)
 
 
@@ -264,7 +270,7 @@ def test_beta_moves_linearly_over_the_iterations(build_etpo, letter_env, fit):
             self.values.append(module.beta)
             self.logged.append(float(trainer.callback_metrics["train/beta"]))
 
-    module = build_etpo(beta=0.4, beta_end_factor=0.25, beta_iters=3)
+    module = build_etpo(beta=0.4, beta_final_factor=0.25, beta_anneal_iters=3)
     betas = Betas()
     fit(module, letter_env(4), 5, callbacks=[betas])
     assert betas.values == pytest.approx([0.4, 0.3, 0.2, 0.1, 0.1])
@@ -284,8 +290,8 @@ def test_checkpoints_leave_out_the_frozen_reference(build_etpo, letter_env, fit)
     saved = {"state_dict": module.state_dict(), "optimizer_states": []}
     module.on_save_checkpoint(saved)
     keys = saved["state_dict"]
-    assert not any(key.startswith("backbone.reference.") for key in keys)
-    trained = {f"backbone.policy.{n}" for n, _ in module.backbone.policy.named_parameters()}
+    assert not any(key.startswith("policy.reference_model.") for key in keys)
+    trained = {f"policy.model.{n}" for n, _ in module.policy.model.named_parameters()}
     assert trained <= set(keys)
     assert any(key.startswith("target_critic.") for key in keys)
 
@@ -294,9 +300,13 @@ def test_checkpoints_leave_out_the_frozen_reference(build_etpo, letter_env, fit)
     ("key", "value", "message"),
     [
         ("beta", -0.1, "algorithm.beta=-0.1: allowed is a number, 0 or more"),
-        ("beta_end_factor", -1, "algorithm.beta_end_factor=-1: allowed is a number, 0 or more"),
-        ("beta_iters", 0, "algorithm.beta_iters=0: allowed is 1 or more, an integer"),
-        ("lambda_iters", 0, "algorithm.lambda_iters=0: allowed is 1 or more, an integer"),
+        ("beta_final_factor", -1, "algorithm.beta_final_factor=-1: allowed is a number, 0 or more"),
+        ("beta_anneal_iters", 0, "algorithm.beta_anneal_iters=0: allowed is 1 or more, an integer"),
+        (
+            "lambda_anneal_iters",
+            0,
+            "algorithm.lambda_anneal_iters=0: allowed is 1 or more, an integer",
+        ),
         ("gamma", 1.5, "algorithm.gamma=1.5: allowed is a number, 0 or more and at most 1"),
         ("tau", 0, "algorithm.tau=0: allowed is a number, above 0 and at most 1"),
         ("clip_low", 2, "algorithm.clip_low=2: allowed is a number, above 0 and at most 1"),
@@ -305,11 +315,11 @@ def test_checkpoints_leave_out_the_frozen_reference(build_etpo, letter_env, fit)
     ],
 )
 def test_bad_values_stop_before_the_model_is_loaded(key, value, message, etpo_settings):
-    def backbone():
+    def policy():
         raise AssertionError("the model was loaded")
 
     with pytest.raises(ConfigError, match=message):
-        ETPO(backbone, None, None, **(etpo_settings | {key: value}))
+        ETPO(policy, None, None, **(etpo_settings | {key: value}))
 
 
 def test_the_sampled_states_stand_for_a_forward_of_the_policy(build_etpo, letter_env, fit):
@@ -319,7 +329,7 @@ def test_the_sampled_states_stand_for_a_forward_of_the_policy(build_etpo, letter
     actions = data.rollout.actions
     inputs = actions.prompt_ids, actions.prompt_mask, actions.action_ids
     runs = []
-    module.backbone.policy.model.register_forward_hook(lambda *_: runs.append(1))
+    module.policy.model.model.register_forward_hook(lambda *_: runs.append(1))
     with torch.no_grad():
         given = module.evaluate_prefixes(*inputs, actions.features)
         assert not runs

@@ -4,18 +4,18 @@ from math import inf, log
 
 import pytest
 import torch
+from etpo.algorithms.variants import JointClipETPO
 from lightning import Callback
 
 from etpo.algorithms.archer import ArCHer
 from etpo.algorithms.etpo import ETPO
-from etpo.algorithms.objectives import clipped
+from etpo.algorithms.losses import clipped
 from etpo.algorithms.poad import POAD
 from etpo.algorithms.ppo_kl import PPOKL
 from etpo.algorithms.reinforce import GRPO
-from etpo.algorithms.soft_bellman import entropy
-from etpo.algorithms.variants import JointClipETPO
-from etpo.models.backbone import Backbone
+from etpo.algorithms.returns import entropy
 from etpo.models.critics import HeadCritic
+from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 
 ALGORITHMS = [ETPO, JointClipETPO, POAD, PPOKL, ArCHer, GRPO]
@@ -57,13 +57,13 @@ def test_logged_metrics_are_those_of_the_iteration(
     critic = None if algorithm is GRPO else HeadCritic
     module = build_algorithm(
         algorithm,
-        lambda: Backbone(str(checkpoint("llama")), CompletionTemplate(), min_p=0.01),
+        lambda: LanguageModelPolicy(str(checkpoint("llama")), CompletionTemplate(), min_p=0.01),
         critic,
-        vocabulary_chunk=chunk,
+        logits_chunk_size=chunk,
         max_kl=None,
         policy_lr=0.05,
     )
-    module.backbone.stop_ids = list(range(3, 60))  # actions differ in length
+    module.policy.stop_ids = list(range(3, 60))  # actions differ in length
     seen, entropies, gradients = [], [], Gradients()
     logged = module.log_clip_fraction
 
@@ -75,12 +75,12 @@ def test_logged_metrics_are_those_of_the_iteration(
 
     def annotated(rollout, batch):
         actions = rollout.actions
-        log_pi = module.backbone(*actions[:3]).log_probs[actions.action_mask].detach()
+        log_pi = module.policy(*actions[:3]).log_probs[actions.action_mask].detach()
         p = log_pi.exp()
         entropies.append(float(-(p * log_pi.nan_to_num(neginf=0.0)).sum(-1).mean()))
 
     def watch(trainer, pl_module):
-        trainer.datamodule.on_annotated = annotated
+        trainer.datamodule.on_targets_computed = annotated
 
     monkeypatch.setattr(gradients, "on_train_start", watch)
     sizes = {"minibatch_size": 4, "update_epochs": 3, "max_new_tokens": 7}

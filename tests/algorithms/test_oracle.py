@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from etpo.algorithms.objectives import (
+from etpo.algorithms.losses import (
     action_weights,
     critic_loss,
     doubly_robust_objective,
     policy_objective,
 )
-from etpo.algorithms.soft_bellman import (
+from etpo.algorithms.returns import (
     kl_divergence,
     lambda_returns,
     one_step_targets,

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etpo.algorithms.objectives import action_weights, doubly_robust_objective, policy_objective
-from etpo.algorithms.soft_bellman import (
+from etpo.algorithms.losses import action_weights, doubly_robust_objective, policy_objective
+from etpo.algorithms.returns import (
     expectation,
     kl_divergence,
     lambda_returns,

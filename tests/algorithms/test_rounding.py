@@ -7,8 +7,8 @@ import torch
 
 from etpo.algorithms.etpo import ETPO
 from etpo.algorithms.ppo_kl import PPOKL
-from etpo.models.backbone import Backbone
 from etpo.models.critics import HeadCritic
+from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -28,8 +28,8 @@ def test_a_policy_at_rest_has_no_distance(
     model, precision, algorithm, chunk, checkpoint, build_algorithm, letter_env, fit
 ):
     folder = str(checkpoint("llama"))
-    backbone = functools.partial(Backbone, folder, CompletionTemplate(), **model)
-    module = build_algorithm(algorithm, backbone, HeadCritic, policy_lr=0.0, vocabulary_chunk=chunk)
+    policy = functools.partial(LanguageModelPolicy, folder, CompletionTemplate(), **model)
+    module = build_algorithm(algorithm, policy, HeadCritic, policy_lr=0.0, logits_chunk_size=chunk)
     data = fit(module, letter_env(8), 1, max_new_tokens=40, trainer={"precision": precision})
     assert data.rollout.actions.action_mask.sum(1).float().mean() > 30
     metrics = module.trainer.callback_metrics

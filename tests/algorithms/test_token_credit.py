@@ -1,4 +1,4 @@
-"""Numbers of `credit.jsonl`, against plain loops over what `annotate` gives and over the models."""
+"""Numbers of `credit.jsonl`, against plain loops over what `compute_targets` gives and over the models."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import torch
 from lightning import Callback
 
 from etpo.algorithms.archer import ArCHer
-from etpo.algorithms.frozen import ZeroShot
+from etpo.algorithms.no_update import ZeroShot
 from etpo.algorithms.poad import POAD
 from etpo.algorithms.ppo_kl import PPOKL
 from etpo.algorithms.reinforce import GRPO
@@ -20,7 +20,7 @@ ACTIONS = 10  # of 2 environments with 8 each: all of the first and two of the s
 
 
 class Kept(Callback):
-    """Per iteration: the rollout, what `annotate` says of it, and each row alone."""
+    """Per iteration: the rollout, what `compute_targets` says of it, and each row alone."""
 
     def __init__(self):
         self.seen = []
@@ -33,7 +33,7 @@ class Kept(Callback):
         alone = []
         for row in range(len(rollout.records)):
             alone.append(distributions(module, *unpadded(rollout.actions, row)))
-        self.seen.append((rollout, module.annotate(rollout), alone, beta_of(module)))
+        self.seen.append((rollout, module.compute_targets(rollout), alone, beta_of(module)))
 
 
 def beta_of(module):
@@ -48,7 +48,7 @@ def unpadded(actions, row):
 
 def distributions(module, *inputs):
     """log pi and log pi_ref [l, V] of one action."""
-    return tuple(module.backbone(*inputs, reference=r).log_probs[0] for r in (False, True))
+    return tuple(module.policy(*inputs, reference=r).log_probs[0] for r in (False, True))
 
 
 def rows_of(folder):
@@ -97,8 +97,8 @@ def assert_policy_numbers(line, log_pi, log_ref, ids):
     "settings",
     [
         {},
-        {"min_p": 0.02, "floor": 1.0, "critic": TrunkCritic},
-        {"correction": False},
+        {"min_p": 0.02, "pessimism_threshold": 1.0, "critic": TrunkCritic},
+        {"doubly_robust": False},
     ],
 )
 def test_etpo(recorded, build_etpo, settings):
@@ -127,7 +127,7 @@ def test_etpo(recorded, build_etpo, settings):
                 exact, sampled = rebased[token] - value, float(batch.advantages[row, place])
                 assert line["value"][place] == near(value)
                 assert line["q"][place] == near(rebased[token] + float(cost[token]))
-                if settings.get("correction", True):
+                if settings.get("doubly_robust", True):
                     assert line["critic_advantage"][place] == near(exact)
                     assert line["sampled_advantage"][place] == near(sampled)
                     assert line["advantage"][place] == near(exact + sampled)
@@ -171,7 +171,7 @@ def test_the_value_is_that_of_the_critic_before_the_update(recorded, build_basel
 
 
 def test_a_frozen_model_has_no_advantage(tmp_path, fit, letter_env, build_etpo):
-    module = ZeroShot(lambda: build_etpo(min_p=0.02).backbone, annotation_batch=4)
+    module = ZeroShot(lambda: build_etpo(min_p=0.02).policy, forward_batch_size=4)
     fit(module, letter_env(2), 1, [TokenCredit(tmp_path, "letters", 1, 4)], update_epochs=1)
     sampled, _ = rows_of(tmp_path)
     for line in sampled:
@@ -214,7 +214,7 @@ def test_watching_changes_nothing(tmp_path, fit, letter_env, build_etpo):
         torch.manual_seed(0)
         module = build_etpo()
         fit(module, letter_env(2), 2, callbacks)
-        weights.append([p.detach().clone() for p in module.backbone.policy_parameters()])
+        weights.append([p.detach().clone() for p in module.policy.trainable_parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 

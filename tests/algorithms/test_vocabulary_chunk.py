@@ -1,31 +1,31 @@
-"""`algorithm.vocabulary_chunk`: the same annotations, losses and gradients, in bounded memory."""
+"""`algorithm.logits_chunk_size`: the same annotations, losses and gradients, in bounded memory."""
 
 import functools
 import math
 
 import pytest
 import torch
+from etpo.algorithms.variants import TwinETPO, WindowETPO
 
 from etpo.algorithms.archer import ArCHer
 from etpo.algorithms.etpo import ETPO
 from etpo.algorithms.poad import POAD
 from etpo.algorithms.ppo_kl import PPOKL
 from etpo.algorithms.reinforce import GRPO
-from etpo.algorithms.variants import TwinETPO, WindowETPO
 from etpo.errors import ConfigError
-from etpo.models.backbone import Backbone
 from etpo.models.critics import HeadCritic, LanguageModelCritic, LoraCritic, TrunkCritic
+from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 
 LORA = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
 ADAPTED = {"lora": LORA | {"target_modules": ["q_proj", "v_proj"]}}
 ADAPTED_HEAD = {"lora": LORA | {"target_modules": ["q_proj", "lm_head"]}}
 CHUNK = 7
-# algorithm, family, critic, arguments of the backbone, of the algorithm
+# algorithm, family, critic, arguments of the policy, of the algorithm
 KINDS = {
-    "full critic": (ETPO, "llama", TrunkCritic, {"min_p": 0.1}, {"floor": 1.0}),
-    "head critic": (ETPO, "llama", HeadCritic, {"temperature": 0.7}, {"floor": 0.5}),
-    "the paper's": (ETPO, "qwen", LanguageModelCritic, {}, {"correction": False}),
+    "full critic": (ETPO, "llama", TrunkCritic, {"min_p": 0.1}, {"pessimism_threshold": 1.0}),
+    "head critic": (ETPO, "llama", HeadCritic, {"temperature": 0.7}, {"pessimism_threshold": 0.5}),
+    "the paper's": (ETPO, "qwen", LanguageModelCritic, {}, {"doubly_robust": False}),
     "adapters": (ETPO, "qwen", LoraCritic, ADAPTED | {"min_p": 0.1}, {}),
     "adapter on the output layer": (ETPO, "llama", HeadCritic, ADAPTED_HEAD, {}),
     "checkpointed": (ETPO, "starcoder", HeadCritic, {"gradient_checkpointing": True}, {}),
@@ -46,12 +46,12 @@ def pair(checkpoint, build_algorithm, letter_env, paid, fit):
         modules = []
         for chunk in (None, CHUNK):
             torch.manual_seed(0)
-            backbone = functools.partial(
-                Backbone, str(checkpoint(family)), CompletionTemplate(), **model
+            policy = functools.partial(
+                LanguageModelPolicy, str(checkpoint(family)), CompletionTemplate(), **model
             )
             modules.append(
                 build_algorithm(
-                    algorithm, backbone, critic, vocabulary_chunk=chunk, max_kl=None, **changes
+                    algorithm, policy, critic, logits_chunk_size=chunk, max_kl=None, **changes
                 )
             )
         whole, chunked = modules
@@ -89,7 +89,7 @@ def gradients(module, loss):
 @pytest.mark.parametrize("kind", KINDS)
 def test_annotations_losses_and_gradients_are_the_same(kind, pair):
     whole, chunked, rollout = pair(kind)
-    batches = [module.annotate(rollout) for module in (whole, chunked)]
+    batches = [module.compute_targets(rollout) for module in (whole, chunked)]
     for name in ("returns", "advantages", "features"):
         expected, found = (getattr(batch, name) for batch in batches)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -115,50 +115,50 @@ def test_no_more_than_a_chunk_goes_through_the_vocabulary(kind, pair, most_token
     *modules, rollout = pair(kind)
     seen = []
     for module in modules:
-        size = module.backbone.output_layer.weight.shape
+        size = module.policy.output_layer.weight.shape
         hidden = {32, 16, 4}  # of the model, of the critic, of the adapters
         counted = []
-        for vocabulary in {module.backbone.vocabulary_size, size[0]}:
+        for vocabulary in {module.policy.vocabulary_size, size[0]}:
             with most_tokens(vocabulary, [(vocabulary, width) for width in hidden]) as most:
-                batch = module.annotate(rollout)
+                batch = module.compute_targets(rollout)
                 module.training_step(batch, batch_idx=1).backward()
             counted.append(most.tokens)
         seen.append(max(counted))
     tokens = rollout.actions.action_mask.numel()
-    assert seen[1] <= math.ceil(CHUNK * size[0] / module.backbone.vocabulary_size)
+    assert seen[1] <= math.ceil(CHUNK * size[0] / module.policy.vocabulary_size)
     assert seen[0] >= tokens / 4  # a half of the actions, of which some are alike
 
 
 @pytest.mark.parametrize("critic", [HeadCritic, TrunkCritic])
 def test_it_trains_in_chunks(critic, build_etpo, letter_env, fit):
-    module = build_etpo(critic, min_p=0.05, vocabulary_chunk=16)
-    before = [p.clone() for p in module.backbone.policy_parameters()]
+    module = build_etpo(critic, min_p=0.05, logits_chunk_size=16)
+    before = [p.clone() for p in module.policy.trainable_parameters()]
     fit(module, letter_env(4), 2)
-    pairs = zip(before, module.backbone.policy_parameters(), strict=True)
+    pairs = zip(before, module.policy.trainable_parameters(), strict=True)
     assert max((old - new).abs().max() for old, new in pairs) > module.policy_lr / 2
     assert not any("old" in name for name in module.state_dict())
 
 
 @pytest.mark.parametrize("chunk", [0, -1, 1.5, True, "all"])
 def test_bad_sizes_of_a_chunk(build_etpo, chunk):
-    message = f"algorithm.vocabulary_chunk={chunk}: allowed is 1 or more, an integer"
+    message = f"algorithm.logits_chunk_size={chunk}: allowed is 1 or more, an integer"
     with pytest.raises(ConfigError, match=message):
-        build_etpo(vocabulary_chunk=chunk)
+        build_etpo(logits_chunk_size=chunk)
 
 
 def test_a_window_of_earlier_iterations_needs_whole_distributions(build_etpo):
-    message = "algorithm.vocabulary_chunk=8: allowed is null beside algorithm.window"
+    message = "algorithm.logits_chunk_size=8: allowed is null beside algorithm.window"
     with pytest.raises(ConfigError, match=message):
-        build_etpo(variant=WindowETPO, window=2, vocabulary_chunk=8)
+        build_etpo(variant=WindowETPO, window=2, logits_chunk_size=8)
 
 
 def test_a_model_that_scales_its_logits_is_refused(checkpoint, build_algorithm):
-    scaled = functools.partial(Backbone, str(checkpoint("cohere")), CompletionTemplate())
-    with pytest.raises(ConfigError, match="algorithm.vocabulary_chunk=8: allowed is null.*cohere"):
-        build_algorithm(ETPO, scaled, HeadCritic, vocabulary_chunk=8).on_fit_start()
-    build_algorithm(ETPO, scaled, HeadCritic, vocabulary_chunk=None).on_fit_start()
+    scaled = functools.partial(LanguageModelPolicy, str(checkpoint("cohere")), CompletionTemplate())
+    with pytest.raises(ConfigError, match="algorithm.logits_chunk_size=8: allowed is null.*cohere"):
+        build_algorithm(ETPO, scaled, HeadCritic, logits_chunk_size=8).on_fit_start()
+    build_algorithm(ETPO, scaled, HeadCritic, logits_chunk_size=None).on_fit_start()
     ids = torch.tensor([[5, 6, 7]])
-    backbone = scaled()
-    whole = backbone(ids, ids > 0, ids)
-    again = backbone(ids, ids > 0, ids, known_features=whole.features)
+    policy = scaled()
+    whole = policy(ids, ids > 0, ids)
+    again = policy(ids, ids > 0, ids, known_features=whole.features)
     assert torch.equal(whole.log_probs, again.log_probs)

@@ -11,8 +11,8 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 
-from etpo.rollout.episode import Actions, Record, Rollout
 from etpo.rollout.metrics import rollout_metrics
+from etpo.rollout.types import Actions, Record, Rollout
 
 # per iteration: rewards of two actions in each of two environments; a failure is -1
 REWARDS = ((-1.0, 0.5, -1.0, 0.25), (0.5, 0.75, -1.0, 0.5), (0.25, 0.5, 0.75, 0.5), (1.0,) * 4)

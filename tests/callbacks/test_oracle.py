@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from etpo.algorithms.etpo import ETPO
-from etpo.algorithms.soft_bellman import kl_divergence
+from etpo.algorithms.returns import kl_divergence
 from etpo.callbacks.oracle import OracleDistance, prefix_tokens, tables
 from etpo.environments.token_mdp_env import TokenMDPEnv, random_mdp
 from etpo.models.critics import HeadCritic
@@ -26,18 +26,18 @@ def environment():
 @pytest.fixture
 def module(tmp_path):
     """What the callback reads of an ETPO module; its critic says 0.3 everywhere."""
-    backbone = letter_backbone(
+    policy = letter_backbone(
         str(tmp_path / "model"), CompletionTemplate(), vocabulary_size=4, init_seed=0
     )
-    critic = HeadCritic(backbone, hidden_size=8)
+    critic = HeadCritic(policy, hidden_size=8)
     torch.nn.init.constant_(critic.head.value.bias, 0.3)
     module = SimpleNamespace(
-        backbone=backbone,
+        policy=policy,
         target_critic=critic,
         beta=BETA,
         gamma=GAMMA,
-        floor=0.0,
-        vocabulary_chunk=None,
+        pessimism_threshold=0.0,
+        logits_chunk_size=None,
         device=torch.device("cpu"),
         logged={},
     )
@@ -57,17 +57,17 @@ def move(policy):
 
 @torch.no_grad()
 def test_tables_are_what_the_models_say_at_every_prefix(environment, module):
-    move(module.backbone.policy)
+    move(module.policy.model)
     log_pi, log_ref, value = tables(environment, module)
     mdp = environment.mdp
     assert log_pi.shape == log_ref.shape == (4, *mdp.tree.child.shape)
     for state, observation in enumerate(environment.observations):
-        prompt = module.backbone.tokenizer(observation["prefix"])["input_ids"]
+        prompt = module.policy.tokenizer(observation["prefix"])["input_ids"]
         for prefix, written in enumerate(prefix_tokens(mdp)):
             ids = torch.tensor([[*prompt, *written]])
             for model, table in (
-                (module.backbone.policy, log_pi),
-                (module.backbone.reference, log_ref),
+                (module.policy.model, log_pi),
+                (module.policy.reference_model, log_ref),
             ):
                 plain = model(ids).logits[0, -1].log_softmax(-1)
                 torch.testing.assert_close(table[state, prefix].float(), plain)
@@ -83,7 +83,7 @@ def test_prefixes_spell_the_paths_of_the_actions(environment):
 
 
 def test_numbers_agree_with_the_optimum_over_whole_actions(environment, module):
-    move(module.backbone.policy)
+    move(module.policy.model)
     trainer = SimpleNamespace(datamodule=SimpleNamespace(environment=environment))
     OracleDistance().on_validation_epoch_end(trainer, module)
     mdp = replace(environment.mdp, gamma=GAMMA)

@@ -6,9 +6,9 @@ import re
 import pytest
 
 from etpo.callbacks.start import StartReport, short
-from etpo.models.backbone import tiny_checkpoint
 from etpo.models.fresh import fresh_llama, save_checkpoint
 from etpo.models.loading import load_tokenizer
+from etpo.models.policy import tiny_checkpoint
 
 MIB = {"MiB": 1, "GiB": 1024}
 
@@ -68,7 +68,7 @@ def test_without_checkpoints_none_are_expected(tmp_path, fit, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [[], ["algorithm=grpo"], ["algorithm.vocabulary_chunk=64"]])
+@pytest.mark.parametrize("options", [[], ["algorithm=grpo"], ["algorithm.logits_chunk_size=64"]])
 def test_a_larger_model_takes_what_is_expected(options, start_train, tmp_path):
     tokenizer = load_tokenizer(tiny_checkpoint())
     tokenizer.add_tokens([f"<new {n}>" for n in range(4096 - len(tokenizer))])

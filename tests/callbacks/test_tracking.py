@@ -143,7 +143,7 @@ def test_what_wandb_lacks_is_one_line_before_the_model_is_loaded(
         raise wandb.errors.CommError("Run initialization has timed out\nafter 90.0 sec.")
 
     loaded = []
-    monkeypatch.setattr("etpo.models.backbone.load_model", lambda *args: loaded.append(args))
+    monkeypatch.setattr("etpo.models.policy.load_model", lambda *args: loaded.append(args))
     monkeypatch.delenv("WANDB_MODE")
     if problem == "bad key":
         monkeypatch.setenv("WANDB_API_KEY", "short")

@@ -33,7 +33,7 @@ def test_the_guides_environment_trains(start_train, tmp_path, monkeypatch, budge
     assert (variable, name) == ("PYTHONPATH=.", "etpo-train")
     path = os.environ.get("PYTHONPATH")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [".", path])))
-    process = start_train(tmp_path, *arguments, *budget, "rollout.groups=2")
+    process = start_train(tmp_path, *arguments, *budget, "rollout.pipeline_groups=2")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert len(rewards(tmp_path)) == 3

@@ -8,8 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from etpo.errors import ConfigError
 from etpo.models.adapters import add_adapter, inject_adapter, without_adapter
-from etpo.models.backbone import Backbone
 from etpo.models.critics import LoraCritic
+from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 
 TARGETS = {"target_modules": ["q_proj", "v_proj"]}
@@ -95,9 +95,9 @@ def test_a_trained_weight_outside_of_the_adapter_is_refused(monkeypatch):
 
 
 def test_a_critic_s_adapter_trains_no_weight_of_the_backbone(checkpoint):
-    backbone = Backbone(str(checkpoint("qwen")), CompletionTemplate())
+    policy = LanguageModelPolicy(str(checkpoint("qwen")), CompletionTemplate())
     for settings in ({**TARGETS, "bias": "all"}, {**TARGETS, "modules_to_save": ["norm"]}):
         with pytest.raises(ConfigError, match=r"critic\.lora"):
-            LoraCritic(backbone, lora=settings)
-    LoraCritic(backbone, lora=TARGETS)
-    assert not any(p.requires_grad for p in backbone.reference.parameters())
+            LoraCritic(policy, lora=settings)
+    LoraCritic(policy, lora=TARGETS)
+    assert not any(p.requires_grad for p in policy.reference_model.parameters())

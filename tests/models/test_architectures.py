@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 from etpo import export, train
 from etpo.environments.text_env import AnyText
 from etpo.errors import ConfigError
-from etpo.models.backbone import Backbone
-from etpo.models.decoding import MODEL_TYPES
+from etpo.generation.prefix_cache import MODEL_TYPES
+from etpo.generation.sampler import sample
+from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 from etpo.models.shared_prompt import is_recurrent
-from etpo.rollout.sampler import sample
 
 from .architectures import ARCHITECTURES, save_architecture
 
@@ -69,26 +69,28 @@ def small(checkpoint, tmp_path):
 
 def build(folder, name):
     implementation = ARCHITECTURES[name].attn_implementation
-    return Backbone(str(folder), CompletionTemplate(), attn_implementation=implementation)
+    return LanguageModelPolicy(
+        str(folder), CompletionTemplate(), attn_implementation=implementation
+    )
 
 
 @torch.no_grad()
-def agrees(backbone, folder, name):
+def agrees(policy, folder, name):
     """Sampler and annotation against an ordinary forward of each row by transformers alone."""
     implementation = ARCHITECTURES[name].attn_implementation
     alone = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=implementation)
     texts = ("go", "a much longer prompt", "go", "x")
-    prompts = backbone.encode([{"instruction": "", "prefix": p, "suffix": ""} for p in texts])
-    backbone.stop_ids = list(range(3, 30))  # so that some actions end before others
-    taken = sample(backbone, prompts, 8, torch.Generator().manual_seed(0))
+    prompts = policy.encode([{"instruction": "", "prefix": p, "suffix": ""} for p in texts])
+    policy.stop_ids = list(range(3, 30))  # so that some actions end before others
+    taken = sample(policy, prompts, 8, torch.Generator().manual_seed(0))
     assert taken.mask.any(1).all()
-    annotated = backbone(prompts.ids, prompts.mask, taken.ids).log_probs
-    features = backbone.features(prompts.ids, prompts.mask, taken.ids)
+    annotated = policy(prompts.ids, prompts.mask, taken.ids).log_probs
+    features = policy.features(prompts.ids, prompts.mask, taken.ids)
     for row in range(len(texts)):
         prompt, action = prompts.ids[row, prompts.mask[row]], taken.ids[row, taken.mask[row]]
         ids = torch.cat([prompt, action])[None]
         plain = alone(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
-        expected = plain[:, : backbone.vocabulary_size].log_softmax(-1)
+        expected = plain[:, : policy.vocabulary_size].log_softmax(-1)
         near = {"rtol": 0, "atol": 1e-4}
         torch.testing.assert_close(annotated[row, : len(action)], expected, **near)
         own = expected.gather(1, action[:, None])[:, 0]
@@ -113,7 +115,7 @@ def exported(command, run, out):
     last = run / "checkpoints" / "last.ckpt"
     ended = command(export.main, f"ckpt_path={last}", f"out={out}")
     assert ended.status == 0, ended.err
-    policy = export.load_backbone(str(last)).policy
+    policy = export.load_policy(str(last)).model
     implementation = policy.config._attn_implementation
     loaded = AutoModelForCausalLM.from_pretrained(out, attn_implementation=implementation)
     ids = torch.arange(5, 25)[None]
@@ -150,14 +152,14 @@ def test_every_architecture_works_or_is_refused_in_one_line(name, small, table, 
         told = line.removeprefix(f"error: model.name_or_path={folder}: ").partition(";")[0]
         row += [f"refused: {told}", *[""] * (len(COLUMNS) - 3)]
         return
-    backbone = build(folder, name)
-    config = backbone.policy.config
+    policy = build(folder, name)
+    config = policy.model.config
     shared = "once" if kind in MODEL_TYPES else "per row"
-    row += ["states, per row" if is_recurrent(config) else shared, agrees(backbone, folder, name)]
+    row += ["states, per row" if is_recurrent(config) else shared, agrees(policy, folder, name)]
     for critic in CRITICS:
         run = tmp_path / critic
         chosen = [f"critic={critic}", f"hydra.run.dir={run}"]
-        if critic == "lora" and not any("q_proj" in n for n, _ in backbone.named_modules()):
+        if critic == "lora" and not any("q_proj" in n for n, _ in policy.named_modules()):
             # peft leaves the other layers of Mamba 2 out
             layers = "[in_proj]" if kind == "mamba2" else "all-linear"
             chosen.append(f"critic.lora.target_modules={layers}")

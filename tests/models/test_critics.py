@@ -1,4 +1,4 @@
-"""Critics on one backbone: what they say at first, what they train, and what they share."""
+"""Critics on one policy: what they say at first, what they train, and what they share."""
 
 import functools
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from etpo.errors import ConfigError
-from etpo.models.backbone import Backbone
 from etpo.models.critics import (
     DuelingHead,
     HeadCritic,
@@ -17,6 +16,7 @@ from etpo.models.critics import (
     polyak_update,
     target_of,
 )
+from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
@@ -27,16 +27,16 @@ WITH_HEADS = [HeadCritic, TrunkCritic, ADAPTED]
 @pytest.fixture(
     params=[None, LORA | {"task_type": "CAUSAL_LM"}], ids=["full policy", "lora policy"]
 )
-def backbone(checkpoint, request):
+def policy(checkpoint, request):
     folder = str(checkpoint("qwen"))
-    return Backbone(folder, CompletionTemplate(), lora=request.param)
+    return LanguageModelPolicy(folder, CompletionTemplate(), lora=request.param)
 
 
-def inputs_of(backbone):
+def inputs_of(policy):
     texts = [{"instruction": "", "prefix": p, "suffix": ""} for p in ("hello", "a longer prompt")]
-    prompts = backbone.encode(texts)
+    prompts = policy.encode(texts)
     inputs = prompts.ids, prompts.mask, torch.tensor([[5, 6, 7], [8, 9, 10]])
-    return *inputs, backbone(*inputs, reference=True).features
+    return *inputs, policy(*inputs, reference=True).features
 
 
 def ids(parameters):
@@ -44,50 +44,50 @@ def ids(parameters):
 
 
 @pytest.mark.parametrize("critic_class", WITH_HEADS)
-def test_a_dueling_critic_starts_at_zero_and_trains_nothing_of_the_policy(backbone, critic_class):
-    critic = critic_class(backbone, hidden_size=16)
-    value, advantage = critic(*inputs_of(backbone))
+def test_a_dueling_critic_starts_at_zero_and_trains_nothing_of_the_policy(policy, critic_class):
+    critic = critic_class(policy, hidden_size=16)
+    value, advantage = critic(*inputs_of(policy))
     assert value.shape == (2, 3)
-    assert advantage.shape == (2, 3, backbone.vocabulary_size)
+    assert advantage.shape == (2, 3, policy.vocabulary_size)
     assert not value.any()
     assert not advantage.any()
     trained = ids(p for p in critic.parameters() if p.requires_grad)
     assert trained
-    assert not trained & ids(backbone.parameters())
-    assert not ids(critic.parameters()) & ids(backbone.policy_parameters())
+    assert not trained & ids(policy.parameters())
+    assert not ids(critic.parameters()) & ids(policy.trainable_parameters())
 
 
-def test_the_critic_of_the_paper_says_the_logits_of_the_reference_at_first(backbone):
-    critic = LanguageModelCritic(backbone)
-    inputs = inputs_of(backbone)
+def test_the_critic_of_the_paper_says_the_logits_of_the_reference_at_first(policy):
+    critic = LanguageModelCritic(policy)
+    inputs = inputs_of(policy)
     value, q = critic(*inputs)
     assert value is None
-    log_ref = backbone(*inputs[:3], reference=True).log_probs
+    log_ref = policy(*inputs[:3], reference=True).log_probs
     torch.testing.assert_close(q.log_softmax(-1), log_ref, rtol=0, atol=1e-5)
-    assert not ids(critic.parameters()) & ids(backbone.parameters())
+    assert not ids(critic.parameters()) & ids(policy.parameters())
     assert all(p.requires_grad for p in critic.parameters())
 
 
-def test_an_adapter_holds_the_weights_of_the_language_model_once(backbone):
-    critic = ADAPTED(backbone, hidden_size=16)
+def test_an_adapter_holds_the_weights_of_the_language_model_once(policy):
+    critic = ADAPTED(policy, hidden_size=16)
     target = target_of(critic)
     own = [name for name, p in critic.named_parameters() if p.requires_grad]
     assert own
     assert all("lora_" in name or name.startswith("head.") for name in own)
     frozen = ids(p for p in critic.parameters() if not p.requires_grad)
     assert frozen
-    assert frozen <= ids(backbone.parameters())
+    assert frozen <= ids(policy.parameters())
     assert ids(critic.parameters()) & ids(target.parameters()) == frozen
 
 
 @pytest.mark.parametrize("critic_class", WITH_HEADS)
-def test_a_target_follows_what_the_critic_trains_and_nothing_else(backbone, critic_class):
-    critic = critic_class(backbone, hidden_size=16)
+def test_a_target_follows_what_the_critic_trains_and_nothing_else(policy, critic_class):
+    critic = critic_class(policy, hidden_size=16)
     target = target_of(critic)
     assert not any(p.requires_grad for p in target.parameters())
     before = [p.clone() for p in target.parameters()]
-    inputs = inputs_of(backbone)
-    reference = backbone(*inputs[:3], reference=True).log_probs
+    inputs = inputs_of(policy)
+    reference = policy(*inputs[:3], reference=True).log_probs
     with torch.no_grad():
         for parameter in critic.parameters():
             if parameter.requires_grad:
@@ -96,13 +96,13 @@ def test_a_target_follows_what_the_critic_trains_and_nothing_else(backbone, crit
     for old, now, source in zip(before, target.parameters(), critic.parameters(), strict=True):
         torch.testing.assert_close(now, 0.75 * old + 0.25 * source)
         assert torch.equal(old, now) == (not source.requires_grad)
-    assert torch.equal(reference, backbone(*inputs[:3], reference=True).log_probs)
+    assert torch.equal(reference, policy(*inputs[:3], reference=True).log_probs)
 
 
-def test_an_adapter_moves_the_critic_and_neither_policy_nor_reference(backbone):
-    critic = ADAPTED(backbone, hidden_size=16)
-    inputs = inputs_of(backbone)
-    before = [backbone(*inputs[:3], reference=r).log_probs for r in (False, True)]
+def test_an_adapter_moves_the_critic_and_neither_policy_nor_reference(policy):
+    critic = ADAPTED(policy, hidden_size=16)
+    inputs = inputs_of(policy)
+    before = [policy(*inputs[:3], reference=r).log_probs for r in (False, True)]
     for layer in (critic.head.value, critic.head.advantage):
         torch.nn.init.normal_(layer.weight)
     first = critic(*inputs)[1]
@@ -111,18 +111,18 @@ def test_an_adapter_moves_the_critic_and_neither_policy_nor_reference(backbone):
             if "lora_" in name:
                 parameter.add_(0.5)
     assert (critic(*inputs)[1] - first).abs().max() > 1e-2
-    after = [backbone(*inputs[:3], reference=r).log_probs for r in (False, True)]
+    after = [policy(*inputs[:3], reference=r).log_probs for r in (False, True)]
     assert all(map(torch.equal, before, after))
 
 
 def test_an_adapter_on_bfloat16_weights_is_trained_in_float32(checkpoint):
     lora = LORA | {"task_type": "CAUSAL_LM"}
     folder = str(checkpoint("qwen"))
-    backbone = Backbone(folder, CompletionTemplate(), dtype="bfloat16", lora=lora)
-    critic = ADAPTED(backbone, hidden_size=16)
+    policy = LanguageModelPolicy(folder, CompletionTemplate(), dtype="bfloat16", lora=lora)
+    critic = ADAPTED(policy, hidden_size=16)
     types = {p.requires_grad: p.dtype for p in critic.trunk.parameters()}
     assert types == {True: torch.float32, False: torch.bfloat16}
-    value, advantage = critic(*inputs_of(backbone))
+    value, advantage = critic(*inputs_of(policy))
     assert value.dtype == advantage.dtype == torch.float32
 
 
@@ -145,13 +145,15 @@ def test_a_critic_computes_activations_again_where_the_model_does(checkpoint, cr
     gradients, calls = [], []
     for checkpointed in (False, True):
         folder = str(checkpoint("qwen"))
-        backbone = Backbone(folder, CompletionTemplate(), gradient_checkpointing=checkpointed)
+        policy = LanguageModelPolicy(
+            folder, CompletionTemplate(), gradient_checkpointing=checkpointed
+        )
         torch.manual_seed(0)
-        critic = critic_class(backbone)
+        critic = critic_class(policy)
         for parameter in critic.parameters():
             if parameter.requires_grad and not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.1)
-        said = [output for output in critic(*inputs_of(backbone)) if output is not None]
+        said = [output for output in critic(*inputs_of(policy)) if output is not None]
         loss = sum(output.square().sum() for output in said)
         mlp = next(m for name, m in critic.named_modules() if name.endswith("layers.0.mlp"))
         mlp.register_forward_pre_hook(lambda *_, of=checkpointed: calls.append(of))
@@ -163,10 +165,10 @@ def test_a_critic_computes_activations_again_where_the_model_does(checkpoint, cr
 
 
 def test_bad_settings_are_config_errors(checkpoint):
-    backbone = Backbone(str(checkpoint("llama")), CompletionTemplate())
+    policy = LanguageModelPolicy(str(checkpoint("llama")), CompletionTemplate())
     with pytest.raises(ConfigError, match="critic.lora: .*nowhere"):
-        LoraCritic(backbone, lora={"target_modules": ["nowhere"]})
+        LoraCritic(policy, lora={"target_modules": ["nowhere"]})
     with pytest.raises(ConfigError, match="critic.lora.unknown=1: allowed"):
-        LoraCritic(backbone, lora={"unknown": 1})
+        LoraCritic(policy, lora={"unknown": 1})
     with pytest.raises(ConfigError, match="critic=lm_copy: allowed are full, lora, frozen_trunk"):
-        LanguageModelCritic(backbone, head=ValueHead)
+        LanguageModelCritic(policy, head=ValueHead)

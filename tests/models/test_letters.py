@@ -6,10 +6,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from etpo.environments.token_mdp_env import TokenMDPEnv, action_texts, random_mdp
 from etpo.errors import ConfigError
+from etpo.generation.sampler import action_texts as sampled_texts
+from etpo.generation.sampler import sample
 from etpo.models.letters import letter_backbone, save_letter_checkpoint
 from etpo.models.prompting import CompletionTemplate
-from etpo.rollout.sampler import action_texts as sampled_texts
-from etpo.rollout.sampler import sample
 
 
 def test_the_vocabulary_is_that_of_the_mdp(tmp_path):
@@ -37,23 +37,23 @@ def test_the_seed_alone_decides_the_weights(tmp_path):
     assert not torch.equal(first, weights("c", 1))
 
 
-def backbone(folder, **changes):
+def policy(folder, **changes):
     settings = {"vocabulary_size": 4, "init_seed": 0, "max_prompt_tokens": 8} | changes
     return letter_backbone(str(folder), CompletionTemplate(), **settings)
 
 
 def test_a_checkpoint_that_is_there_is_kept(tmp_path):
-    first = backbone(tmp_path / "model").policy.lm_head.weight
-    again = backbone(tmp_path / "model", init_seed=1).policy.lm_head.weight
+    first = policy(tmp_path / "model").model.lm_head.weight
+    again = policy(tmp_path / "model", init_seed=1).model.lm_head.weight
     assert torch.equal(first, again)
     with pytest.raises(ConfigError, match="model.init_seed=-1: allowed is from 0"):
-        backbone(tmp_path / "other", init_seed=-1)
+        policy(tmp_path / "other", init_seed=-1)
 
 
 def test_every_sampled_action_is_one_of_the_mdp_and_its_text_says_which(tmp_path):
     mdp = random_mdp(seed=0, num_states=4, vocabulary_size=4, length=2)
     environment = TokenMDPEnv(mdp=mdp, num_envs=4)
-    model = backbone(tmp_path / "model")
+    model = policy(tmp_path / "model")
     prompts = model.encode(environment.observations * 250)
     taken = sample(model, prompts, mdp.length, torch.Generator().manual_seed(0))
     texts = sampled_texts(model, prompts, taken)

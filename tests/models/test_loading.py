@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from etpo.errors import ConfigError
-from etpo.models.backbone import Backbone
 from etpo.models.loading import load_model, load_tokenizer
+from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -170,7 +170,7 @@ def test_names_of_no_model_are_refused(name, monkeypatch):
 def test_a_tilde_is_the_home_folder(checkpoint, monkeypatch):
     folder = checkpoint("llama")
     monkeypatch.setenv("HOME", str(folder.parent))
-    assert Backbone(f"~/{folder.name}", CompletionTemplate()).vocabulary_size == 259
+    assert LanguageModelPolicy(f"~/{folder.name}", CompletionTemplate()).vocabulary_size == 259
 
 
 def test_a_model_without_sdpa_names_eager(folder):

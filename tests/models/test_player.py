@@ -84,17 +84,17 @@ def test_it_plays_every_move_alike_and_ends_after_one(made):
 
 
 def test_it_is_made_once(made, monkeypatch):
-    folder = made.policy.name_or_path
+    folder = made.model.name_or_path
     monkeypatch.setattr("etpo.models.player.random_play", None)
     again = player(folder)
-    for ours, theirs in zip(made.policy.parameters(), again.policy.parameters(), strict=True):
+    for ours, theirs in zip(made.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 
 @pytest.mark.slow
 def test_its_seed_decides_it(tmp_path, made):
     same, other = (player(tmp_path / str(seed), init_seed=seed) for seed in (0, 1))
-    weights = [next(b.policy.parameters()) for b in (made, same, other)]
+    weights = [next(b.model.parameters()) for b in (made, same, other)]
     assert torch.equal(weights[0], weights[1])
     assert weights[0].shape != weights[2].shape or not torch.equal(weights[0], weights[2])
 

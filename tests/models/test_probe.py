@@ -5,12 +5,12 @@ import torch
 
 from etpo.errors import ConfigError
 from etpo.models import probe
-from etpo.models.backbone import Backbone
+from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 
 
 def build(folder, **settings):
-    return Backbone(str(folder), CompletionTemplate(), **settings)
+    return LanguageModelPolicy(str(folder), CompletionTemplate(), **settings)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -19,14 +19,14 @@ def test_models_that_padding_leaves_alone_pass(checkpoint, family, dtype):
     build(checkpoint(family), dtype=dtype)
 
 
-def broken(monkeypatch, backbone, change):
+def broken(monkeypatch, policy, change):
     """Changes the arguments of every forward with a mask."""
-    forward = backbone.policy.forward
+    forward = policy.model.forward
 
     def call(**inputs):
         return forward(**(change(inputs) if "attention_mask" in inputs else inputs))
 
-    monkeypatch.setattr(backbone.policy, "forward", call)
+    monkeypatch.setattr(policy.model, "forward", call)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -43,26 +43,26 @@ def broken(monkeypatch, backbone, change):
     ids=["positions", "mask", "decoding"],
 )
 def test_wrong_forwards_are_refused(checkpoint, monkeypatch, dtype, change, fault):
-    backbone = build(checkpoint("llama"), dtype=dtype)
-    broken(monkeypatch, backbone, change)
+    policy = build(checkpoint("llama"), dtype=dtype)
+    broken(monkeypatch, policy, change)
     with pytest.raises(ConfigError, match=f"model.name_or_path=x: .*type llama.*{fault}"):
-        probe.check_forwards(backbone, "x")
+        probe.check_forwards(policy, "x")
 
 
 def test_weights_that_are_not_finite_are_refused(checkpoint):
-    backbone = build(checkpoint("llama"))
+    policy = build(checkpoint("llama"))
     with torch.no_grad():
-        backbone.output_layer.weight[5, 3] = torch.nan
+        policy.output_layer.weight[5, 3] = torch.nan
     with pytest.raises(ConfigError, match="model.name_or_path=x: .*not finite"):
-        probe.check_forwards(backbone, "x")
+        probe.check_forwards(policy, "x")
 
 
 def test_an_error_of_a_forward_is_the_reason(checkpoint, monkeypatch):
-    backbone = build(checkpoint("llama"))
+    policy = build(checkpoint("llama"))
 
     def fail(*_, **__):
         raise TypeError("unexpected keyword argument 'past_key_values'")
 
-    monkeypatch.setattr(backbone.policy, "forward", fail)
+    monkeypatch.setattr(policy.model, "forward", fail)
     with pytest.raises(ConfigError, match="model.name_or_path=x: .*'past_key_values'"):
-        probe.check_forwards(backbone, "x")
+        probe.check_forwards(policy, "x")

@@ -14,7 +14,7 @@ from etpo.environments.data_science import prompts
 from etpo.environments.data_science.env import DataScienceEnv
 from etpo.environments.household import HouseholdEnv
 from etpo.environments.sandbox import Sandbox
-from etpo.models.backbone import Backbone
+from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import ChatTemplate, CompletionTemplate, InfillingTemplate
 from etpo.models.token_text import added_text, continued_ids
 from etpo.rollout import sampler
@@ -71,7 +71,7 @@ def tokenizer(request):
 
 
 @pytest.fixture(scope="module")
-def backbone(tokenizer, tmp_path_factory):
+def policy(tokenizer, tmp_path_factory):
     """A tiny random model with this tokenizer and infilling tokens."""
     folder = tmp_path_factory.mktemp("model")
     tokenizer.add_tokens(list(CONTROL), special_tokens=True)
@@ -86,7 +86,7 @@ def backbone(tokenizer, tmp_path_factory):
             eos_token_id=tokenizer.eos_token_id,
         )
     ).save_pretrained(folder)
-    return Backbone(str(folder), CompletionTemplate())
+    return LanguageModelPolicy(str(folder), CompletionTemplate())
 
 
 def ids_of(tokenizer, text: str) -> list[int]:
@@ -165,13 +165,13 @@ def test_a_chat_prompt_that_is_too_long_loses_its_oldest_words(tokenizer):
 
 
 @pytest.mark.parametrize("stop", ["\ndef ", "\n", "END", "正", "é 正", "</answer>"])
-def test_a_stop_string_ends_an_action_with_the_token_that_completes_it(backbone, stop, monkeypatch):
-    monkeypatch.setattr(backbone, "stop_strings", [stop])
+def test_a_stop_string_ends_an_action_with_the_token_that_completes_it(policy, stop, monkeypatch):
+    monkeypatch.setattr(policy, "stop_strings", [stop])
     text = f"x = é 1{stop}y{stop}"
-    ids = ids_of(backbone.tokenizer, f"a {text}")[len(ids_of(backbone.tokenizer, "a")) :]
-    ended = next(n for n in range(1, len(ids) + 1) if backbone.completes_stop_string(ids[:n]))
-    assert backbone.decode(ids[:ended]) == " x = é 1"
-    assert stop not in backbone.decode(ids[: ended - 1])
+    ids = ids_of(policy.tokenizer, f"a {text}")[len(ids_of(policy.tokenizer, "a")) :]
+    ended = next(n for n in range(1, len(ids) + 1) if policy.completes_stop_string(ids[:n]))
+    assert policy.decode(ids[:ended]) == " x = é 1"
+    assert stop not in policy.decode(ids[: ended - 1])
 
 
 @pytest.mark.parametrize("text", [prompts.SUFFIX, "x = 1", " x", "\tx", "正 é"])
@@ -179,10 +179,10 @@ def test_a_text_that_continues_another_gets_no_blank_in_front(tokenizer, text):
     assert added_text(tokenizer, continued_ids(tokenizer, text)) == text
 
 
-def test_tokens_that_end_no_action_stay_in_its_text(backbone):
-    word, middle = ids_of(backbone.tokenizer, "x"), backbone.tokenizer.get_vocab()["<MID>"]
-    ids = [*word, middle, *word, backbone.tokenizer.eos_token_id]
-    assert backbone.decode(ids).replace(" ", "") == "x<MID>x"
+def test_tokens_that_end_no_action_stay_in_its_text(policy):
+    word, middle = ids_of(policy.tokenizer, "x"), policy.tokenizer.get_vocab()["<MID>"]
+    ids = [*word, middle, *word, policy.tokenizer.eos_token_id]
+    assert policy.decode(ids).replace(" ", "") == "x<MID>x"
 
 
 @pytest.fixture(scope="module")
@@ -193,18 +193,16 @@ def environment():
 
 
 @pytest.mark.parametrize("form", ["completion", "infilling", "chat"])
-def test_a_right_program_that_is_sampled_is_scored_as_right(
-    backbone, environment, form, monkeypatch
-):
+def test_a_right_program_that_is_sampled_is_scored_as_right(policy, environment, form, monkeypatch):
     template = {
         "completion": CompletionTemplate(),
         "infilling": InfillingTemplate(*CONTROL),
         "chat": ChatTemplate(),
     }[form]
-    tokenizer = backbone.tokenizer
+    tokenizer = policy.tokenizer
     if form == "chat" and tokenizer.chat_template is None:
         pytest.skip("the tokenizer has no chat template")
-    monkeypatch.setattr(backbone, "prompt", template)
+    monkeypatch.setattr(policy, "prompt", template)
     observations, _ = environment.reset()
     actions = [
         spelled(tokenizer, observations[0]["prefix"], text)[1]
@@ -218,7 +216,7 @@ def test_a_right_program_that_is_sampled_is_scored_as_right(
         ids[row, : len(action)] = torch.tensor(action)
         mask[row, : len(action) + 1] = True
     taken = sampler.Sample(ids, mask, mask.float(), mask[..., None].float(), ~mask.any(1))
-    texts = sampler.action_texts(backbone, backbone.encode(observations), taken)
+    texts = sampler.action_texts(policy, policy.encode(observations), taken)
     _, rewards, _, _, infos = environment.step(texts)
     assert [e for e in infos["error"] if e is not None] == []
     assert rewards.min() > 0.9

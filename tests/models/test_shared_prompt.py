@@ -8,11 +8,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from etpo.errors import ConfigError
-from etpo.models.backbone import Backbone
+from etpo.generation.sampler import sample
 from etpo.models.critics import LanguageModelCritic, TrunkCritic
+from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 from etpo.models.shared_prompt import encode_prompts, forward_actions, position_ids
-from etpo.rollout.sampler import sample
 
 OBSERVATIONS = [
     {"instruction": "", "prefix": p, "suffix": ""}
@@ -23,22 +23,22 @@ FAMILIES = ["llama", "qwen", "starcoder"]
 
 @pytest.fixture
 def inputs(checkpoint):
-    """inputs(backbone): prompts with repetitions, and random actions of six tokens."""
+    """inputs(policy): prompts with repetitions, and random actions of six tokens."""
 
-    def make(backbone):
-        prompts = backbone.encode(OBSERVATIONS)
+    def make(policy):
+        prompts = policy.encode(OBSERVATIONS)
         generator = torch.Generator().manual_seed(0)
-        actions = torch.randint(3, backbone.vocabulary_size, (5, 6), generator=generator)
+        actions = torch.randint(3, policy.vocabulary_size, (5, 6), generator=generator)
         return prompts.ids, prompts.mask, actions
 
     return make
 
 
 def build(folder, **settings):
-    return Backbone(str(folder), CompletionTemplate(), **settings)
+    return LanguageModelPolicy(str(folder), CompletionTemplate(), **settings)
 
 
-def plain_log_probs(backbone, model, prompt_ids, prompt_mask, action_ids):
+def plain_log_probs(policy, model, prompt_ids, prompt_mask, action_ids):
     """log pi [B, L, V] by one ordinary forward over the whole sequences."""
     mask = torch.nn.functional.pad(prompt_mask, (0, action_ids.shape[1] - 1), value=True)
     output = model(
@@ -47,17 +47,17 @@ def plain_log_probs(backbone, model, prompt_ids, prompt_mask, action_ids):
         position_ids=position_ids(mask),
         use_cache=False,
     )
-    return backbone.normalise(output.logits[:, -action_ids.shape[1] :])
+    return policy.normalise(output.logits[:, -action_ids.shape[1] :])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_probs_and_gradients_are_those_of_whole_sequences(checkpoint, inputs, family):
-    backbone = build(checkpoint(family))
-    parameters = backbone.policy_parameters()
-    tensors = inputs(backbone)
-    expected = plain_log_probs(backbone, backbone.policy, *tensors)
+    policy = build(checkpoint(family))
+    parameters = policy.trainable_parameters()
+    tensors = inputs(policy)
+    expected = plain_log_probs(policy, policy.model, *tensors)
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
-    shared = backbone(*tensors).log_probs
+    shared = policy(*tensors).log_probs
     torch.testing.assert_close(shared, expected, rtol=0, atol=1e-5)
     gradients = torch.autograd.grad((shared * weights).sum(), parameters)
     plain = torch.autograd.grad((expected * weights).sum(), parameters)
@@ -66,15 +66,15 @@ def test_log_probs_and_gradients_are_those_of_whole_sequences(checkpoint, inputs
 
 
 def test_distinct_prompts_run_once(checkpoint, inputs):
-    backbone = build(checkpoint("llama"))
-    prompt_ids, prompt_mask, _ = inputs(backbone)
+    policy = build(checkpoint("llama"))
+    prompt_ids, prompt_mask, _ = inputs(policy)
     sizes = []
 
     def run(last, **given):
         sizes.append(tuple(given["input_ids"].shape))
-        return (backbone.policy(**given, logits_to_keep=last).logits,)
+        return (policy.model(**given, logits_to_keep=last).logits,)
 
-    encoded = encode_prompts(run, backbone.policy.config, prompt_ids, prompt_mask)
+    encoded = encode_prompts(run, policy.model.config, prompt_ids, prompt_mask)
     (logits,), cache = encoded.expanded()
     assert sizes == [(3, prompt_ids.shape[1])]
     assert len(logits) == len(cache.layers[0].keys) == 5
@@ -82,29 +82,29 @@ def test_distinct_prompts_run_once(checkpoint, inputs):
 
 
 def test_rows_that_differ_in_the_last_token_alone_run_once(checkpoint, inputs):
-    backbone = build(checkpoint("llama"))
-    prompt_ids, prompt_mask, actions = inputs(backbone)
+    policy = build(checkpoint("llama"))
+    prompt_ids, prompt_mask, actions = inputs(policy)
     actions[2, :-1] = actions[0, :-1]  # on the same prompt
     actions[4, 1:] = actions[1, 1:]  # another first token
     sizes = []
 
     def run(last, **given):
         sizes.append(len(given["input_ids"]))
-        return (backbone.policy(**given, logits_to_keep=last).logits,)
+        return (policy.model(**given, logits_to_keep=last).logits,)
 
     tensors = prompt_ids, prompt_mask, actions
-    (logits,) = forward_actions(run, backbone.policy.config, *tensors)
+    (logits,) = forward_actions(run, policy.model.config, *tensors)
     assert sizes == [3, 4]
-    expected = plain_log_probs(backbone, backbone.policy, *tensors)
-    torch.testing.assert_close(backbone.normalise(logits), expected, rtol=0, atol=1e-5)
+    expected = plain_log_probs(policy, policy.model, *tensors)
+    torch.testing.assert_close(policy.normalise(logits), expected, rtol=0, atol=1e-5)
 
 
 def test_the_mask_tells_prompts_of_equal_ids_apart(checkpoint):
-    backbone = build(checkpoint("llama"))
+    policy = build(checkpoint("llama"))
     ids = torch.tensor([[9, 7, 8, 7]] * 2)
     mask = torch.tensor([[True] * 4, [False, True, True, True]])
-    first = backbone(ids, mask, ids[:, :2]).log_probs
-    alone = [backbone(ids[i : i + 1], mask[i : i + 1], ids[:1, :2]).log_probs for i in range(2)]
+    first = policy(ids, mask, ids[:, :2]).log_probs
+    alone = [policy(ids[i : i + 1], mask[i : i + 1], ids[:1, :2]).log_probs for i in range(2)]
     torch.testing.assert_close(first, torch.cat(alone), rtol=0, atol=1e-5)
     assert (first[0] - first[1]).abs().max() > 1e-3
 
@@ -116,19 +116,17 @@ def test_checkpointed_layers_run_again_and_give_the_same(checkpoint, inputs, fam
     tensors = inputs(plain)
     calls = {plain: 0, saving: 0}
     gradients = []
-    for backbone in (plain, saving):
+    for policy in (plain, saving):
 
-        def count(*_, backbone=backbone):
-            calls[backbone] += 1
+        def count(*_, policy=policy):
+            calls[policy] += 1
 
-        mlp = next(
-            m for name, m in backbone.policy.named_modules() if name.endswith("layers.0.mlp")
-        )
-        log_probs = backbone(*tensors).log_probs
+        mlp = next(m for name, m in policy.model.named_modules() if name.endswith("layers.0.mlp"))
+        log_probs = policy(*tensors).log_probs
         mlp.register_forward_pre_hook(count)  # from here on: what the backward pass runs again
         weights = torch.randn(log_probs.shape, generator=torch.Generator().manual_seed(1))
         loss = (log_probs * weights).sum()
-        gradients.append(torch.autograd.grad(loss, backbone.policy_parameters()))
+        gradients.append(torch.autograd.grad(loss, policy.trainable_parameters()))
     assert calls == {plain: 0, saving: 1}
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
@@ -136,12 +134,12 @@ def test_checkpointed_layers_run_again_and_give_the_same(checkpoint, inputs, fam
 
 
 def test_the_trunk_critic_reads_whole_sequences(checkpoint, inputs):
-    backbone = build(checkpoint("llama"))
-    critic = TrunkCritic(backbone, hidden_size=16)
+    policy = build(checkpoint("llama"))
+    critic = TrunkCritic(policy, hidden_size=16)
     for layer in (critic.head.value, critic.head.advantage):
         torch.nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(2))
-    prompt_ids, prompt_mask, actions = inputs(backbone)
-    features = torch.zeros(5, 6, backbone.feature_size)
+    prompt_ids, prompt_mask, actions = inputs(policy)
+    features = torch.zeros(5, 6, policy.hidden_size)
     value, advantage = critic(prompt_ids, prompt_mask, actions, features)
     mask = torch.nn.functional.pad(prompt_mask, (0, 5), value=True)
     states = critic.trunk(
@@ -215,24 +213,26 @@ def test_nothing_is_dropped_where_layers_are_checkpointed(kind, checkpoint, inpu
     folder = with_dropout(tmp_path / kind, kind)
     gradients, said = [], []
     for checkpointed in (False, True):
-        backbone = build(
+        policy = build(
             folder, gradient_checkpointing=checkpointed, attn_implementation="eager"
         ).train()
-        tensors = inputs(backbone)
-        log_probs = backbone(*tensors).log_probs
+        tensors = inputs(policy)
+        log_probs = policy(*tensors).log_probs
         weights = torch.randn(log_probs.shape, generator=torch.Generator().manual_seed(1))
         loss = (log_probs * weights).sum()
-        gradients.append(torch.autograd.grad(loss, backbone.policy_parameters(), allow_unused=True))
-        critic = LanguageModelCritic(backbone).train()
+        gradients.append(
+            torch.autograd.grad(loss, policy.trainable_parameters(), allow_unused=True)
+        )
+        critic = LanguageModelCritic(policy).train()
         with torch.no_grad():
-            features = torch.zeros(5, 6, backbone.feature_size)
-            said += [log_probs.detach(), backbone(*tensors).log_probs]
-            said += [backbone(*tensors, reference=True).log_probs]
-            said += [backbone.normalise(critic(*tensors, features)[1])]
-        prompts = backbone.encode(OBSERVATIONS)
-        taken = sample(backbone, prompts, 6, torch.Generator().manual_seed(0))
+            features = torch.zeros(5, 6, policy.hidden_size)
+            said += [log_probs.detach(), policy(*tensors).log_probs]
+            said += [policy(*tensors, reference=True).log_probs]
+            said += [policy.normalise(critic(*tensors, features)[1])]
+        prompts = policy.encode(OBSERVATIONS)
+        taken = sample(policy, prompts, 6, torch.Generator().manual_seed(0))
         with torch.no_grad():
-            again = backbone(prompts.ids, prompts.mask, taken.ids).log_probs
+            again = policy(prompts.ids, prompts.mask, taken.ids).log_probs
         again = again.gather(-1, taken.ids[..., None])[..., 0]
         torch.testing.assert_close(taken.log_probs, again * taken.mask, rtol=0, atol=1e-4)
     for one in said:

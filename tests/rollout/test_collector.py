@@ -6,22 +6,22 @@ import pytest
 import torch
 
 from etpo.errors import ConfigError
-from etpo.models.backbone import Backbone
+from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 from etpo.rollout import collector
 from etpo.rollout.collector import collect
-from etpo.rollout.episode import episode_layout, pack, pad_stack, unpack
 from etpo.rollout.metrics import rollout_metrics
+from etpo.rollout.types import episode_layout, pack, pad_stack, unpack
 
 
 def rollout(folder, env, rounds=4, **settings):
-    backbone = Backbone(str(folder), CompletionTemplate())
+    policy = LanguageModelPolicy(str(folder), CompletionTemplate())
     generator = torch.Generator().manual_seed(0)
-    return collect(backbone, env, rounds, 6, generator, seed=0, **settings), backbone
+    return collect(policy, env, rounds, 6, generator, seed=0, **settings), policy
 
 
 def test_episodes_end_restart_and_are_cut_at_the_last_round(checkpoint, letter_env):
-    played, backbone = rollout(checkpoint("llama"), letter_env(2, length=3))
+    played, policy = rollout(checkpoint("llama"), letter_env(2, length=3))
     actions = played.actions
     # rows are ordered by round, then environment; episodes of three actions, then a new one
     assert actions.step.tolist() == [0, 0, 1, 1, 2, 2, 0, 0]
@@ -30,7 +30,7 @@ def test_episodes_end_restart_and_are_cut_at_the_last_round(checkpoint, letter_e
     assert [r.attempt for r in played.records] == [1, 1, 2, 2, 3, 3, 1, 1]
     # the bootstrap prompts are the true next observations of the two open episodes
     following = [f"go{r.action[:2]}" for r in played.records[-2:]]
-    expected = backbone.encode([{"instruction": "", "prefix": p, "suffix": ""} for p in following])
+    expected = policy.encode([{"instruction": "", "prefix": p, "suffix": ""} for p in following])
     assert torch.equal(played.bootstrap_ids, expected.ids)
     assert torch.equal(played.bootstrap_mask, expected.mask)
 
@@ -42,12 +42,12 @@ def test_a_termination_in_the_last_round_needs_no_bootstrap(checkpoint, letter_e
 
 
 def test_rows_hold_what_was_sampled(checkpoint, letter_env):
-    played, backbone = rollout(checkpoint("llama"), letter_env(3))
+    played, policy = rollout(checkpoint("llama"), letter_env(3))
     actions = played.actions
     for row, record in enumerate(played.records):
         prompt = actions.prompt_ids[row][actions.prompt_mask[row]]
-        assert backbone.tokenizer.decode(prompt) == record.prompt
-        assert backbone.decode(actions.action_ids[row][actions.action_mask[row]].tolist()) == (
+        assert policy.tokenizer.decode(prompt) == record.prompt
+        assert policy.decode(actions.action_ids[row][actions.action_mask[row]].tolist()) == (
             record.action
         )
         assert record.reward == record.action.count("c") / max(len(record.action), 4)
@@ -58,20 +58,20 @@ def test_rows_hold_what_was_sampled(checkpoint, letter_env):
 
 @pytest.mark.parametrize("groups", [2, 3])
 def test_groups_change_the_order_of_drawing_and_nothing_else(checkpoint, letter_env, groups):
-    played, backbone = rollout(checkpoint("llama"), letter_env(3), groups=groups)
+    played, policy = rollout(checkpoint("llama"), letter_env(3), groups=groups)
     actions = played.actions
     assert actions.step.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [0] * 3
     assert [r.env for r in played.records] == [0, 1, 2] * 4
     assert actions.truncated.tolist() == [False] * 9 + [True] * 3
     for row, record in enumerate(played.records):
         ids = actions.action_ids[row][actions.action_mask[row]]
-        assert backbone.decode(ids.tolist()) == record.action
+        assert policy.decode(ids.tolist()) == record.action
         assert record.reward == record.action.count("c") / max(len(record.action), 4)
         if row >= 3:  # the prompt carries the same environment's last action
             before = "" if record.attempt == 1 else played.records[row - 3].action[:2]
             assert record.prompt == f"go{before}"
     greedy = [
-        collect(backbone, letter_env(3), 4, 6, None, seed=0, groups=g).records for g in (1, groups)
+        collect(policy, letter_env(3), 4, 6, None, seed=0, groups=g).records for g in (1, groups)
     ]
     assert greedy[0] == greedy[1]
 

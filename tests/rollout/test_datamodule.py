@@ -7,8 +7,8 @@ import torch
 
 from etpo.environments.text_env import TextVectorEnv
 from etpo.errors import ConfigError
+from etpo.rollout.buffer import OnPolicyBuffer
 from etpo.rollout.datamodule import RolloutDataModule, derived_seed
-from etpo.rollout.replay import OnPolicyBuffer
 
 SIZES = {
     "actions_per_iteration": 32,
@@ -66,7 +66,7 @@ def test_the_iterations_actions_are_freed_with_the_last_minibatch():
         ({"minibatch_size": 7}, "rollout.actions_per_iteration=32: allowed are multiples of 7"),
         ({"minibatch_size": 0}, "rollout.minibatch_size=0: allowed is 1 or more"),
         ({"update_epochs": -1}, "rollout.update_epochs=-1: allowed is 1 or more"),
-        ({"groups": 5}, "rollout.groups=5: allowed is from 1 to 4"),
+        ({"groups": 5}, "rollout.pipeline_groups=5: allowed is from 1 to 4"),
     ],
 )
 def test_impossible_sizes_are_config_errors(letter_env, changes, message):
@@ -78,9 +78,9 @@ def test_groups_need_an_environment_that_can_step_in_parts(letter_env):
     class Together(letter_env):
         step_part = TextVectorEnv.step_part
 
-    RolloutDataModule(letter_env(4), **SIZES, groups=2)
+    RolloutDataModule(letter_env(4), **SIZES, pipeline_groups=2)
     with pytest.raises(ConfigError, match="groups=2: allowed is 1, for letters can only step all"):
-        RolloutDataModule(Together(4), **SIZES, groups=2)
+        RolloutDataModule(Together(4), **SIZES, pipeline_groups=2)
 
 
 def test_sizes_must_fit_all_processes(letter_env):

@@ -18,13 +18,13 @@ from etpo.algorithms.etpo import ETPO
 from etpo.algorithms.ppo_kl import PPOKL
 from etpo.config import CONF, error_line
 from etpo.errors import ConfigError
-from etpo.models.backbone import Backbone
 from etpo.models.critics import HeadCritic, LoraCritic, TrunkCritic
+from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 from etpo.rollout import datamodule
 from etpo.rollout.collector import collect
 from etpo.rollout.datamodule import RolloutDataModule
-from etpo.rollout.episode import Actions, Rollout, pad_stack
+from etpo.rollout.types import Actions, Rollout, pad_stack
 from etpo.sharding import ShardedStrategy
 
 ENVS, ROUNDS, TOKENS = 2, 4, 5
@@ -32,24 +32,24 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_t
 LORA_CRITIC = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 SHARED = {
     "beta": 0.1,
-    "beta_end_factor": 1.0,
-    "beta_iters": 1,
+    "beta_final_factor": 1.0,
+    "beta_anneal_iters": 1,
     "gamma": 0.9,
-    "leak": 0.0,
+    "truncation_kl_coef": 0.0,
     "max_kl": None,
     "policy_lr": 0.5,
     "critic_lr": 0.5,
     "max_grad_norm": 0.01,  # limits both groups
-    "annotation_batch": 8,
+    "forward_batch_size": 8,
 }
 OWN = {
     ETPO: {
         "lambda_": 0.9,
-        "lambda_iters": None,
+        "lambda_anneal_iters": None,
         "eta": 0.05,
-        "floor": 0.5,
-        "correction": True,
-        "scale_objective": True,
+        "pessimism_threshold": 0.5,
+        "doubly_robust": True,
+        "normalize_by_advantage_rms": True,
         "clip_low": 0.2,
         "clip_high": 0.2,
         "tau": 0.5,
@@ -63,7 +63,7 @@ OWN = {
 def build(algorithm, folder, lora=None, critic=HeadCritic, dtype="float32", **changes):
     torch.manual_seed(0)
     return algorithm(
-        lambda: Backbone(str(folder), CompletionTemplate(), lora=lora, dtype=dtype),
+        lambda: LanguageModelPolicy(str(folder), CompletionTemplate(), lora=lora, dtype=dtype),
         functools.partial(critic, hidden_size=8),
         functools.partial(torch.optim.SGD, momentum=0.9),
         **(SHARED | OWN[algorithm] | changes),
@@ -73,7 +73,7 @@ def build(algorithm, folder, lora=None, critic=HeadCritic, dtype="float32", **ch
 def rollout_of(module, env, rank):
     """What process `rank` collects, with drawn rewards; the second one's actions are longer."""
     generator = torch.Generator().manual_seed(rank)
-    rollout = collect(module.backbone, env, ROUNDS, TOKENS + 3 * rank, generator, seed=rank)
+    rollout = collect(module.policy, env, ROUNDS, TOKENS + 3 * rank, generator, seed=rank)
     rewards = torch.rand(len(rollout.actions.rewards), generator=generator) + rank
     return rollout._replace(actions=rollout.actions._replace(rewards=rewards))
 
@@ -85,7 +85,7 @@ def joined(module, one, other):
         pair = [f.unflatten(0, (ROUNDS, ENVS)) for f in (first, second)]
         return torch.cat(pair, dim=1).flatten(0, 1)
 
-    pad = module.backbone.pad_id
+    pad = module.policy.pad_id
     fills = {"prompt_ids": (pad, True), "prompt_mask": (False, True), "action_ids": (pad, False)}
     fields = {}
     for name, first in one.actions._asdict().items():
@@ -203,7 +203,7 @@ def test_two_processes_take_the_step_of_one(
     weights = torch.load(tmp_path / "weights.pt")
     assert weights.keys() == expected.keys()
     moved = {n for n, p in before.items() if not torch.equal(p, expected[n])}
-    assert any(n.startswith("backbone.policy") for n in moved)
+    assert any(n.startswith("policy.model") for n in moved)
     assert any(n.startswith("critic") for n in moved)
     for name in moved:  # the steps, not the weights that they are small beside
         step, other = expected[name] - before[name], weights[name] - before[name]
@@ -233,7 +233,7 @@ def test_a_sharded_adapter_lies_on_weights_in_bfloat16(checkpoint, letter_env, t
 
     in_two_processes(ShardedStrategy, work)
     weights = torch.load(tmp_path / "weights.pt")
-    for part in ("backbone.policy", "critic"):
+    for part in ("policy.model", "critic"):
         names = [n for n in before if n.startswith(part)]
         one = torch.cat([(probe.get_parameter(n) - before[n]).flatten() for n in names])
         two = torch.cat([(weights[n] - before[n]).flatten() for n in names])
@@ -297,7 +297,7 @@ def test_mixed_precision_trains(algorithm, checkpoint, letter_env, tmp_path):
     fitted(module, env, rollouts, ENVS * ROUNDS, tmp_path, precision="bf16-mixed")
     after = dict(module.named_parameters())
     assert all(p.isfinite().all() for p in after.values())
-    for part in ("backbone.policy", "critic"):
+    for part in ("policy.model", "critic"):
         assert any(not torch.equal(p, before[n]) for n, p in after.items() if n.startswith(part))
 
 
@@ -328,4 +328,4 @@ def test_sharded_strategies_are_those_of_the_configuration():
 def test_critics_that_share_weights_are_not_sharded(checkpoint):
     module = build(ETPO, checkpoint("llama"), LORA, functools.partial(LoraCritic, lora=LORA_CRITIC))
     with pytest.raises(ConfigError, match="critic=lora: allowed with trainer=fsdp are"):
-        ShardedStrategy().shard(module.backbone.policy, module.critic)
+        ShardedStrategy().shard(module.policy.model, module.critic)

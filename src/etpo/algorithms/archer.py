@@ -6,14 +6,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from etpo.algorithms import chunked, objectives
-from etpo.algorithms.on_policy import TokenValues
-from etpo.algorithms.policy_gradient import PolicyGradient, Taken, TakenBatch, at_prompt
-from etpo.algorithms.soft_bellman import at_taken
+from etpo.algorithms import losses as objectives
+from etpo.algorithms.base import TokenValues
+from etpo.algorithms.ppo import PolicyGradient, Taken, TakenBatch, at_prompt
+from etpo.algorithms.returns import at_taken
 from etpo.errors import ConfigError, check_range
-from etpo.models.backbone import Backbone
+from etpo.models import chunked_logits as chunked
 from etpo.models.critics import WITH_HEAD, Critic, LanguageModelCritic, polyak_update, target_of
-from etpo.rollout.episode import Actions, Rollout, episode_steps, following_values, pack, unpack
+from etpo.models.policy import LanguageModelPolicy
+from etpo.rollout.types import Actions, Rollout, episode_steps, following_values, pack, unpack
 
 
 class UtteranceBatch(NamedTuple):
@@ -50,14 +51,14 @@ class ArCHer(PolicyGradient):
 
     def __init__(
         self,
-        backbone: Callable[[], Backbone],
-        critic: Callable[[Backbone], Critic],
+        policy: Callable[[], LanguageModelPolicy],
+        critic: Callable[[LanguageModelPolicy], Critic],
         *args: Any,
         tau: float,
         **shared: Any,
     ) -> None:
         check_range("algorithm.tau", tau, 0, 1, above=True)
-        super().__init__(backbone, critic, *args, **shared)
+        super().__init__(policy, critic, *args, **shared)
         self.tau = tau
         if isinstance(self.critic, LanguageModelCritic):
             raise ConfigError(f"critic=lm_copy: allowed are {', '.join(WITH_HEAD)}")
@@ -76,7 +77,7 @@ class ArCHer(PolicyGradient):
     ) -> tuple[Tensor, Tensor]:
         """The value of every prefix and the advantage of its taken token: [B, L], [B, L]."""
         inputs = prompt_ids, prompt_mask, action_ids, features
-        if self.vocabulary_chunk is None:
+        if self.logits_chunk_size is None:
             value, advantage = critic(*inputs)
             return value, at_taken(advantage, action_ids)
 
@@ -86,7 +87,7 @@ class ArCHer(PolicyGradient):
 
         read = critic.features(*inputs), action_ids
         value, advantage = chunked.in_chunks(
-            scores_of, self.vocabulary_chunk, *read, parameters=critic.head_parameters()
+            scores_of, self.logits_chunk_size, *read, parameters=critic.head_parameters()
         )
         return value, advantage
 
@@ -105,7 +106,7 @@ class ArCHer(PolicyGradient):
         return value[:, 0], (value + advantage).gather(1, last).squeeze(1)
 
     def credit(self, actions: Actions, taken: Taken, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        """Targets of Q(o, a); the advantages follow in `annotate`."""
+        """Targets of Q(o, a); the advantages follow in `compute_targets`."""
         mask = actions.action_mask
         steps = episode_steps(actions, torch.ones_like(mask[:, :1]), rollout.num_envs, self.gamma)
         values = taken.values[:, :1]
@@ -116,9 +117,9 @@ class ArCHer(PolicyGradient):
         return torch.zeros_like(taken.values), targets
 
     @torch.no_grad()
-    def annotate(self, rollout: Rollout) -> UtteranceBatch:  # type: ignore[override]  # one field more
-        batch = super().annotate(rollout)
-        rows = torch.split(torch.arange(len(batch.weights)), self.annotation_batch)
+    def compute_targets(self, rollout: Rollout) -> UtteranceBatch:  # type: ignore[override]  # one field more
+        batch = super().compute_targets(rollout)
+        rows = torch.split(torch.arange(len(batch.weights)), self.forward_batch_size)
         parts = [
             self.utterance_q(self.target_critic, TakenBatch(*(field[r] for field in batch)))
             for r in rows

@@ -3,12 +3,12 @@
 What differs from the paper (arXiv 2402.06700), each a config value under `algorithm`:
 
 1. Targets are TD(lambda) with the critic as control variate, and lambda goes to 1, where they are
-   unbiased whatever the critic says; `lambda_=0` with `lambda_iters=null` is the paper's one-step
+   unbiased whatever the critic says; `lambda_=0` with `lambda_anneal_iters=null` is the paper's one-step
    update (eq. 12-13), which moves a reward back by one token per iteration.
 2. The critic is a dueling head on a copy of the language model (`critic=full`), on the frozen one
    with an adapter (`lora`) or without (`frozen_trunk`); `lm_copy` is the paper's.
 3. The policy objective is doubly robust: the exact full-vocabulary term plus a clipped correction
-   of the critic's error on the taken token. `correction=false` is the paper's plain objective.
+   of the critic's error on the taken token. `doubly_robust=false` is the paper's plain objective.
    The critic of the objective was fitted on EARLIER iterations only, so that the gradient at
    pi = pi_old is unbiased whatever the critic says.
 4. Pessimism: where pi_old(w) < `floor` a token takes min(Q, V). The default 1 has the exact term
@@ -16,7 +16,7 @@ What differs from the paper (arXiv 2402.06700), each a config value under `algor
    correction. docs/studies/tuning.md tells what trusting Q did.
 5. A trust region on the KL of whole actions (`max_kl`, nats) and a proximal term (`eta`).
 6. The whole policy objective is divided by the root mean square of the advantages
-   (`scale_objective`).
+   (`normalize_by_advantage_rms`).
 7. Tokens are summed, actions weighted by gamma^t: the exact gradient of the regularised return.
 """
 
@@ -26,13 +26,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from etpo.algorithms import chunked, objectives, soft_bellman
-from etpo.algorithms.on_policy import Head, OnPolicyAlgorithm, TokenValues
-from etpo.algorithms.soft_bellman import at_taken
+from etpo.algorithms import losses as objectives
+from etpo.algorithms import returns as soft_bellman
+from etpo.algorithms.base import Head, OnPolicyAlgorithm, TokenValues
+from etpo.algorithms.returns import at_taken
 from etpo.errors import ConfigError, check_integer, check_range
-from etpo.models.backbone import Backbone
+from etpo.models import chunked_logits as chunked
 from etpo.models.critics import Critic, polyak_update, target_of
-from etpo.rollout.episode import (
+from etpo.models.policy import LanguageModelPolicy
+from etpo.rollout.metrics import rollout_metrics
+from etpo.rollout.types import (
     Actions,
     Rollout,
     episode_layout,
@@ -41,13 +44,12 @@ from etpo.rollout.episode import (
     pack,
     unpack,
 )
-from etpo.rollout.metrics import rollout_metrics
 
 
 class TokenBatch(NamedTuple):
     """Annotated actions: what one training step needs, all without gradient.
 
-    With `vocabulary_chunk` V stands for 0, without it C and, of pi_old, D.
+    With `logits_chunk_size` V stands for 0, without it C and, of pi_old, D.
     """
 
     prompt_ids: Tensor  # int64 [B, P]
@@ -67,7 +69,7 @@ class TokenBatch(NamedTuple):
 class Annotation(NamedTuple):
     """Per-token quantities of a slice of actions under pi and the target critic.
 
-    With `vocabulary_chunk` V stands for 0, without it C and, of the policy, D.
+    With `logits_chunk_size` V stands for 0, without it C and, of the policy, D.
     """
 
     log_pi: Tensor  # [B, L, V]
@@ -84,11 +86,11 @@ class Annotation(NamedTuple):
 class ETPO(OnPolicyAlgorithm):
     """Entropy-regularised token-level policy optimisation.
 
-    critic: builds the token critic from the backbone.
+    critic: builds the token critic from the policy.
     gamma: discount between actions, in [0, 1]. lambda_: of the first iteration, in [0, 1]; it moves
-    linearly to 1 over lambda_iters iterations (>= 1), or stays where that is None.
-    eta: weight of KL(pi || pi_old), >= 0. floor: tokens with pi_old below it take min(Q, V), in
-    [0, 1]. correction: doubly robust objective. scale_objective: divide it by the rms of the
+    linearly to 1 over lambda_anneal_iters iterations (>= 1), or stays where that is None.
+    eta: weight of KL(pi || pi_old), >= 0. pessimism_threshold: tokens with pi_old below it take min(Q, V), in
+    [0, 1]. doubly_robust: doubly robust objective. normalize_by_advantage_rms: divide it by the rms of the
     advantages. clip_low, clip_high: how far below and above 1 the correction's probability ratio
     counts, > 0, clip_low at most 1, or None for no limit. tau: Polyak step of the target critic
     after each iteration, in (0, 1]. shared: arguments of `OnPolicyAlgorithm`.
@@ -99,16 +101,16 @@ class ETPO(OnPolicyAlgorithm):
 
     def __init__(
         self,
-        backbone: Callable[[], Backbone],
-        critic: Callable[[Backbone], Critic],
+        policy: Callable[[], LanguageModelPolicy],
+        critic: Callable[[LanguageModelPolicy], Critic],
         *args: Any,
         gamma: float,
         lambda_: float,
-        lambda_iters: int | None,
+        lambda_anneal_iters: int | None,
         eta: float,
-        floor: float,
-        correction: bool,
-        scale_objective: bool,
+        pessimism_threshold: float,
+        doubly_robust: bool,
+        normalize_by_advantage_rms: bool,
         clip_low: float | None,
         clip_high: float | None,
         tau: float,
@@ -121,7 +123,7 @@ class ETPO(OnPolicyAlgorithm):
             ("gamma", gamma, 1),
             ("lambda_", lambda_, 1),
             ("eta", eta, infinity),
-            ("floor", floor, 1),
+            ("pessimism_threshold", pessimism_threshold, 1),
         ):
             check_range(f"algorithm.{key}", value, 0, high)
         for key, limit, high in (("clip_low", clip_low, 1), ("clip_high", clip_high, infinity)):
@@ -129,42 +131,45 @@ class ETPO(OnPolicyAlgorithm):
                 check_range(f"algorithm.{key}", limit, 0, high, above=True)
         for key, value, high in (("tau", tau, 1), ("huber_delta", huber_delta, infinity)):
             check_range(f"algorithm.{key}", value, 0, high, above=True)
-        for key, flag in (("correction", correction), ("scale_objective", scale_objective)):
+        for key, flag in (
+            ("doubly_robust", doubly_robust),
+            ("normalize_by_advantage_rms", normalize_by_advantage_rms),
+        ):
             if not isinstance(flag, bool):
                 raise ConfigError(f"algorithm.{key}={flag}: allowed are true, false")
-        if lambda_iters is not None:
-            check_integer("algorithm.lambda_iters", lambda_iters, 1)
+        if lambda_anneal_iters is not None:
+            check_integer("algorithm.lambda_anneal_iters", lambda_anneal_iters, 1)
         if critic_loss not in ("huber", "mse"):
             raise ConfigError(f"algorithm.critic_loss={critic_loss}: allowed are huber, mse")
-        super().__init__(backbone, *args, **shared)
-        self.critic = critic(self.backbone)
+        super().__init__(policy, *args, **shared)
+        self.critic = critic(self.policy)
         self.target_critic = target_of(self.critic)
         self.gamma, self.eta = gamma, eta
-        self.first_lambda, self.lambda_iters = lambda_, lambda_iters
-        self.floor, self.correction = floor, correction
+        self.first_lambda, self.lambda_anneal_iters = lambda_, lambda_anneal_iters
+        self.pessimism_threshold, self.doubly_robust = pessimism_threshold, doubly_robust
         self.clip_low, self.clip_high = clip_low, clip_high
         self.tau, self.critic_loss, self.huber_delta = tau, critic_loss, huber_delta
         self.mean_length = 1.0
-        self.scale_objective, self.scale = scale_objective, 1.0
+        self.normalize_by_advantage_rms, self.scale = normalize_by_advantage_rms, 1.0
 
     @property
     def lambda_(self) -> float:
         """lambda of this iteration's targets."""
-        if self.lambda_iters is None:
+        if self.lambda_anneal_iters is None:
             return self.first_lambda
-        return self.moved(self.first_lambda, 1.0, self.lambda_iters)
+        return self.moved(self.first_lambda, 1.0, self.lambda_anneal_iters)
 
     def annotated_width(self) -> int:
         features = super().annotated_width()
-        if self.vocabulary_chunk is not None:
+        if self.logits_chunk_size is not None:
             return 2 * features  # the policy's and the critic's, too
-        return features + 2 * int(self.backbone.vocabulary_size)  # log pi_old and Q
+        return features + 2 * int(self.policy.vocabulary_size)  # log pi_old and Q
 
     @torch.no_grad()
-    def annotate(self, rollout: Rollout) -> TokenBatch:
+    def compute_targets(self, rollout: Rollout) -> TokenBatch:
         """Distributions, soft values and targets of fresh actions, under pi_old."""
         actions = Actions(*(field.to(self.device) for field in rollout.actions))
-        if self.vocabulary_chunk is not None:
+        if self.logits_chunk_size is not None:
             self.hold_old_head()
         old = self.in_slices(self.evaluate_prefixes, *self.read_by_policy(actions))
         returns = self.lambda_returns(actions, old.value, old.q_taken, rollout)
@@ -175,7 +180,7 @@ class ETPO(OnPolicyAlgorithm):
         )
         baseline = baselines.view(-1, len(errors))[self.global_rank]
         advantages = unpack(errors - baseline[:, None], layout, like=returns)
-        if self.scale_objective:
+        if self.normalize_by_advantage_rms:
             square = self.mean_over_tokens(advantages.square(), actions.action_mask)
             self.scale = float(objectives.objective_scale(square))
         lengths = actions.action_mask.sum(1).float()
@@ -215,29 +220,29 @@ class ETPO(OnPolicyAlgorithm):
         policy_features: [B, L, D], where the sampler has left them.
         """
         inputs = prompt_ids, prompt_mask, action_ids
-        if self.vocabulary_chunk is None:
-            log_pi = self.backbone(*inputs, known_features=policy_features).log_probs
-            log_ref, features, _ = self.backbone(*inputs, reference=True)
+        if self.logits_chunk_size is None:
+            log_pi = self.policy(*inputs, known_features=policy_features).log_probs
+            log_ref, features, _ = self.policy(*inputs, reference=True)
             outputs = self.target_critic(*inputs, features)
             none = features[..., :0]
             q, q_taken, value, kl = self.token_numbers(log_pi, log_ref, outputs, action_ids)
             q = objectives.rebased_q(q, log_ref, log_pi, self.beta)
             entropy = soft_bellman.entropy(log_pi)
             return Annotation(log_pi, q, q_taken, value, kl, entropy, features, none, none)
-        features = self.backbone.features(*inputs, reference=True)
+        features = self.policy.features(*inputs, reference=True)
         critic_features = self.target_critic.features(*inputs, features)
         if policy_features is None:
-            policy_features = self.backbone.features(*inputs)
+            policy_features = self.policy.features(*inputs)
 
         def numbers_of(action_ids: Tensor, *read: Tensor) -> tuple[Tensor, ...]:
-            distributions = self.from_features(self.backbone.head, action_ids, *read)
+            distributions = self.from_features(self.policy.head, action_ids, *read)
             numbers = self.token_numbers(*distributions, action_ids)[1:]
             return *numbers, soft_bellman.entropy(distributions[0])
 
         read = policy_features, features, critic_features
         none = features[..., :0]
         q_taken, value, kl, entropy = chunked.in_chunks(
-            numbers_of, self.vocabulary_chunk, action_ids, *read
+            numbers_of, self.logits_chunk_size, action_ids, *read
         )
         numbers = q_taken, value, kl, entropy
         return Annotation(none, none, *numbers, features, policy_features, critic_features)
@@ -255,7 +260,7 @@ class ETPO(OnPolicyAlgorithm):
         action_ids: the tokens that were taken, [...].
         """
         log_pi, _ = head(policy_features, action_ids)
-        log_ref, _ = self.backbone.head(features, action_ids, reference=True)
+        log_ref, _ = self.policy.head(features, action_ids, reference=True)
         return log_pi, log_ref, self.target_critic.head(critic_features)
 
     def token_numbers(
@@ -273,7 +278,7 @@ class ETPO(OnPolicyAlgorithm):
     def q_of(self, outputs: tuple[Tensor, ...], log_pi: Tensor) -> Tensor:
         """Q [..., V], after pessimism, of a critic's outputs."""
         value, q = self.values_of(outputs, log_pi)
-        return objectives.pessimistic_q(q, value, log_pi, self.floor)
+        return objectives.pessimistic_q(q, value, log_pi, self.pessimism_threshold)
 
     def token_values(self, *inputs: Tensor) -> TokenValues:
         *read, log_pi, log_ref = inputs
@@ -282,7 +287,7 @@ class ETPO(OnPolicyAlgorithm):
 
     def sampled_advantages(self, batch: TokenBatch) -> Tensor | None:
         """The critic's error at the taken token, if the objective corrects it."""
-        return batch.advantages if self.correction else None
+        return batch.advantages if self.doubly_robust else None
 
     def values_of(self, outputs: tuple[Tensor, ...], log_pi: Tensor) -> tuple[Tensor, Tensor]:
         """E_pi[Q] [...] and Q [..., V] of a critic's outputs, before any pessimism."""
@@ -323,7 +328,7 @@ class ETPO(OnPolicyAlgorithm):
             means = [each.sum() / (len(each) * self.mean_length) for each in losses]
             return torch.stack(means).mean()
 
-        if self.vocabulary_chunk is None:
+        if self.logits_chunk_size is None:
             loss = reduce(*self.errors(self.critic(*inputs), batch.old_log_probs, *targets))
         else:
 
@@ -336,7 +341,7 @@ class ETPO(OnPolicyAlgorithm):
             loss, _ = chunked.reduce_in_chunks(
                 errors_of,
                 reduce,
-                self.vocabulary_chunk,
+                self.logits_chunk_size,
                 *read,
                 *targets,
                 parameters=self.critic.head_parameters(),
@@ -368,9 +373,9 @@ class ETPO(OnPolicyAlgorithm):
         def reduce(losses: Tensor, kl: Tensor, clipped: Tensor) -> Tensor:
             return self.scale * ((losses * mask).sum(1) * batch.weights).mean()
 
-        if self.vocabulary_chunk is None:
+        if self.logits_chunk_size is None:
             old = batch.old_log_probs
-            log_pi, _, log_kept = self.backbone(*inputs, support=old.isfinite())
+            log_pi, _, log_kept = self.policy(*inputs, support=old.isfinite())
             losses, kl, clipped = self.losses(log_pi, log_kept, old, batch.q, *taken)
             loss = reduce(losses, kl, clipped)
         else:
@@ -382,25 +387,23 @@ class ETPO(OnPolicyAlgorithm):
                     log_old, log_ref, outputs = self.from_features(self.old_head, action_ids, *read)
                     q = self.q_of(outputs, log_old)
                     q = objectives.rebased_q(q, log_ref, log_old, self.beta)
-                log_pi, log_kept = self.backbone.head(
-                    states, action_ids, support=log_old.isfinite()
-                )
+                log_pi, log_kept = self.policy.head(states, action_ids, support=log_old.isfinite())
                 return self.losses(log_pi, log_kept, log_old, q, action_ids, advantages)
 
             read = batch.old_features, batch.features, batch.critic_features
             loss, (_, kl, clipped) = chunked.reduce_in_chunks(
                 losses_of,
                 reduce,
-                self.vocabulary_chunk,
-                self.backbone.features(*inputs),
+                self.logits_chunk_size,
+                self.policy.features(*inputs),
                 *taken,
                 *read,
-                parameters=self.backbone.head_parameters(),
+                parameters=self.policy.head_parameters(),
             )
         kl = (kl * mask).sum(1).mean()
         self.log_mean("train/policy_loss", loss, len(mask))
         self.log_mean("train/kl_to_old", kl, len(mask))
-        if self.correction:
+        if self.doubly_robust:
             self.log_clip_fraction(clipped, mask)
         return loss, kl
 
@@ -422,7 +425,7 @@ class ETPO(OnPolicyAlgorithm):
         both = at_taken(log_pi, action_ids), at_taken(log_old, action_ids)
         clipped = objectives.clipped(*both, *clip).to(kl.dtype)
         coefficient = self.beta + self.eta
-        if self.correction:
+        if self.doubly_robust:
             losses = objectives.doubly_robust_objective(
                 log_pi,
                 log_old,  # what q is rebased to
@@ -436,11 +439,11 @@ class ETPO(OnPolicyAlgorithm):
             )
         else:
             losses = objectives.policy_objective(log_pi, log_old, None, q, coefficient)
-        return losses - self.leak * log_kept, kl, clipped
+        return losses - self.truncation_kl_coef * log_kept, kl, clipped
 
     def old_distributions(self, batch: TokenBatch) -> Tensor:
         """log pi_old [B, L, V], which a batch itself may lack."""
-        if self.vocabulary_chunk is None:
+        if self.logits_chunk_size is None:
             return batch.old_log_probs
         return self.old_head(batch.old_features, batch.action_ids)[0]
 

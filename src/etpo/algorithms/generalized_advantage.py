@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from etpo.algorithms import advantages
-from etpo.algorithms.policy_gradient import PolicyGradient, Taken
+from etpo.algorithms import baselines as advantages
+from etpo.algorithms.ppo import PolicyGradient, Taken
 from etpo.errors import check_range
-from etpo.models.backbone import Backbone
 from etpo.models.critics import ValueHead
-from etpo.rollout.episode import Actions, Rollout, episode_steps, following_values, pack, unpack
+from etpo.models.policy import LanguageModelPolicy
+from etpo.rollout.types import Actions, Rollout, episode_steps, following_values, pack, unpack
 
 
 class GeneralizedAdvantage(PolicyGradient):
@@ -22,14 +22,14 @@ class GeneralizedAdvantage(PolicyGradient):
 
     def __init__(
         self,
-        backbone: Callable[[], Backbone],
+        policy: Callable[[], LanguageModelPolicy],
         critic: Callable[..., nn.Module],
         *args: Any,
         lambda_: float,
         **shared: Any,
     ) -> None:
         check_range("algorithm.lambda_", lambda_, 0, 1)
-        super().__init__(backbone, functools.partial(critic, head=ValueHead), *args, **shared)
+        super().__init__(policy, functools.partial(critic, head=ValueHead), *args, **shared)
         self.lambda_ = lambda_
 
     def estimate(

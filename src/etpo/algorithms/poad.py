@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from etpo.algorithms.generalized_advantage import GeneralizedAdvantage
-from etpo.algorithms.policy_gradient import Taken
-from etpo.rollout.episode import Actions, Rollout
+from etpo.algorithms.ppo import Taken
+from etpo.rollout.types import Actions, Rollout
 
 
 class POAD(GeneralizedAdvantage):

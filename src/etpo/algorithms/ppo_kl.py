@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from etpo.algorithms import objectives
+from etpo.algorithms import losses as objectives
+from etpo.algorithms.base import TokenValues
 from etpo.algorithms.generalized_advantage import GeneralizedAdvantage
-from etpo.algorithms.on_policy import TokenValues
-from etpo.algorithms.policy_gradient import Taken, TakenBatch, at_prompt
-from etpo.rollout.episode import Actions, Rollout
+from etpo.algorithms.ppo import Taken, TakenBatch, at_prompt
+from etpo.rollout.types import Actions, Rollout
 
 
 class PPOKL(GeneralizedAdvantage):

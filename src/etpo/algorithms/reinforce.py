@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from etpo.algorithms import advantages
-from etpo.algorithms.policy_gradient import PolicyGradient, Taken, TakenBatch
-from etpo.rollout.episode import Actions, Rollout, episode_steps, pack, unpack
+from etpo.algorithms import baselines as advantages
+from etpo.algorithms.ppo import PolicyGradient, Taken, TakenBatch
+from etpo.rollout.types import Actions, Rollout, episode_steps, pack, unpack
 
 
 class Reinforce(PolicyGradient):

@@ -17,7 +17,7 @@ class BestAction(Callback):
     It is written whenever it improves: by `environment.write_best_action(folder, action)` where the
     environment has that method and the action did not fail, else as text to `best_action.txt`.
 
-    best: iteration and fields of the record (`etpo.rollout.episode.Record`), or None so far.
+    best: iteration and fields of the record (`etpo.rollout.types.Record`), or None so far.
     """
 
     def __init__(self, folder: str) -> None:

@@ -11,16 +11,17 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from etpo.algorithms import objectives, soft_bellman
-from etpo.algorithms.on_policy import OnPolicyAlgorithm
-from etpo.algorithms.soft_bellman import at_taken
+from etpo.algorithms import losses as objectives
+from etpo.algorithms import returns as soft_bellman
+from etpo.algorithms.base import OnPolicyAlgorithm
+from etpo.algorithms.returns import at_taken
 from etpo.callbacks.episodes import cut_back
 from etpo.errors import check_integer
 from etpo.files import append_lines
-from etpo.models.backbone import Backbone
+from etpo.models.policy import LanguageModelPolicy
 from etpo.models.token_text import label, token_texts
 from etpo.reporting.credit import read_rows, write_page
-from etpo.rollout.episode import Record, Rollout
+from etpo.rollout.types import Record, Rollout
 
 ALTERNATIVES = 5
 
@@ -63,7 +64,7 @@ class TokenCredit(Callback):
         self.lines: list[dict[str, Any]] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.datamodule.on_annotated = functools.partial(self.record, trainer, pl_module)
+        trainer.datamodule.on_targets_computed = functools.partial(self.record, trainer, pl_module)
         if trainer.is_global_zero and self.file.exists():
             cut_back(self.file, trainer.current_epoch)
             self.write(pl_module)
@@ -88,7 +89,7 @@ class TokenCredit(Callback):
         shown = [*acts, self.followed]
         advantages = [*([None] * len(acts) if sampled is None else sampled[rows]), None]
         # a module of another kind may know no such limit
-        size = getattr(module, "annotation_batch", len(shown))
+        size = getattr(module, "forward_batch_size", len(shown))
         for start in range(0, len(shown), size):
             part = slice(start, start + size)
             for line in lines_of(module, shown[part], advantages[part]):
@@ -145,8 +146,8 @@ def token_numbers(
     [B, L, ALTERNATIVES] each: other_ids of the likeliest other tokens, other_probability, other_q.
     """
     inputs = prompt_ids, prompt_mask, action_ids
-    log_pi = module.backbone(*inputs).log_probs
-    log_ref, features, _ = module.backbone(*inputs, reference=True)
+    log_pi = module.policy(*inputs).log_probs
+    log_ref, features, _ = module.policy(*inputs, reference=True)
     taken = action_ids.unsqueeze(-1)
 
     count = min(ALTERNATIVES, log_pi.shape[-1] - 1)
@@ -199,10 +200,10 @@ def lines_of(
         own = {name: field[row, :length].cpu() for name, field in numbers.items()}
         if own_sampled is not None:
             own["sampled_advantage"] = own_sampled[:length].cpu()
-        yield line_of(module.backbone, shown, own)
+        yield line_of(module.policy, shown, own)
 
 
-def line_of(backbone: Backbone, shown: Act, own: dict[str, Tensor]) -> dict[str, Any]:
+def line_of(policy: LanguageModelPolicy, shown: Act, own: dict[str, Tensor]) -> dict[str, Any]:
     """One action's line from its `token_numbers`, [l] and [l, ALTERNATIVES]."""
     parts = [own[name] for name in ("critic_advantage", "sampled_advantage") if name in own]
     if parts:
@@ -211,8 +212,8 @@ def line_of(backbone: Backbone, shown: Act, own: dict[str, Tensor]) -> dict[str,
         own = {name: field for name, field in own.items() if not name.endswith("_advantage")}
     other_ids, likely = own.pop("other_ids"), own["other_probability"] > 0
     others = [ids[kept].tolist() for ids, kept in zip(other_ids, likely, strict=True)]
-    tokenizer = backbone.tokenizer
-    texts, labels = token_texts(tokenizer, shown.action_ids, others, backbone.stop_ids)
+    tokenizer = policy.tokenizer
+    texts, labels = token_texts(tokenizer, shown.action_ids, others, policy.stop_ids)
     other_numbers = [own.pop(name) for name in ("other_probability", "other_q") if name in own]
     alternatives = []
     for place, names in enumerate(labels):

@@ -12,7 +12,7 @@ from etpo.files import append_lines
 class EpisodeLog(Callback):
     """Appends the iteration's records to `folder/episodes.jsonl`, one JSON object per action.
 
-    Keys: iteration (from 0), the fields of `etpo.rollout.episode.Record`, and rank where there are
+    Keys: iteration (from 0), the fields of `etpo.rollout.types.Record`, and rank where there are
     several. A resumed run first cuts the file back to the iterations before the restored one.
     """
 

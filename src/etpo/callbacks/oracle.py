@@ -6,7 +6,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from etpo.algorithms.soft_bellman import kl_divergence
+from etpo.algorithms.returns import kl_divergence
 from etpo.environments.token_mdp import TokenMDP
 from etpo.environments.token_mdp_env import TokenMDPEnv
 
@@ -43,7 +43,7 @@ class OracleDistance(Callback):
 
 def tables(environment: TokenMDPEnv, module: LightningModule) -> tuple[Tensor, Tensor, Tensor]:
     """log pi and log pi_ref [S, P, V] at every prefix, V [S] at every state; float64."""
-    backbone, mdp = module.backbone, environment.mdp
+    policy, mdp = module.policy, environment.mdp
     written = prefix_tokens(mdp)
     states, prefixes = len(mdp.start), len(written)
     # row (s, p): the tokens of p and one more, which is not read
@@ -51,15 +51,15 @@ def tables(environment: TokenMDPEnv, module: LightningModule) -> tuple[Tensor, T
     for prefix, tokens in enumerate(written):
         actions[prefix, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
     last = torch.tensor([len(tokens) for tokens in written]).repeat(states)
-    prompts = backbone.encode(environment.observations)
+    prompts = policy.encode(environment.observations)
     inputs = [
         prompts.ids.repeat_interleave(prefixes, 0).to(module.device),
         prompts.mask.repeat_interleave(prefixes, 0).to(module.device),
         actions.repeat(states, 1).to(module.device),
     ]
     value = module.evaluate_prefixes(*inputs).value
-    current = backbone(*inputs).log_probs
-    reference = backbone(*inputs, reference=True).log_probs
+    current = policy(*inputs).log_probs
+    reference = policy(*inputs, reference=True).log_probs
     rows = torch.arange(len(last))
     log_pi, log_ref = (
         log_probs[rows, last].double().log_softmax(-1).view(states, prefixes, -1).cpu()

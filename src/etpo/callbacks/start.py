@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from torch import nn
 
-from etpo.algorithms.on_policy import OnPolicyAlgorithm
+from etpo.algorithms.base import OnPolicyAlgorithm
 from etpo.callbacks.summary import peak_memory_mib
 
 MIB = 2**20
@@ -138,10 +138,10 @@ def memory(trainer: Trainer, module: OnPolicyAlgorithm) -> tuple[float, float]:
     step. Equal prompts are computed once and count as none.
     """
     now = held_mib(module.device)
-    data, backbone = trainer.datamodule, module.backbone
-    config = backbone.policy.config.get_text_config()
-    hidden, layers = backbone.feature_size, getattr(config, "num_hidden_layers", 1)
-    chunk = module.vocabulary_chunk
+    data, policy = trainer.datamodule, module.policy
+    config = policy.model.config.get_text_config()
+    hidden, layers = policy.hidden_size, getattr(config, "num_hidden_layers", 1)
+    chunk = module.logits_chunk_size
     actions = data.actions_per_rank * data.max_new_tokens  # tokens of an iteration
     step = data.minibatch_size * data.max_new_tokens  # of a training step
     width = module.annotated_width()  # floats of an annotated token
@@ -149,11 +149,11 @@ def memory(trainer: Trainer, module: OnPolicyAlgorithm) -> tuple[float, float]:
     inner = inner if isinstance(inner, int) else 4 * hidden
     layer = STEP_HIDDEN * hidden + STEP_INTERMEDIATE * inner
     trunks = trained_trunks(module)
-    if backbone.checkpointed:
+    if policy.checkpointed:
         activations = trunks * layers * hidden + layer
     else:
         activations = trunks * layers * layer
-    distributions = STEP_VOCABULARY * backbone.vocabulary_size * min(step, chunk or step)
+    distributions = STEP_VOCABULARY * policy.vocabulary_size * min(step, chunk or step)
     floats = actions * width + step * activations + distributions
     peak = now + (3 * trained_bytes(module) + 4 * floats) / MIB
     return peak, 100 * data.minibatch_size * activations * 4 / MIB

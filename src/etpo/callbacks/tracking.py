@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from etpo.callbacks.best_action import FILES
 from etpo.errors import ConfigError, reason
-from etpo.rollout.episode import Record
+from etpo.rollout.types import Record
 
 COLUMNS = ("iteration", *Record._fields)
 

@@ -69,7 +69,7 @@ class TextVectorEnv(VectorEnv[Sequence[TextObservation], Sequence[str], np.ndarr
         """As `step`, for the environments int64 [n] alone: everything returned is theirs, [n].
 
         Calls do not overlap, but may come from another thread than `reset`. An environment that
-        overrides `step` instead can only step all together (`rollout.groups=1`).
+        overrides `step` instead can only step all together (`rollout.pipeline_groups=1`).
         """
         raise NotImplementedError
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from etpo.errors import ConfigError, reason
 from etpo.models.adapters import inject_adapter, without_adapter
-from etpo.models.backbone import Backbone
 from etpo.models.causal_lm import trunk_of
+from etpo.models.policy import LanguageModelPolicy
 from etpo.models.shared_prompt import forward_actions
 
 Copied = TypeVar("Copied", bound=nn.Module)
@@ -31,10 +31,10 @@ class ValueHead(nn.Module):
     the vocabulary does not matter to it.
     """
 
-    def __init__(self, feature_size: int, vocabulary_size: int, hidden_size: int) -> None:
+    def __init__(self, input_size: int, vocabulary_size: int, hidden_size: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.LayerNorm(feature_size), nn.Linear(feature_size, hidden_size), nn.GELU()
+            nn.LayerNorm(input_size), nn.Linear(input_size, hidden_size), nn.GELU()
         )
         self.value = zeroed(nn.Linear(hidden_size, 1))
 
@@ -54,8 +54,8 @@ class DuelingHead(ValueHead):
     a token that was never tried keeps advantage 0 (Wang et al., arXiv 1511.06581).
     """
 
-    def __init__(self, feature_size: int, vocabulary_size: int, hidden_size: int) -> None:
-        super().__init__(feature_size, vocabulary_size, hidden_size)
+    def __init__(self, input_size: int, vocabulary_size: int, hidden_size: int) -> None:
+        super().__init__(input_size, vocabulary_size, hidden_size)
         self.advantage = zeroed(nn.Linear(hidden_size, vocabulary_size))
 
     def of_hidden(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,10 +82,13 @@ class HeadCritic(Critic):
     """A head on the frozen reference's last hidden states: no further language model."""
 
     def __init__(
-        self, backbone: Backbone, hidden_size: int = 512, head: type[nn.Module] = DuelingHead
+        self,
+        policy: LanguageModelPolicy,
+        hidden_size: int = 512,
+        head: type[nn.Module] = DuelingHead,
     ) -> None:
         super().__init__()
-        self.head = head(backbone.feature_size, backbone.vocabulary_size, hidden_size)
+        self.head = head(policy.hidden_size, policy.vocabulary_size, hidden_size)
 
     def forward(
         self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor, features: Tensor
@@ -106,12 +109,15 @@ class TrunkCritic(Critic):
     """A head on a trainable copy of the language model without its output layer."""
 
     def __init__(
-        self, backbone: Backbone, hidden_size: int = 512, head: type[nn.Module] = DuelingHead
+        self,
+        policy: LanguageModelPolicy,
+        hidden_size: int = 512,
+        head: type[nn.Module] = DuelingHead,
     ) -> None:
         super().__init__()
-        self.trunk = copy.deepcopy(trunk_of(pretrained(backbone))).requires_grad_(True).float()
-        self.checkpointed = backbone.checkpointed
-        self.head = head(backbone.feature_size, backbone.vocabulary_size, hidden_size)
+        self.trunk = copy.deepcopy(trunk_of(pretrained(policy))).requires_grad_(True).float()
+        self.checkpointed = policy.checkpointed
+        self.head = head(policy.hidden_size, policy.vocabulary_size, hidden_size)
 
     def train(self, mode: bool = True) -> "TrunkCritic":
         """Keeps evaluation mode: dropout is off in every forward."""
@@ -138,32 +144,32 @@ class TrunkCritic(Critic):
 
 
 class LoraCritic(TrunkCritic):
-    """A head and an adapter on the frozen language model, whose weights are those of the backbone.
+    """A head and an adapter on the frozen language model, whose weights are those of the policy.
 
     lora: arguments of `peft.LoraConfig`. Raises ConfigError where they do not fit the model.
     """
 
     def __init__(
         self,
-        backbone: Backbone,
+        policy: LanguageModelPolicy,
         hidden_size: int = 512,
         head: type[nn.Module] = DuelingHead,
         *,
         lora: dict[str, Any],
     ) -> None:
         nn.Module.__init__(self)
-        trunk = copy_sharing_frozen(trunk_of(pretrained(backbone)))
+        trunk = copy_sharing_frozen(trunk_of(pretrained(policy)))
         self.trunk = inject_adapter(trunk, lora)
         try:  # a layer that only looks linear, such as a router, fails here
             with torch.no_grad():
-                self.trunk(input_ids=torch.zeros(1, 1, dtype=torch.long, device=backbone.device))
+                self.trunk(input_ids=torch.zeros(1, 1, dtype=torch.long, device=policy.device))
         except (TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ConfigError(f"critic.lora: {reason(error)}") from error
         for parameter in self.trunk.parameters():
             if parameter.requires_grad:  # peft gives it the type of the weights that it lies on
                 parameter.data = parameter.data.float()
-        self.checkpointed = backbone.checkpointed
-        self.head = head(backbone.feature_size, backbone.vocabulary_size, hidden_size)
+        self.checkpointed = policy.checkpointed
+        self.head = head(policy.hidden_size, policy.vocabulary_size, hidden_size)
 
 
 class LanguageModelCritic(Critic):
@@ -172,13 +178,13 @@ class LanguageModelCritic(Critic):
     Raises ConfigError for an algorithm whose critic is another function than Q.
     """
 
-    def __init__(self, backbone: Backbone, head: type[nn.Module] = DuelingHead) -> None:
+    def __init__(self, policy: LanguageModelPolicy, head: type[nn.Module] = DuelingHead) -> None:
         super().__init__()
         if head is not DuelingHead:
             raise ConfigError(f"critic=lm_copy: allowed are {', '.join(WITH_HEAD)}")
-        self.model = copy.deepcopy(pretrained(backbone)).requires_grad_(True).float()
-        self.checkpointed = backbone.checkpointed
-        self.vocabulary_size = backbone.vocabulary_size
+        self.model = copy.deepcopy(pretrained(policy)).requires_grad_(True).float()
+        self.checkpointed = policy.checkpointed
+        self.vocabulary_size = policy.vocabulary_size
 
     def train(self, mode: bool = True) -> "LanguageModelCritic":
         """Keeps evaluation mode: dropout is off in every forward."""
@@ -228,10 +234,10 @@ def last_states(
     return states
 
 
-def pretrained(backbone: Backbone) -> nn.Module:
-    """The frozen causal LM of a backbone, with its own weights; no adapter is in it."""
+def pretrained(policy: LanguageModelPolicy) -> nn.Module:
+    """The frozen causal LM of a policy, with its own weights; no adapter is in it."""
     # with an adapter there is no separate reference: the copied policy sheds its own
-    return backbone.reference or without_adapter(copy_sharing_frozen(backbone.policy))
+    return policy.reference_model or without_adapter(copy_sharing_frozen(policy.model))
 
 
 def copy_sharing_frozen(module: Copied) -> Copied:

@@ -8,9 +8,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from etpo.environments.token_mdp_env import VOCABULARY_SIZES, letters
 from etpo.errors import MAX_SEED, check_integer
-from etpo.models.backbone import Backbone
 from etpo.models.fresh import fresh_llama, save_checkpoint
 from etpo.models.loading import expanded
+from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import PromptTemplate
 
 EOS = "</s>"
@@ -56,15 +56,15 @@ def letter_backbone(
     vocabulary_size: int,
     init_seed: int,
     **settings: Any,
-) -> Backbone:
-    """The backbone of the checkpoint in the folder `name_or_path`, which is made if it is missing.
+) -> LanguageModelPolicy:
+    """The policy of the checkpoint in the folder `name_or_path`, which is made if it is missing.
 
     vocabulary_size: the MDP's. init_seed: draws the weights, apart from the run's seed. settings:
-    arguments of `Backbone`. Raises ConfigError for values out of range.
+    arguments of `LanguageModelPolicy`. Raises ConfigError for values out of range.
     """
     check_integer("model.vocabulary_size", vocabulary_size, *VOCABULARY_SIZES)
     check_integer("model.init_seed", init_seed, 0, MAX_SEED)
     folder = Path(expanded(name_or_path))
     if not folder.exists():
         save_letter_checkpoint(folder, vocabulary_size, init_seed)
-    return Backbone(name_or_path, prompt, **settings)
+    return LanguageModelPolicy(name_or_path, prompt, **settings)

@@ -16,9 +16,9 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from etpo.environments.text_env import TextVectorEnv
 from etpo.errors import MAX_SEED, ConfigError, check_integer
-from etpo.models.backbone import Backbone
 from etpo.models.fresh import fresh_llama, save_checkpoint
 from etpo.models.loading import expanded
+from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import PromptTemplate
 
 EOS = "</s>"
@@ -101,13 +101,13 @@ def player_backbone(
     num_layers: int,
     init_seed: int,
     **settings: Any,
-) -> Backbone:
-    """The backbone of the checkpoint in the folder `name_or_path`, which is made if it is missing.
+) -> LanguageModelPolicy:
+    """The policy of the checkpoint in the folder `name_or_path`, which is made if it is missing.
 
     environment: the game, which is closed here. moves: the texts that it plays, at least two.
     vocabulary_size: tokens in all. hidden_size: a multiple of 8, for four heads of even size.
     init_seed: draws play and weights, apart from the run's seed. settings: arguments of
-    `Backbone`. Raises ConfigError for values out of range.
+    `LanguageModelPolicy`. Raises ConfigError for values out of range.
     """
     moves = list(moves)
     if len(set(moves)) < 2 or not all(isinstance(m, str) and m for m in moves):
@@ -127,4 +127,4 @@ def player_backbone(
         fit_random_player(model, tokenizer, texts, moves, init_seed)
         save_checkpoint(folder, model, tokenizer)
     environment.close()  # the run has one of its own
-    return Backbone(name_or_path, prompt, **settings)
+    return LanguageModelPolicy(name_or_path, prompt, **settings)

@@ -8,29 +8,29 @@ import torch
 from torch import Tensor
 
 from etpo.errors import ConfigError, described
+from etpo.generation.prefix_cache import decoding_cache, run_next
 from etpo.models.causal_lm import language_model
-from etpo.models.decoding import decoding_cache, run_next
 from etpo.models.shared_prompt import Run, encode_prompts
 
 if TYPE_CHECKING:
-    from etpo.models.backbone import Backbone
+    from etpo.models.policy import LanguageModelPolicy
 
 PROMPTS, ACTION = (3, 24), 3  # tokens
 
 
 @torch.no_grad()
-def check_forwards(backbone: "Backbone", name_or_path: str) -> None:
+def check_forwards(policy: "LanguageModelPolicy", name_or_path: str) -> None:
     """Raises ConfigError unless sampler, annotation and critics read what transformers computes.
 
     Two prompts of different lengths in one batch, decoded with a cache and annotated, are compared
     with an ordinary forward of each: without padding, cache or positions.
     """
     try:
-        fault = find_fault(backbone)
+        fault = find_fault(policy)
     except Exception as error:  # of a model that does not know the cache or an argument
         fault = f"its forward raises {described(error)}"
     if fault is not None:
-        kind = backbone.policy.config.model_type
+        kind = policy.model.config.model_type
         raise ConfigError(
             f"model.name_or_path={name_or_path}: a model of type {kind} cannot be sampled and "
             f"trained here, since {fault}; allowed are causal language models whose logits do not "
@@ -38,45 +38,49 @@ def check_forwards(backbone: "Backbone", name_or_path: str) -> None:
         )
 
 
-def find_fault(backbone: "Backbone") -> str | None:
+def find_fault(policy: "LanguageModelPolicy") -> str | None:
     """What is wrong, or None."""
-    inputs = batch(backbone)
-    run = functools.partial(language_model, backbone.policy)
+    inputs = batch(policy)
+    run = functools.partial(language_model, policy.model)
     whole = [
         torch.cat([ids[mask], action[:-1]])[None] for ids, mask, action in zip(*inputs, strict=True)
     ]
     plain = torch.cat([run(last=ACTION, input_ids=ids, use_cache=False)[0] for ids in whole])
-    same = functools.partial(close, dtype=backbone.policy.dtype)
+    same = functools.partial(close, dtype=policy.model.dtype)
     if not plain.isfinite().all():
         return "its logits are not finite"
-    annotated, features = backbone.run(language_model, *inputs)
+    annotated, features = policy.run(language_model, *inputs)
     if not same(annotated, plain):
         return "padding on the left changes its logits"
-    if not same(torch.cat(list(decoded(run, backbone, *inputs)), 1), plain):
+    if not same(torch.cat(list(decoded(run, policy, *inputs)), 1), plain):
         return "decoding with a cache changes its logits"
-    own = backbone.features(*inputs)
+    own = policy.features(*inputs)
     if own.shape != features.shape or not same(own, features):
         return "its output layer reads other states than its last hidden ones"
     return None
 
 
-def batch(backbone: "Backbone") -> tuple[Tensor, Tensor, Tensor]:
+def batch(policy: "LanguageModelPolicy") -> tuple[Tensor, Tensor, Tensor]:
     """Prompts [2, P] padded on the left, their mask, and actions [2, L] of random tokens."""
-    width = int(min(PROMPTS[-1], backbone.context_size - ACTION))
+    width = int(min(PROMPTS[-1], policy.context_size - ACTION))
     generator = torch.Generator().manual_seed(0)
     size = len(PROMPTS), width + ACTION
-    ids = torch.randint(backbone.vocabulary_size, size, generator=generator)
+    ids = torch.randint(policy.vocabulary_size, size, generator=generator)
     lengths = torch.tensor(PROMPTS).clamp(max=width)
     mask = torch.arange(width) >= width - lengths[:, None]
-    prompts = ids[:, :width].where(mask, backbone.pad_id)
-    return tuple(x.to(backbone.device) for x in (prompts, mask, ids[:, width:]))
+    prompts = ids[:, :width].where(mask, policy.pad_id)
+    return tuple(x.to(policy.device) for x in (prompts, mask, ids[:, width:]))
 
 
 def decoded(
-    run: Run, backbone: "Backbone", prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor
+    run: Run,
+    policy: "LanguageModelPolicy",
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    action_ids: Tensor,
 ) -> Iterator[Tensor]:
     """Logits [2, 1, V] before each token of the actions, as the sampler decodes."""
-    config = backbone.policy.config
+    config = policy.model.config
     encoded = encode_prompts(run, config, prompt_ids, prompt_mask)
     cache = decoding_cache(config, encoded, ACTION)
     rows, mask = cache.order, prompt_mask[cache.order]

@@ -12,9 +12,9 @@ from torch import Tensor
 from etpo.environments import plain
 from etpo.environments.text_env import TextObservation, TextVectorEnv
 from etpo.environments.threads import DaemonThread
-from etpo.models.backbone import Backbone, PromptBatch
-from etpo.rollout.episode import Actions, Record, Rollout, pad_stack
-from etpo.rollout.sampler import Sample, action_texts, sample
+from etpo.generation.sampler import Sample, action_texts, sample
+from etpo.models.policy import LanguageModelPolicy, PromptBatch
+from etpo.rollout.types import Actions, Record, Rollout, pad_stack
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -45,15 +45,15 @@ class Group:
         self.texts: list[str]
 
     def act(
-        self, backbone: Backbone, max_new_tokens: int, generator: torch.Generator | None
+        self, policy: LanguageModelPolicy, max_new_tokens: int, generator: torch.Generator | None
     ) -> list[str]:
         """The texts of one action per environment."""
-        self.prompts = backbone.encode(self.observations)
-        self.taken = sample(backbone, self.prompts, max_new_tokens, generator)
-        self.texts = action_texts(backbone, self.prompts, self.taken)
+        self.prompts = policy.encode(self.observations)
+        self.taken = sample(policy, self.prompts, max_new_tokens, generator)
+        self.texts = action_texts(policy, self.prompts, self.taken)
         return self.texts
 
-    def receive(self, backbone: Backbone, answer: plain.Answer, last: bool) -> None:
+    def receive(self, policy: LanguageModelPolicy, answer: plain.Answer, last: bool) -> None:
         """Takes what came of the actions; `last`: open episodes are cut here."""
         ended = torch.tensor(answer.terminated)
         cut = ~ended if last else torch.tensor(answer.truncated) & ~ended
@@ -62,20 +62,20 @@ class Group:
             final = answer.final_obs[row]
             following.append(answer.observations[row] if final is None else final)
         reward = torch.tensor(answer.rewards, dtype=torch.float32)
-        records = self.written(backbone, answer)
+        records = self.written(policy, answer)
         self.rounds.append(
             Round(self.prompts, self.taken, reward, ended, cut, self.attempt, following, records)
         )
         self.attempt = torch.where(ended | cut, 0, self.attempt + 1)
         self.observations = answer.observations
 
-    def written(self, backbone: Backbone, answer: plain.Answer) -> list[Record]:
+    def written(self, policy: LanguageModelPolicy, answer: plain.Answer) -> list[Record]:
         """The actions as a person reads them."""
         return [
             Record(
                 int(env),
                 int(self.attempt[row]) + 1,
-                str(backbone.tokenizer.decode(self.prompts.ids[row][self.prompts.mask[row]])),
+                str(policy.tokenizer.decode(self.prompts.ids[row][self.prompts.mask[row]])),
                 self.texts[row],
                 answer.rewards[row],
                 answer.errors[row],
@@ -87,7 +87,7 @@ class Group:
 
 
 def collect(
-    backbone: Backbone,
+    policy: LanguageModelPolicy,
     environment: TextVectorEnv,
     rounds: int,
     max_new_tokens: int,
@@ -124,10 +124,10 @@ def collect(
                     returned = answers[index]()
                     with plain.sent_by(source):
                         answer = plain.answer(returned, len(part.envs))
-                    part.receive(backbone, answer, last=number == rounds)
+                    part.receive(policy, answer, last=number == rounds)
                 answered = time.perf_counter()
                 if number < rounds:
-                    texts = part.act(backbone, max_new_tokens, generator)
+                    texts = part.act(policy, max_new_tokens, generator)
                     if groups == 1:
                         answers[index] = partial(environment.step, texts)
                     else:
@@ -141,9 +141,9 @@ def collect(
     finally:
         thread.stop()
     done = [part.rounds[number] for number in range(rounds) for part in parts]
-    next_prompts = encode_any(backbone, [o for r in done for o in r.following])
+    next_prompts = encode_any(policy, [o for r in done for o in r.following])
     return Rollout(
-        actions=stack(done, backbone.pad_id),
+        actions=stack(done, policy.pad_id),
         bootstrap_ids=next_prompts.ids,
         bootstrap_mask=next_prompts.mask,
         records=[record for r in done for record in r.records],
@@ -154,10 +154,10 @@ def collect(
     )
 
 
-def encode_any(backbone: Backbone, observations: Sequence[TextObservation]) -> PromptBatch:
-    """`backbone.encode`, for no observation too: [0, 1]."""
+def encode_any(policy: LanguageModelPolicy, observations: Sequence[TextObservation]) -> PromptBatch:
+    """`policy.encode`, for no observation too: [0, 1]."""
     if observations:
-        return backbone.encode(observations)
+        return policy.encode(observations)
     return PromptBatch(torch.zeros(0, 1).long(), torch.zeros(0, 1).bool(), 0)
 
 

@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from etpo.environments.text_env import TextVectorEnv
 from etpo.errors import ConfigError, check_integer
+from etpo.rollout.buffer import OnPolicyBuffer
 from etpo.rollout.collector import OnProgress, collect
-from etpo.rollout.episode import Rollout
-from etpo.rollout.replay import OnPolicyBuffer
+from etpo.rollout.types import Rollout
 from etpo.sharding import gathered
 
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -23,7 +23,7 @@ def derived_seed(*keys: int) -> int:
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
 
 
-OnAnnotated = Callable[[Rollout, Any], None]
+OnTargetsComputed = Callable[[Rollout, Any], None]
 
 
 class RolloutDataModule(LightningDataModule):
@@ -33,14 +33,14 @@ class RolloutDataModule(LightningDataModule):
     the same ones.
 
     environment: `num_envs` copies of the task, per rank.
-    groups: so many groups of environments take turns: while one's actions are answered, those of
+    pipeline_groups: so many groups of environments take turns: while one's actions are answered, those of
     the next are generated. At most `num_envs`; more than 1 needs `environment.step_part`.
     actions_per_iteration: over all ranks; a multiple of ranks * num_envs and of
     ranks * minibatch_size.
     minibatch_size: actions per training step and rank.
     update_epochs: passes over each iteration's actions.
     max_new_tokens: length limit of an action.
-    on_annotated(rollout, batch), if set, sees every iteration's rollout and what `annotate` made of
+    on_targets_computed(rollout, batch), if set, sees every iteration's rollout and what `compute_targets` made of
     it, both in the rollout's order, before the first update.
     Raises ConfigError for values out of range.
     """
@@ -55,7 +55,7 @@ class RolloutDataModule(LightningDataModule):
         max_new_tokens: int,
         num_envs: int,
         seed: int,
-        groups: int = 1,
+        pipeline_groups: int = 1,
     ) -> None:
         super().__init__()
         self.environment = environment
@@ -65,9 +65,9 @@ class RolloutDataModule(LightningDataModule):
         self.max_new_tokens = max_new_tokens
         self.num_envs = num_envs
         self.seed = seed
-        self.groups = groups
+        self.pipeline_groups = pipeline_groups
         self.on_progress: OnProgress | None = None
-        self.on_annotated: OnAnnotated | None = None
+        self.on_targets_computed: OnTargetsComputed | None = None
         self.rollout: Rollout | None = None
         self.checked = False  # whether what is sampled is what is trained
         self.check(world_size=1)
@@ -82,10 +82,10 @@ class RolloutDataModule(LightningDataModule):
                 f"rollout.num_envs={self.num_envs}: allowed is the environment's number, "
                 f"{self.environment.num_envs}"
             )
-        check_integer("rollout.groups", self.groups, 1, self.num_envs)
-        if self.groups > 1 and type(self.environment).step_part is TextVectorEnv.step_part:
+        check_integer("rollout.pipeline_groups", self.pipeline_groups, 1, self.num_envs)
+        if self.pipeline_groups > 1 and type(self.environment).step_part is TextVectorEnv.step_part:
             raise ConfigError(
-                f"rollout.groups={self.groups}: allowed is 1, for {self.environment.task_name} can "
+                f"rollout.pipeline_groups={self.pipeline_groups}: allowed is 1, for {self.environment.task_name} can "
                 "only step all environments together"
             )
         for key in ("num_envs", "minibatch_size"):
@@ -110,13 +110,13 @@ class RolloutDataModule(LightningDataModule):
                 f"trainer.precision={self.running.precision}: allowed are {', '.join(PRECISIONS)}, "
                 "for log-probabilities are float32; model.dtype=bfloat16 gives weights in bfloat16"
             )
-        backbone = self.policy.backbone
-        used = backbone.max_prompt_tokens + self.max_new_tokens
-        if used > backbone.context_size:
+        policy = self.algorithm.policy
+        used = policy.max_prompt_tokens + self.max_new_tokens
+        if used > policy.context_size:
             raise ConfigError(
                 f"rollout.max_new_tokens={self.max_new_tokens} and model.max_prompt_tokens="
-                f"{backbone.max_prompt_tokens}: allowed is a sum of at most "
-                f"{backbone.context_size}, the model's context"
+                f"{policy.max_prompt_tokens}: allowed is a sum of at most "
+                f"{policy.context_size}, the model's context"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -134,8 +134,8 @@ class RolloutDataModule(LightningDataModule):
         return self.trainer
 
     @property
-    def policy(self) -> Any:
-        """The algorithm that is trained: it has a `backbone` and annotates what that did."""
+    def algorithm(self) -> Any:
+        """The algorithm that is trained: it has a `policy` and annotates what that did."""
         return self.running.lightning_module
 
     @property
@@ -155,28 +155,28 @@ class RolloutDataModule(LightningDataModule):
         return DataLoader(GreedyEpisodes(self), batch_size=None)
 
     def fill(self) -> tuple[Any, torch.Generator]:
-        """Rolls out the current policy and lets the algorithm annotate what came of it."""
-        module, trainer = self.policy, self.running
+        """Rolls out the current policy and lets the algorithm compute_targets what came of it."""
+        module, trainer = self.algorithm, self.running
         iteration, rank = trainer.current_epoch, trainer.global_rank
-        device = module.backbone.device
+        device = module.policy.device
         decoding = torch.Generator(device).manual_seed(derived_seed(self.seed, iteration, rank, 0))
         with gathered(module), trainer.precision_plugin.forward_context():
             self.rollout = collect(
-                module.backbone,
+                module.policy,
                 self.environment,
                 self.actions_per_rank // self.num_envs,
                 self.max_new_tokens,
                 decoding,
                 seed=derived_seed(self.seed, iteration, rank, 1),
-                groups=self.groups,
+                groups=self.pipeline_groups,
                 on_progress=self.on_progress,
             )
             if not self.checked:
                 module.check_rollout(self.rollout)
                 self.checked = True
-            batch = module.annotate(self.rollout)
-            if self.on_annotated is not None:
-                self.on_annotated(self.rollout, batch)
+            batch = module.compute_targets(self.rollout)
+            if self.on_targets_computed is not None:
+                self.on_targets_computed(self.rollout, batch)
         shuffling = torch.Generator().manual_seed(derived_seed(self.seed, iteration, rank, 2))
         return batch, shuffling
 
@@ -193,9 +193,9 @@ class GreedyEpisodes(IterableDataset[Rollout]):
     def __iter__(self) -> Iterator[Rollout]:
         data = self.datamodule
         trainer = data.running
-        with gathered(data.policy), trainer.precision_plugin.forward_context():
+        with gathered(data.algorithm), trainer.precision_plugin.forward_context():
             rollout = collect(
-                data.policy.backbone,
+                data.algorithm.policy,
                 data.environment,
                 1,
                 data.max_new_tokens,

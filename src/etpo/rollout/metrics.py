@@ -1,6 +1,6 @@
 """Numbers of one iteration's rollout; docs/metrics.md is their glossary."""
 
-from etpo.rollout.episode import Rollout
+from etpo.rollout.types import Rollout
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:

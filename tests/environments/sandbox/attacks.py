@@ -277,7 +277,7 @@ LABELS = {
     "cache_across_splits": (
         "places = [np, sys, random, threading]\n"
         "for place in places:\n    if hasattr(place, 'leak'): raise Escaped(place)\n"
-        "    place.leak = y_train\n"
+        "    place.truncation_kl_coef = y_train\n"
         "if 'LEAK' in os.environ: raise Escaped('environment')\nos.environ['LEAK'] = '1'\n"
         "for path in ('/tmp/leak', '/dev/shm/leak', '/var/tmp/leak', 'leak', '/leak'):\n"
         "    if os.path.exists(path): raise Escaped(path)\n"

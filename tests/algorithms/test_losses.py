@@ -5,7 +5,7 @@ from math import inf
 import pytest
 import torch
 
-from etpo.algorithms.objectives import (
+from etpo.algorithms.losses import (
     action_weights,
     centred_advantage,
     critic_loss,
@@ -19,7 +19,7 @@ from etpo.algorithms.objectives import (
     rebased_q,
     taken_token_correction,
 )
-from etpo.algorithms.soft_bellman import (
+from etpo.algorithms.returns import (
     expectation,
     kl_divergence,
     lambda_returns,
@@ -256,7 +256,7 @@ def test_doubly_robust_gradient_needs_sums_and_discounted_actions(case):
     assert case.error(biased) > 0.05, "a bootstrap from a random critic"
 
 
-@pytest.mark.parametrize("floor", [0.2, 1.0])
+@pytest.mark.parametrize("pessimism_threshold", [0.2, 1.0])
 def test_pessimistic_q_must_stand_in_both_terms(case, floor):
     value = expectation(case.log_old, case.critic)
     q = pessimistic_q(case.critic, value, case.log_old, floor)
@@ -310,9 +310,9 @@ def test_unweighted_vocabulary_mean_ignores_q():
 def test_pessimistic_q_takes_warnings_and_no_promises_of_rare_tokens():
     log_old = f64(0.01, 0.01, 0.02, 0.96).log()
     q, value = f64(5, -5, 6, 7), f64(1).squeeze()
-    assert pessimistic_q(q, value, log_old, floor=0.015).tolist() == [1, -5, 6, 7]
-    assert pessimistic_q(q, value, log_old, floor=0.0).tolist() == [5, -5, 6, 7]
-    assert pessimistic_q(q, value, log_old, floor=1.0).tolist() == [1, -5, 1, 1]
+    assert pessimistic_q(q, value, log_old, pessimism_threshold=0.015).tolist() == [1, -5, 6, 7]
+    assert pessimistic_q(q, value, log_old, pessimism_threshold=0.0).tolist() == [5, -5, 6, 7]
+    assert pessimistic_q(q, value, log_old, pessimism_threshold=1.0).tolist() == [1, -5, 1, 1]
 
 
 def test_objective_scale_is_one_over_the_rms_within_a_limit():

@@ -5,9 +5,10 @@ import torch
 from torch.autograd import gradcheck
 from torch.nn.functional import linear
 
-from etpo.algorithms import objectives, soft_bellman
-from etpo.algorithms.chunked import in_chunks, reduce_in_chunks
-from etpo.algorithms.soft_bellman import at_taken
+from etpo.algorithms import losses as objectives
+from etpo.algorithms import returns as soft_bellman
+from etpo.algorithms.returns import at_taken
+from etpo.models.chunked_logits import in_chunks, reduce_in_chunks
 
 BATCH, LENGTH, SIZE, VOCABULARY = 2, 3, 3, 5
 BETA, ETA = 0.3, 0.2

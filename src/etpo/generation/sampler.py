@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from etpo.models.backbone import Backbone, PromptBatch
+from etpo.generation.prefix_cache import decoding_cache, run_next
 from etpo.models.causal_lm import language_model
-from etpo.models.decoding import decoding_cache, run_next
+from etpo.models.policy import LanguageModelPolicy, PromptBatch
 from etpo.models.shared_prompt import encode_prompts
 
 
@@ -29,7 +29,7 @@ class Sample(NamedTuple):
 
 @torch.no_grad()
 def sample(
-    backbone: Backbone,
+    policy: LanguageModelPolicy,
     prompts: PromptBatch,
     max_new_tokens: int,
     generator: torch.Generator | None,
@@ -37,16 +37,16 @@ def sample(
 ) -> Sample:
     """One action per prompt; greedy where `generator` is None.
 
-    An action ends with a stop token of the backbone, with the token that completes a stop string,
+    An action ends with a stop token of the policy, with the token that completes a stop string,
     or after `max_new_tokens` tokens. Equal prompts are computed once. Once half of the actions that
-    are computed have ended, they are computed no longer. `generator` lives on the backbone's
+    are computed have ended, they are computed no longer. `generator` lives on the policy's
     device; what it draws for an action does not depend on when others end.
     """
-    device = backbone.device
+    device = policy.device
     mask = prompts.mask.to(device)
-    stop_ids = torch.tensor(backbone.stop_ids, device=device)
-    run = functools.partial(language_model, backbone.policy)
-    config = backbone.policy.config
+    stop_ids = torch.tensor(policy.stop_ids, device=device)
+    run = functools.partial(language_model, policy.model)
+    config = policy.model.config
     encoded = encode_prompts(run, config, prompts.ids.to(device), mask)
     cache = decoding_cache(config, encoded, max_new_tokens)
     rows = cache.order  # the actions that are computed
@@ -54,27 +54,27 @@ def sample(
     del encoded  # the cache has a copy
     mask = mask[rows]
     size = len(rows), max_new_tokens
-    ids = torch.full(size, backbone.pad_id, device=device)
+    ids = torch.full(size, policy.pad_id, device=device)
     masks = torch.zeros(size, dtype=torch.bool, device=device)
     log_probs = torch.zeros(size, device=device)
     features = states.new_zeros(*size, states.shape[-1])
     running = torch.ones_like(rows, dtype=torch.bool)
     for step in range(max_new_tokens):
-        log_pi, _ = backbone.distribution(logits[:, -1])
+        log_pi, _ = policy.distribution(logits[:, -1])
         if generator is None:
             token = log_pi.argmax(-1)
         else:
             noise = torch.rand(size[0], dtype=torch.float64, device=device, generator=generator)
             token = inverse_cdf(log_pi, noise[rows])
-        token = token.where(running, backbone.pad_id)
+        token = token.where(running, policy.pad_id)
         ids[rows, step] = token
         masks[rows, step] = running
         log_probs[rows, step] = log_pi.gather(-1, token[:, None])[:, 0].where(running, 0.0)
         features[rows, step] = states[:, -1].where(running[:, None], 0.0)
         mask = torch.cat([mask, running[:, None]], dim=1)
         running = running & ~torch.isin(token, stop_ids)
-        if backbone.stop_strings:
-            running = running & ~stopped(backbone, ids[:, : step + 1], rows, prompts.rests)
+        if policy.stop_strings:
+            running = running & ~stopped(policy, ids[:, : step + 1], rows, prompts.rests)
         if on_token is not None:
             on_token(step + 1)
         remaining = int(running.sum())
@@ -102,17 +102,17 @@ def inverse_cdf(log_p: Tensor, noise: Tensor) -> Tensor:
     return torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True)[:, 0]
 
 
-def action_texts(backbone: Backbone, prompts: PromptBatch, taken: Sample) -> list[str]:
+def action_texts(policy: LanguageModelPolicy, prompts: PromptBatch, taken: Sample) -> list[str]:
     """The text of every sampled action [B]."""
     rests = prompts.rests or [""] * len(taken.ids)
     rows = zip(taken.ids.cpu(), taken.mask.cpu(), rests, strict=True)
-    return [backbone.decode(ids[mask].tolist(), rest) for ids, mask, rest in rows]
+    return [policy.decode(ids[mask].tolist(), rest) for ids, mask, rest in rows]
 
 
-def stopped(backbone: Backbone, ids: Tensor, rows: Tensor, rests: Sequence[str]) -> Tensor:
+def stopped(policy: LanguageModelPolicy, ids: Tensor, rows: Tensor, rests: Sequence[str]) -> Tensor:
     """Whether a stop string ends the action in each of `rows` [b] of ids [B, l]: bool [b]."""
     ends = [
-        backbone.completes_stop_string(ids[row].tolist(), rests[row] if rests else "")
+        policy.completes_stop_string(ids[row].tolist(), rests[row] if rests else "")
         for row in rows.tolist()
     ]
     return torch.tensor(ends, device=rows.device)

@@ -11,8 +11,8 @@ from etpo.algorithms.ppo_kl import PPOKL
 from etpo.algorithms.reinforce import Reinforce
 from etpo.errors import ConfigError
 from etpo.models import shared_prompt
-from etpo.models.backbone import Backbone
 from etpo.models.critics import HeadCritic
+from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -20,18 +20,18 @@ LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"
 
 @pytest.fixture
 def one_iteration(checkpoint, build_algorithm, letter_env, fit):
-    """one_iteration(...): a run whose learning rate is 0; `broken` changes its backbone before."""
+    """one_iteration(...): a run whose learning rate is 0; `broken` changes its policy before."""
 
     def run(
         family="llama", algorithm=PPOKL, precision="32-true", chunk=None, broken=None, **settings
     ):
-        backbone = functools.partial(
-            Backbone, str(checkpoint(family)), CompletionTemplate(), **settings
+        policy = functools.partial(
+            LanguageModelPolicy, str(checkpoint(family)), CompletionTemplate(), **settings
         )
         critic = None if algorithm is Reinforce else HeadCritic
-        module = build_algorithm(algorithm, backbone, critic, policy_lr=0.0, vocabulary_chunk=chunk)
+        module = build_algorithm(algorithm, policy, critic, policy_lr=0.0, logits_chunk_size=chunk)
         if broken is not None:
-            broken(module.backbone)
+            broken(module.policy)
         sizes = {"update_epochs": 1, "max_new_tokens": 12}
         return fit(module, letter_env(4), 1, trainer={"precision": precision}, **sizes)
 
@@ -55,17 +55,17 @@ def test_rounding_is_no_difference(settings, one_iteration):
     one_iteration(**settings)
 
 
-def drop_a_tenth(backbone):
+def drop_a_tenth(policy):
     """Has every forward lose a tenth of what the embeddings say."""
 
     def drop(module, inputs, output):
         return torch.nn.functional.dropout(output, 0.1, training=True)
 
-    assert backbone.linear_output  # which the first forwards decide
-    backbone.policy.get_input_embeddings().register_forward_hook(drop)
+    assert policy.linear_output  # which the first forwards decide
+    policy.model.get_input_embeddings().register_forward_hook(drop)
 
 
-def count_padding(backbone, monkeypatch):
+def count_padding(policy, monkeypatch):
     """Has a training step count padding as positions, as it must not."""
     positions = shared_prompt.position_ids
     monkeypatch.setattr(shared_prompt, "position_ids", lambda mask: 3 * positions(mask))
@@ -83,8 +83,8 @@ def test_other_positions_are_found(one_iteration, monkeypatch):
         one_iteration(broken=functools.partial(count_padding, monkeypatch=monkeypatch))
 
 
-def move_the_reference(backbone):
-    for parameter in backbone.reference.parameters():
+def move_the_reference(policy):
+    for parameter in policy.reference_model.parameters():
         parameter.data.mul_(1.1)
 
 
@@ -98,12 +98,12 @@ def test_a_policy_that_was_trained_may_differ_from_the_reference(
     checkpoint, build_algorithm, letter_env, fit
 ):
     """As in a run that goes on: its steps are counted already."""
-    backbone = functools.partial(Backbone, str(checkpoint("llama")), CompletionTemplate())
-    module = build_algorithm(PPOKL, backbone, HeadCritic)
+    policy = functools.partial(LanguageModelPolicy, str(checkpoint("llama")), CompletionTemplate())
+    module = build_algorithm(PPOKL, policy, HeadCritic)
 
     class Resumed(Callback):
         def on_train_start(self, trainer, pl_module):
-            move_the_reference(pl_module.backbone)
+            move_the_reference(pl_module.policy)
             steps = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
             steps.total.ready = steps.total.completed = 7
 

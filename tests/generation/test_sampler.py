@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from etpo.models.backbone import Backbone
+from etpo.generation.sampler import action_texts, inverse_cdf, sample
+from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 from etpo.rollout import sampler
-from etpo.rollout.sampler import action_texts, inverse_cdf, sample
 
 OBSERVATIONS = [
     {"instruction": "", "prefix": p, "suffix": ""} for p in ("go", "a longer prompt", "x")
@@ -18,10 +18,12 @@ def generator(seed=0):
 @pytest.mark.parametrize("min_p", [0.0, 0.2])
 @pytest.mark.parametrize("family", ["llama", "qwen", "starcoder"])
 def test_recorded_log_probs_equal_those_of_the_training_forward(checkpoint, family, min_p):
-    backbone = Backbone(str(checkpoint(family)), CompletionTemplate(), temperature=0.7, min_p=min_p)
-    prompts = backbone.encode(OBSERVATIONS)
-    taken = sample(backbone, prompts, 12, generator())
-    log_pi, features, _ = backbone(prompts.ids, prompts.mask, taken.ids)
+    policy = LanguageModelPolicy(
+        str(checkpoint(family)), CompletionTemplate(), temperature=0.7, min_p=min_p
+    )
+    prompts = policy.encode(OBSERVATIONS)
+    taken = sample(policy, prompts, 12, generator())
+    log_pi, features, _ = policy(prompts.ids, prompts.mask, taken.ids)
     torch.testing.assert_close(
         taken.features, features * taken.mask.unsqueeze(-1), rtol=1e-3, atol=1e-4
     )
@@ -29,16 +31,16 @@ def test_recorded_log_probs_equal_those_of_the_training_forward(checkpoint, fami
     torch.testing.assert_close(taken.log_probs[taken.mask], again[taken.mask], rtol=0, atol=1e-4)
 
 
-def sample_plainly(backbone, prompts, max_new_tokens, draws):
+def sample_plainly(policy, prompts, max_new_tokens, draws):
     """Ids and log-probs of every action, alone and without a cache: all is read for every token."""
     noise = [torch.rand(len(prompts.ids), dtype=torch.float64, generator=draws) for _ in range(99)]
     rows = []
     for row, (prompt, mask) in enumerate(zip(prompts.ids, prompts.mask, strict=True)):
         text, taken, recorded = prompt[mask][None], [], []
-        while len(taken) < max_new_tokens and not set(taken) & set(backbone.stop_ids):
-            log_pi = backbone.normalise(backbone.policy(input_ids=text).logits[:, -1])[0]
-            if backbone.min_p > 0:
-                log_pi[~backbone.supported(log_pi)] = float("-inf")
+        while len(taken) < max_new_tokens and not set(taken) & set(policy.stop_ids):
+            log_pi = policy.normalise(policy.model(input_ids=text).logits[:, -1])[0]
+            if policy.min_p > 0:
+                log_pi[~policy.supported(log_pi)] = float("-inf")
                 log_pi = log_pi.log_softmax(-1)
             cdf = log_pi.double().exp().cumsum(0)
             taken.append(int((cdf / cdf[-1] <= noise[len(taken)][row]).sum()))
@@ -52,11 +54,13 @@ def sample_plainly(backbone, prompts, max_new_tokens, draws):
 @pytest.mark.parametrize("min_p", [0.0, 0.2])
 @pytest.mark.parametrize("family", ["llama", "qwen", "starcoder"])
 def test_tokens_are_those_of_plain_decoding_with_the_same_noise(checkpoint, family, min_p):
-    backbone = Backbone(str(checkpoint(family)), CompletionTemplate(), temperature=0.7, min_p=min_p)
-    backbone.stop_ids = list(range(3, 40))  # the actions end one by one
-    prompts = backbone.encode(OBSERVATIONS * 6)
-    taken = sample(backbone, prompts, 24, generator())
-    expected = sample_plainly(backbone, prompts, 24, generator())
+    policy = LanguageModelPolicy(
+        str(checkpoint(family)), CompletionTemplate(), temperature=0.7, min_p=min_p
+    )
+    policy.stop_ids = list(range(3, 40))  # the actions end one by one
+    prompts = policy.encode(OBSERVATIONS * 6)
+    taken = sample(policy, prompts, 24, generator())
+    expected = sample_plainly(policy, prompts, 24, generator())
     lengths = taken.mask.sum(1)
     assert len(lengths.unique()) > 4
     for row, (ids, recorded) in enumerate(expected):
@@ -67,17 +71,17 @@ def test_tokens_are_those_of_plain_decoding_with_the_same_noise(checkpoint, fami
 
 
 def test_the_model_no_longer_reads_actions_that_have_ended(checkpoint, monkeypatch):
-    backbone = Backbone(str(checkpoint("llama")), CompletionTemplate())
-    backbone.stop_ids = list(range(3, 40))
+    policy = LanguageModelPolicy(str(checkpoint("llama")), CompletionTemplate())
+    policy.stop_ids = list(range(3, 40))
     read = []
-    forward = backbone.policy.forward
+    forward = policy.model.forward
 
     def count(*args, input_ids, **kwargs):
         read.append(len(input_ids))
         return forward(*args, input_ids=input_ids, **kwargs)
 
-    monkeypatch.setattr(backbone.policy, "forward", count)
-    taken = sample(backbone, backbone.encode(OBSERVATIONS * 10), 24, generator())
+    monkeypatch.setattr(policy.model, "forward", count)
+    taken = sample(policy, policy.encode(OBSERVATIONS * 10), 24, generator())
     running = taken.mask.sum(0)[1:].tolist()  # before each token but the first, which prompts give
     assert len(read) == len(taken.mask[0])
     assert all(now <= size < 2 * max(now, 1) for now, size in zip(running, read[1:], strict=True))
@@ -93,14 +97,14 @@ def test_inverse_cdf_gives_each_token_its_share_of_the_noise():
 
 
 def test_an_action_ends_with_its_first_stop_token(checkpoint):
-    backbone = Backbone(str(checkpoint("llama")), CompletionTemplate())
-    backbone.stop_ids = list(range(3, 60))
-    taken = sample(backbone, backbone.encode(OBSERVATIONS * 10), 6, generator())
+    policy = LanguageModelPolicy(str(checkpoint("llama")), CompletionTemplate())
+    policy.stop_ids = list(range(3, 60))
+    taken = sample(policy, policy.encode(OBSERVATIONS * 10), 6, generator())
     lengths = taken.mask.sum(1)
     assert 0 < taken.length_limited.sum() < len(lengths)
     for row, (ids, mask, length) in enumerate(zip(taken.ids, taken.mask, lengths, strict=True)):
         assert mask[:length].all()
-        stopped = torch.isin(ids[:length], torch.tensor(backbone.stop_ids))
+        stopped = torch.isin(ids[:length], torch.tensor(policy.stop_ids))
         assert not stopped[:-1].any()
         assert stopped[-1] or length == 6
         assert taken.length_limited[row] == (not stopped[-1])
@@ -109,47 +113,51 @@ def test_an_action_ends_with_its_first_stop_token(checkpoint):
 
 def test_an_action_ends_where_a_stop_string_is_complete(checkpoint):
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    backbone = Backbone(str(checkpoint("llama")), CompletionTemplate(), stop_strings=letters)
-    taken = sample(backbone, backbone.encode(OBSERVATIONS * 10), 40, generator())
+    policy = LanguageModelPolicy(
+        str(checkpoint("llama")), CompletionTemplate(), stop_strings=letters
+    )
+    taken = sample(policy, policy.encode(OBSERVATIONS * 10), 40, generator())
     for ids, mask in zip(taken.ids, taken.mask, strict=True):
-        text = backbone.tokenizer.decode(ids[mask], skip_special_tokens=True)
+        text = policy.tokenizer.decode(ids[mask], skip_special_tokens=True)
         assert not set(text[:-1]) & set(letters)
-        assert not set(backbone.decode(ids[mask].tolist())) & set(letters)
+        assert not set(policy.decode(ids[mask].tolist())) & set(letters)
 
 
 def test_a_stop_string_is_looked_for_after_what_the_prompt_left_to_the_action(
     checkpoint, monkeypatch
 ):
-    backbone = Backbone(str(checkpoint("llama")), CompletionTemplate(), stop_strings=["\n"])
-    action = backbone.tokenizer("\nab\ncd", add_special_tokens=False)["input_ids"]
+    policy = LanguageModelPolicy(
+        str(checkpoint("llama")), CompletionTemplate(), stop_strings=["\n"]
+    )
+    action = policy.tokenizer("\nab\ncd", add_special_tokens=False)["input_ids"]
     steps = iter(action)
     monkeypatch.setattr(sampler, "inverse_cdf", lambda log_p, noise: torch.tensor([next(steps)]))
-    prompts = backbone.encode(OBSERVATIONS[:1])._replace(rests=("\n",))
-    taken = sample(backbone, prompts, 10, generator())
+    prompts = policy.encode(OBSERVATIONS[:1])._replace(rests=("\n",))
+    taken = sample(policy, prompts, 10, generator())
     assert taken.ids[0].tolist() == action[:4]
-    assert action_texts(backbone, prompts, taken) == ["ab"]
+    assert action_texts(policy, prompts, taken) == ["ab"]
 
 
 def test_sampling_repeats_with_its_generator_and_greedy_needs_none(checkpoint):
-    backbone = Backbone(str(checkpoint("llama")), CompletionTemplate())
-    prompts = backbone.encode(OBSERVATIONS)
-    first, second = (sample(backbone, prompts, 8, generator(5)) for _ in range(2))
+    policy = LanguageModelPolicy(str(checkpoint("llama")), CompletionTemplate())
+    prompts = policy.encode(OBSERVATIONS)
+    first, second = (sample(policy, prompts, 8, generator(5)) for _ in range(2))
     assert torch.equal(first.ids, second.ids)
     assert torch.equal(first.log_probs, second.log_probs)
-    assert not torch.equal(first.ids, sample(backbone, prompts, 8, generator(6)).ids)
-    greedy = sample(backbone, prompts, 1, None)
-    expected = backbone(prompts.ids, prompts.mask, greedy.ids).log_probs.argmax(-1)
+    assert not torch.equal(first.ids, sample(policy, prompts, 8, generator(6)).ids)
+    greedy = sample(policy, prompts, 1, None)
+    expected = policy(prompts.ids, prompts.mask, greedy.ids).log_probs.argmax(-1)
     assert torch.equal(greedy.ids, expected)
 
 
 @pytest.mark.parametrize("min_p", [0.0, 0.3])
 def test_samples_follow_the_policy(checkpoint, min_p):
-    backbone = Backbone(str(checkpoint("llama")), CompletionTemplate(), min_p=min_p)
-    prompts = backbone.encode(OBSERVATIONS[:1] * 20000)
-    taken = sample(backbone, prompts, 1, generator())
-    frequency = torch.bincount(taken.ids[:, 0], minlength=backbone.vocabulary_size) / 20000
-    one = backbone.encode(OBSERVATIONS[:1])
-    probability = backbone(one.ids, one.mask, taken.ids[:1]).log_probs.exp()[0, 0]
+    policy = LanguageModelPolicy(str(checkpoint("llama")), CompletionTemplate(), min_p=min_p)
+    prompts = policy.encode(OBSERVATIONS[:1] * 20000)
+    taken = sample(policy, prompts, 1, generator())
+    frequency = torch.bincount(taken.ids[:, 0], minlength=policy.vocabulary_size) / 20000
+    one = policy.encode(OBSERVATIONS[:1])
+    probability = policy(one.ids, one.mask, taken.ids[:1]).log_probs.exp()[0, 0]
     # five standard deviations of a frequency over 20000 draws
     bound = 5 * (probability * (1 - probability) / 20000).sqrt() + 1e-4
     assert ((frequency - probability).abs() < bound).all()

@@ -14,18 +14,18 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from etpo.algorithms.agreement import check_policy
+from etpo.algorithms.policy_check import check_policy
 from etpo.errors import ConfigError, check_integer, check_range
-from etpo.models.backbone import Backbone
 from etpo.models.critics import copy_sharing_frozen
-from etpo.rollout.episode import Actions, Rollout
-from etpo.rollout.replay import by_length
+from etpo.models.policy import LanguageModelPolicy
+from etpo.rollout.buffer import by_length
+from etpo.rollout.types import Actions, Rollout
 from etpo.sharding import ShardedStrategy
 
 # A training step's actions are computed in so many groups of similar length: less padding.
 LENGTH_GROUPS = 2
 GROUPS = ("policy", "critic")  # of the optimizer's parameters; the second only with a critic
-# features [..., D], tokens taken [...] -> log pi [..., V], log_kept [...]; as `Backbone.head`
+# features [..., D], tokens taken [...] -> log pi [..., V], log_kept [...]; as `head`
 Head = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -39,45 +39,45 @@ class TokenValues(NamedTuple):
 class OnPolicyAlgorithm(LightningModule):
     """A policy that is trained on fresh actions only; a subclass says with which losses.
 
-    A subclass implements `annotate` and `policy_step`, sets `self.critic` and implements
+    A subclass implements `compute_targets` and `policy_step`, sets `self.critic` and implements
     `critic_step` where it has one, and puts the numbers of a rollout into `self.rollout_metrics`.
 
-    backbone: builds policy and reference; called once all other values are checked.
+    policy: builds policy and reference; called once all other values are checked.
     optimizer: builds an optimizer from parameter groups (policy first, then critic).
     scheduler: builds what sets its learning rates after every iteration, or None.
-    beta: KL coefficient, >= 0; it moves linearly to beta_end_factor (>= 0) times that over
-    beta_iters iterations. leak: weight of KL(pi || softmax), the softmax's mass on tokens that
+    beta: KL coefficient, >= 0; it moves linearly to beta_final_factor (>= 0) times that over
+    beta_anneal_iters iterations. truncation_kl_coef: weight of KL(pi || softmax), the softmax's mass on tokens that
     `min_p` cut off, >= 0. policy_lr, critic_lr: learning rates, >= 0.
     max_kl: the policy stops for the rest of the iteration once the mean KL(pi_old || pi) of an
     action exceeds it, in nats; None for no limit. max_grad_norm: per parameter group.
-    annotation_batch: actions annotated at once. vocabulary_chunk: tokens whose distributions over
+    forward_batch_size: actions annotated at once. logits_chunk_size: tokens whose distributions over
     the vocabulary are held at once, >= 1; None: those of all, which is faster where it fits.
     Raises ConfigError for values out of range.
     """
 
     def __init__(
         self,
-        backbone: Callable[[], Backbone],
+        policy: Callable[[], LanguageModelPolicy],
         optimizer: Callable[[list[dict[str, Any]]], Optimizer],
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         *,
         beta: float,
-        beta_end_factor: float,
-        beta_iters: int,
-        leak: float,
+        beta_final_factor: float,
+        beta_anneal_iters: int,
+        truncation_kl_coef: float,
         policy_lr: float,
         critic_lr: float = 0.0,
         max_kl: float | None,
         max_grad_norm: float,
-        annotation_batch: int,
-        vocabulary_chunk: int | None = None,
+        forward_batch_size: int,
+        logits_chunk_size: int | None = None,
     ) -> None:
         super().__init__()
         infinity = float("inf")
         for key, value in (
             ("beta", beta),
-            ("beta_end_factor", beta_end_factor),
-            ("leak", leak),
+            ("beta_final_factor", beta_final_factor),
+            ("truncation_kl_coef", truncation_kl_coef),
             ("policy_lr", policy_lr),
             ("critic_lr", critic_lr),
         ):
@@ -85,28 +85,28 @@ class OnPolicyAlgorithm(LightningModule):
         check_range("algorithm.max_grad_norm", max_grad_norm, 0, infinity, above=True)
         if max_kl is not None:
             check_range("algorithm.max_kl", max_kl, 0, infinity, above=True)
-        check_integer("algorithm.annotation_batch", annotation_batch, 1)
-        check_integer("algorithm.beta_iters", beta_iters, 1)
-        if vocabulary_chunk is not None:
-            check_integer("algorithm.vocabulary_chunk", vocabulary_chunk, 1)
-        self.backbone = backbone()
-        self.vocabulary_chunk = vocabulary_chunk
+        check_integer("algorithm.forward_batch_size", forward_batch_size, 1)
+        check_integer("algorithm.beta_anneal_iters", beta_anneal_iters, 1)
+        if logits_chunk_size is not None:
+            check_integer("algorithm.logits_chunk_size", logits_chunk_size, 1)
+        self.policy = policy()
+        self.logits_chunk_size = logits_chunk_size
         self.critic: nn.Module | None = None
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.first_beta, self.last_beta = beta, beta * beta_end_factor
-        self.beta_iters, self.leak = beta_iters, leak
+        self.first_beta, self.last_beta = beta, beta * beta_final_factor
+        self.beta_anneal_iters, self.truncation_kl_coef = beta_anneal_iters, truncation_kl_coef
         self.policy_lr, self.critic_lr, self.max_kl = policy_lr, critic_lr, max_kl
-        self.max_grad_norm, self.annotation_batch = max_grad_norm, annotation_batch
+        self.max_grad_norm, self.forward_batch_size = max_grad_norm, forward_batch_size
         self.strict_loading = False
         self.policy_stopped = False
         self.step_kls: list[Tensor] = []
         self.rollout_metrics: dict[str, float] = {}
-        self.old_head: Head = self.backbone.head
+        self.old_head: Head = self.policy.head
 
     @property
     def beta(self) -> float:
         """The KL coefficient of this iteration."""
-        return self.moved(self.first_beta, self.last_beta, self.beta_iters)
+        return self.moved(self.first_beta, self.last_beta, self.beta_anneal_iters)
 
     def moved(self, first: float, last: float, iters: int) -> float:
         """Where a value is in this iteration that goes linearly from `first` to `last`."""
@@ -115,8 +115,8 @@ class OnPolicyAlgorithm(LightningModule):
     def hold_old_head(self) -> None:
         """Has `old_head` stay the policy's head of now, pi_old's, while its output layer moves."""
         # parameters that are not trained are not copied; no submodule, so that no checkpoint has it
-        layer = copy_sharing_frozen(self.backbone.output_layer).requires_grad_(False)
-        self.old_head = functools.partial(self.backbone.head, layer=layer)
+        layer = copy_sharing_frozen(self.policy.output_layer).requires_grad_(False)
+        self.old_head = functools.partial(self.policy.head, layer=layer)
 
     def read_by_policy(self, actions: Actions) -> tuple[Tensor, ...]:
         """Prompts, masks and actions, and the features that the tokens were drawn from.
@@ -131,11 +131,11 @@ class OnPolicyAlgorithm(LightningModule):
         return *inputs, actions.features
 
     def in_slices(self, evaluate: Callable[..., NamedTuple], *inputs: Tensor) -> Any:
-        """`evaluate` of inputs [B, ...], `annotation_batch` rows at a time.
+        """`evaluate` of inputs [B, ...], `forward_batch_size` rows at a time.
 
         It returns a NamedTuple of tensors whose first dimension is the row; so does this.
         """
-        slices = zip(*(torch.split(each, self.annotation_batch) for each in inputs), strict=True)
+        slices = zip(*(torch.split(each, self.forward_batch_size) for each in inputs), strict=True)
         parts: list[Any] = [evaluate(*part) for part in slices]
         kind, columns = type(parts[0]), list(zip(*parts, strict=True))
         del parts  # so that a joined field's parts are freed before the next is joined
@@ -152,15 +152,15 @@ class OnPolicyAlgorithm(LightningModule):
 
     def annotated_width(self) -> int:
         """Floats that an annotated token takes until the iteration's last training step."""
-        return 2 * int(self.backbone.feature_size)  # sampled ones and the reference's
+        return 2 * int(self.policy.hidden_size)  # sampled ones and the reference's
 
     def check_rollout(self, rollout: Rollout) -> None:
         """Raises ConfigError where a run's first rollout is not of the policy that is trained."""
-        sizes = self.annotation_batch, self.vocabulary_chunk
+        sizes = self.forward_batch_size, self.logits_chunk_size
         fresh = self.trainer.global_step == 0
-        check_policy(self, self.backbone, rollout.actions, *sizes, fresh=fresh)
+        check_policy(self, self.policy, rollout.actions, *sizes, fresh=fresh)
 
-    def annotate(self, rollout: Rollout) -> Any:
+    def compute_targets(self, rollout: Rollout) -> Any:
         """A NamedTuple of tensors whose first dimension is the action, without gradient.
 
         The policy is still the one that the rollout was sampled with.
@@ -185,7 +185,7 @@ class OnPolicyAlgorithm(LightningModule):
     def sampled_advantages(self, batch: Any) -> Tensor | None:
         """What the objective multiplies the taken tokens' probability ratio with: [B, L].
 
-        `batch` is what `annotate` returned. None where no such term exists.
+        `batch` is what `compute_targets` returned. None where no such term exists.
         """
         return None
 
@@ -204,11 +204,11 @@ class OnPolicyAlgorithm(LightningModule):
         """
         strategy = self.trainer.strategy
         if isinstance(strategy, ShardedStrategy):
-            parts = [*self.children(), *self.backbone.children()]
-            strategy.shard(*(part for part in parts if part is not self.backbone))
-            if self.vocabulary_chunk is not None:
+            parts = [*self.children(), *self.policy.children()]
+            strategy.shard(*(part for part in parts if part is not self.policy))
+            if self.logits_chunk_size is not None:
                 raise ConfigError(
-                    f"algorithm.vocabulary_chunk={self.vocabulary_chunk}: allowed with "
+                    f"algorithm.logits_chunk_size={self.logits_chunk_size}: allowed with "
                     "trainer=fsdp is null, for a model is gathered as a whole"
                 )
         if isinstance(strategy, DeepSpeedStrategy) and self.trainer.precision != "32-true":
@@ -223,7 +223,7 @@ class OnPolicyAlgorithm(LightningModule):
             )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        groups = [{"params": self.backbone.policy_parameters(), "lr": self.policy_lr}]
+        groups = [{"params": self.policy.trainable_parameters(), "lr": self.policy_lr}]
         if self.critic is not None:
             trained = [p for p in self.critic.parameters() if p.requires_grad]
             groups.append({"params": trained, "lr": self.critic_lr})
@@ -265,8 +265,8 @@ class OnPolicyAlgorithm(LightningModule):
 
     def on_fit_start(self) -> None:
         """Raises ConfigError for a model that cannot be computed in chunks."""
-        if self.vocabulary_chunk is not None:
-            self.backbone.check_output_layer(f"algorithm.vocabulary_chunk={self.vocabulary_chunk}")
+        if self.logits_chunk_size is not None:
+            self.policy.check_output_layer(f"algorithm.logits_chunk_size={self.logits_chunk_size}")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves the learning rates to the present configuration: `on_train_start` sets them."""
@@ -314,7 +314,7 @@ class OnPolicyAlgorithm(LightningModule):
         if not self.policy_stopped:
             self.step_kls.append(kl)
         elif self.critic is None:  # backward needs a graph; the gradient is taken away below
-            loss = 0.0 * self.backbone.policy_parameters()[0].sum()
+            loss = 0.0 * self.policy.trainable_parameters()[0].sum()
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -327,7 +327,7 @@ class OnPolicyAlgorithm(LightningModule):
             step_kl = self.mean_over_ranks(torch.stack(kls).mean())
             self.policy_stopped = bool(step_kl > self.max_kl)
         if self.policy_stopped:
-            for parameter in self.backbone.policy_parameters():
+            for parameter in self.policy.trainable_parameters():
                 parameter.grad = None
 
     def validation_step(self, batch: Rollout, batch_idx: int) -> None:
@@ -363,15 +363,15 @@ class OnPolicyAlgorithm(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves out what need not be kept, and keeps the same weights once.
 
-        Frozen weights come from `model.name_or_path` again. A checkpoint of weights alone, which
+        NoUpdate weights come from `model.name_or_path` again. A checkpoint of weights alone, which
         serves `etpo-evaluate` and `etpo-export`, holds the policy's.
         """
-        frozen = {id(p) for p in self.backbone.parameters() if not p.requires_grad}
+        frozen = {id(p) for p in self.policy.parameters() if not p.requires_grad}
         left_out = {
             name for name, p in self.named_parameters(remove_duplicate=False) if id(p) in frozen
         }
         if "optimizer_states" not in checkpoint:
-            left_out |= {n for n in checkpoint["state_dict"] if not n.startswith("backbone.")}
+            left_out |= {n for n in checkpoint["state_dict"] if not n.startswith("policy.")}
         state = {n: w for n, w in checkpoint["state_dict"].items() if n not in left_out}
         for name, weight in state.items():  # after a Polyak step of 1 the target is the critic
             other = state.get(name.removeprefix("target_"))

@@ -6,8 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from etpo.errors import ConfigError
-from etpo.models.backbone import Backbone
 from etpo.models.critics import polyak_update
+from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -18,47 +18,47 @@ def observations(*prefixes):
 
 
 def build(folder, **settings):
-    return Backbone(str(folder), CompletionTemplate(), **settings)
+    return LanguageModelPolicy(str(folder), CompletionTemplate(), **settings)
 
 
-def after_prompt(backbone, prompts, **options):
+def after_prompt(policy, prompts, **options):
     """The output for the first token after each prompt."""
-    return backbone(prompts.ids, prompts.mask, prompts.ids[:, :1], **options)
+    return policy(prompts.ids, prompts.mask, prompts.ids[:, :1], **options)
 
 
 @pytest.mark.parametrize("lora", [None, LORA])
 def test_reference_is_the_pretrained_policy_and_stays(checkpoint, lora):
-    backbone = build(checkpoint("llama"), lora=lora)
-    prompts = backbone.encode(observations("hello", "a longer prompt"))
-    before = after_prompt(backbone, prompts, reference=True)
+    policy = build(checkpoint("llama"), lora=lora)
+    prompts = policy.encode(observations("hello", "a longer prompt"))
+    before = after_prompt(policy, prompts, reference=True)
     torch.testing.assert_close(
-        after_prompt(backbone, prompts).log_probs, before.log_probs, rtol=0, atol=1e-6
+        after_prompt(policy, prompts).log_probs, before.log_probs, rtol=0, atol=1e-6
     )
-    for parameter in backbone.policy_parameters():
+    for parameter in policy.trainable_parameters():
         parameter.data.add_(0.1)
-    after = after_prompt(backbone, prompts, reference=True)
+    after = after_prompt(policy, prompts, reference=True)
     assert torch.equal(before.log_probs, after.log_probs)
-    assert (after_prompt(backbone, prompts).log_probs - after.log_probs).abs().max() > 1e-2
+    assert (after_prompt(policy, prompts).log_probs - after.log_probs).abs().max() > 1e-2
 
 
 def test_padding_changes_nothing(checkpoint):
-    backbone = build(checkpoint("llama"))
-    alone = backbone.encode(observations("hello"))
-    padded = backbone.encode(observations("hello", "a longer prompt"))
+    policy = build(checkpoint("llama"))
+    alone = policy.encode(observations("hello"))
+    padded = policy.encode(observations("hello", "a longer prompt"))
     action = torch.tensor([[5, 6, 7]])
     torch.testing.assert_close(
-        backbone(padded.ids, padded.mask, action.expand(2, -1)).log_probs[0],
-        backbone(alone.ids, alone.mask, action).log_probs[0],
+        policy(padded.ids, padded.mask, action.expand(2, -1)).log_probs[0],
+        policy(alone.ids, alone.mask, action).log_probs[0],
         rtol=0,
         atol=1e-5,
     )
 
 
 def test_padded_vocabulary_ids_have_no_probability(checkpoint):
-    backbone = build(checkpoint("llama"))
-    prompts = backbone.encode(observations("hello"))
-    log_probs = after_prompt(backbone, prompts).log_probs
-    assert log_probs.shape[-1] == backbone.vocabulary_size == 256 + 3
+    policy = build(checkpoint("llama"))
+    prompts = policy.encode(observations("hello"))
+    log_probs = after_prompt(policy, prompts).log_probs
+    assert log_probs.shape[-1] == policy.vocabulary_size == 256 + 3
     torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(1, 1))
 
 
@@ -90,14 +90,14 @@ def test_min_p_leaves_the_likely_tokens_and_those_that_were_taken(checkpoint):
     held = cut(*inputs, support=support).log_probs
     assert torch.equal(held.isfinite(), support)
     held[support].sum().backward()
-    assert all(p.grad.isfinite().all() for p in cut.policy_parameters() if p.grad is not None)
+    assert all(p.grad.isfinite().all() for p in cut.trainable_parameters() if p.grad is not None)
 
 
 def test_decode_drops_stop_token_and_stop_string(checkpoint):
-    backbone = build(checkpoint("llama"), stop_strings=["\ndef "])
-    ids = backbone.tokenizer("x = 1\ndef ", add_special_tokens=False)["input_ids"]
-    assert backbone.decode(ids) == "x = 1"
-    assert backbone.decode([*ids[:5], backbone.tokenizer.eos_token_id]) == "x = 1"
+    policy = build(checkpoint("llama"), stop_strings=["\ndef "])
+    ids = policy.tokenizer("x = 1\ndef ", add_special_tokens=False)["input_ids"]
+    assert policy.decode(ids) == "x = 1"
+    assert policy.decode([*ids[:5], policy.tokenizer.eos_token_id]) == "x = 1"
 
 
 @pytest.mark.parametrize(
@@ -190,11 +190,11 @@ def beyond(tokenizer):
 
 
 def test_a_token_without_a_row_is_refused_where_a_prompt_has_it(with_tokens):
-    backbone = build(with_tokens(beyond))
-    assert backbone.vocabulary_size == 266
-    backbone.encode(observations("hello <extra 6>"))
+    policy = build(with_tokens(beyond))
+    assert policy.vocabulary_size == 266
+    policy.encode(observations("hello <extra 6>"))
     with pytest.raises(ConfigError, match="model.name_or_path=.*<extra 7>.*266"):
-        backbone.encode(observations("hello <extra 7>"))
+        policy.encode(observations("hello <extra 7>"))
 
 
 def test_a_pad_token_without_a_row_is_not_looked_up(with_tokens):
@@ -202,10 +202,10 @@ def test_a_pad_token_without_a_row_is_not_looked_up(with_tokens):
         beyond(tokenizer)
         tokenizer.pad_token = "<extra 7>"
 
-    backbone = build(with_tokens(change))
-    assert backbone.pad_id == backbone.tokenizer.eos_token_id
-    prompts = backbone.encode(observations("hello", "a longer prompt"))
-    assert after_prompt(backbone, prompts).log_probs.isfinite().all()
+    policy = build(with_tokens(change))
+    assert policy.pad_id == policy.tokenizer.eos_token_id
+    prompts = policy.encode(observations("hello", "a longer prompt"))
+    assert after_prompt(policy, prompts).log_probs.isfinite().all()
 
 
 def test_an_end_that_cannot_be_sampled_is_refused(with_tokens):

@@ -3,7 +3,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from etpo.rollout.replay import by_length
+from etpo.rollout.buffer import by_length
 
 
 class Batch(NamedTuple):

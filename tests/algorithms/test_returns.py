@@ -5,7 +5,7 @@ from math import inf, log, nan
 import pytest
 import torch
 
-from etpo.algorithms.soft_bellman import (
+from etpo.algorithms.returns import (
     expectation,
     kl_divergence,
     lambda_returns,

@@ -11,13 +11,13 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from etpo import evaluate, train
-from etpo.algorithms.frozen import BestOfN, Reflexion, ZeroShot
+from etpo.algorithms.no_update import BestOfN, Reflexion, ZeroShot
 from etpo.callbacks.metrics_csv import MetricsCSV
 from etpo.callbacks.summary import RunSummary
 from etpo.config import CONF
 from etpo.environments.data_science.prompts import HEADER
 from etpo.environments.data_science.scoring import ProgramScorer, Score
-from etpo.models.backbone import Backbone
+from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 
 FIRST_PROMPT = f"# iris: 45 training rows, 4 features, 3 classes\n{HEADER}"
@@ -155,10 +155,10 @@ def test_reflexion_says_what_it_needs(command, tmp_path):
 def test_no_weight_moves_and_the_kl_is_that_of_min_p(
     algorithm, min_p, checkpoint, letter_env, fit, paid
 ):
-    def backbone():
-        return Backbone(str(checkpoint("llama")), CompletionTemplate(), min_p=min_p)
+    def policy():
+        return LanguageModelPolicy(str(checkpoint("llama")), CompletionTemplate(), min_p=min_p)
 
-    module = algorithm(backbone, annotation_batch=8)
+    module = algorithm(policy, forward_batch_size=8)
     before = {name: p.clone() for name, p in module.state_dict().items()}
     data = fit(module, paid(letter_env(4), len), 2)
     assert module.state_dict().keys() == before.keys()
@@ -166,7 +166,7 @@ def test_no_weight_moves_and_the_kl_is_that_of_min_p(
     actions = data.rollout.actions
     inputs = actions.prompt_ids, actions.prompt_mask, actions.action_ids
     with torch.no_grad():
-        log_ref = module.backbone(*inputs, reference=True).log_probs
+        log_ref = module.policy(*inputs, reference=True).log_probs
     log_ref = log_ref.gather(-1, actions.action_ids.unsqueeze(-1)).squeeze(-1)
     kl = ((actions.log_probs - log_ref) * actions.action_mask).sum(1).mean()
     logged = module.rollout_metrics["rollout/kl_to_reference"]
@@ -178,7 +178,8 @@ def test_no_weight_moves_and_the_kl_is_that_of_min_p(
 @pytest.mark.parametrize("strategy", ["ddp_fork_find_unused_parameters_true", "ddp_fork"])
 def test_two_processes(strategy, checkpoint, letter_env, fit, tmp_path):
     module = ZeroShot(
-        lambda: Backbone(str(checkpoint("llama")), CompletionTemplate()), annotation_batch=8
+        lambda: LanguageModelPolicy(str(checkpoint("llama")), CompletionTemplate()),
+        forward_batch_size=8,
     )
     fit(
         module,

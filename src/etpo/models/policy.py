@@ -60,7 +60,7 @@ def tiny_checkpoint() -> str:
     return str(Path(__file__).parent / "tiny" / "checkpoint")
 
 
-class Backbone(nn.Module):
+class LanguageModelPolicy(nn.Module):
     """Policy pi_theta and reference pi_ref over one tokenizer.
 
     Without `lora` the reference is a frozen copy of the pretrained weights; with it, the policy
@@ -82,7 +82,7 @@ class Backbone(nn.Module):
     Raises ConfigError for a path that holds no causal LM and for values out of range.
     """
 
-    policy: PreTrainedModel  # with `lora` a `PeftModel` of one
+    model: PreTrainedModel  # with `lora` a `PeftModel` of one
 
     def __init__(
         self,
@@ -130,10 +130,10 @@ class Backbone(nn.Module):
                 "model.gradient_checkpointing=true: allowed is false, since "
                 f"{model.config.model_type} has no layers that can compute activations again"
             )
-        self.reference = copy.deepcopy(model).requires_grad_(False) if lora is None else None
-        self.policy = model if lora is None else add_adapter(model, lora)
+        self.reference_model = copy.deepcopy(model).requires_grad_(False) if lora is None else None
+        self.model = model if lora is None else add_adapter(model, lora)
         largest = max(self.tokenizer.get_vocab().values())
-        rows, self.feature_size = model.get_output_embeddings().weight.shape
+        rows, self.hidden_size = model.get_output_embeddings().weight.shape
         self.vocabulary_size = min(rows, largest + 1)
         self.context_size = context_size(model.config.get_text_config())
         self.embedding_size = model.get_input_embeddings().weight.shape[0]
@@ -145,7 +145,7 @@ class Backbone(nn.Module):
         if attn_implementation in ("eager", "sdpa"):  # the others need a GPU, and the weights on it
             check_forwards(self, name_or_path)
 
-    def train(self, mode: bool = True) -> "Backbone":
+    def train(self, mode: bool = True) -> "LanguageModelPolicy":
         """Keeps evaluation mode: dropout is off in every forward."""
         return super().train(False)
 
@@ -165,11 +165,11 @@ class Backbone(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.policy.parameters()).device
+        return next(self.model.parameters()).device
 
-    def policy_parameters(self) -> list[nn.Parameter]:
+    def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters that are trained."""
-        return [p for p in self.policy.parameters() if p.requires_grad]
+        return [p for p in self.model.parameters() if p.requires_grad]
 
     def encode(self, observations: Sequence[TextObservation]) -> PromptBatch:
         """Prompts as left-padded tensors on the CPU; equal observations are tokenized once."""
@@ -283,7 +283,7 @@ class Backbone(nn.Module):
     @property
     def output_layer(self) -> nn.Module:
         """What makes the policy's logits of its features."""
-        layer: nn.Module = self.policy.get_output_embeddings()
+        layer: nn.Module = self.model.get_output_embeddings()
         return layer
 
     def head_parameters(self) -> list[nn.Parameter]:
@@ -306,7 +306,7 @@ class Backbone(nn.Module):
     def check_output_layer(self, key: str) -> None:
         """ConfigError, naming `key`, unless `linear_output`."""
         if not self.linear_output:
-            kind = self.policy.config.model_type
+            kind = self.model.config.model_type
             raise ConfigError(f"{key}: allowed is null, since {kind} scales or caps its logits")
 
     @contextlib.contextmanager
@@ -315,9 +315,13 @@ class Backbone(nn.Module):
         with contextlib.ExitStack() as stack:
             if reference:
                 stack.enter_context(torch.no_grad())
-            if reference and self.reference is None:
-                stack.enter_context(self.policy.disable_adapter())
-            yield self.reference if reference and self.reference is not None else self.policy
+            if reference and self.reference_model is None:
+                stack.enter_context(self.model.disable_adapter())
+            yield (
+                self.reference_model
+                if reference and self.reference_model is not None
+                else self.model
+            )
 
     def run(
         self,
@@ -332,7 +336,7 @@ class Backbone(nn.Module):
         inputs = prompt_ids, prompt_mask, action_ids
         with self.side(reference) as model:
             run = functools.partial(what, model)
-            return forward_actions(run, self.policy.config, *inputs, self.checkpointed)
+            return forward_actions(run, self.model.config, *inputs, self.checkpointed)
 
     def distribution(
         self,

@@ -6,13 +6,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from etpo.algorithms import advantages, chunked, objectives
-from etpo.algorithms.on_policy import OnPolicyAlgorithm, TokenValues
-from etpo.algorithms.soft_bellman import at_taken, entropy
+from etpo.algorithms import baselines as advantages
+from etpo.algorithms import losses as objectives
+from etpo.algorithms.base import OnPolicyAlgorithm, TokenValues
+from etpo.algorithms.returns import at_taken, entropy
 from etpo.errors import check_range
-from etpo.models.backbone import Backbone
-from etpo.rollout.episode import Actions, Rollout
+from etpo.models import chunked_logits as chunked
+from etpo.models.policy import LanguageModelPolicy
 from etpo.rollout.metrics import rollout_metrics
+from etpo.rollout.types import Actions, Rollout
 
 
 class TakenBatch(NamedTuple):
@@ -56,7 +58,7 @@ def at_prompt(said: TokenValues) -> TokenValues:
 class PolicyGradient(OnPolicyAlgorithm):
     """Clipped policy gradient; a subclass says what an action or a token was worth (`credit`).
 
-    critic: builds what values prefixes from the backbone, or None.
+    critic: builds what values prefixes from the policy, or None.
     gamma: discount between actions, in [0, 1].
     clip: how far the probability ratio counts above and below 1, or None for no limit.
     shared: arguments of `OnPolicyAlgorithm`. Raises ConfigError for values out of range.
@@ -64,8 +66,8 @@ class PolicyGradient(OnPolicyAlgorithm):
 
     def __init__(
         self,
-        backbone: Callable[[], Backbone],
-        critic: Callable[[Backbone], nn.Module] | None,
+        policy: Callable[[], LanguageModelPolicy],
+        critic: Callable[[LanguageModelPolicy], nn.Module] | None,
         *args: Any,
         gamma: float,
         clip: float | None,
@@ -74,8 +76,8 @@ class PolicyGradient(OnPolicyAlgorithm):
         check_range("algorithm.gamma", gamma, 0, 1)
         if clip is not None:
             check_range("algorithm.clip", clip, 0, 1, above=True)
-        super().__init__(backbone, *args, **shared)
-        self.critic = None if critic is None else critic(self.backbone)
+        super().__init__(policy, *args, **shared)
+        self.critic = None if critic is None else critic(self.policy)
         self.gamma, self.clip = gamma, clip
         self.mean_length = 1.0
 
@@ -84,9 +86,9 @@ class PolicyGradient(OnPolicyAlgorithm):
         raise NotImplementedError
 
     @torch.no_grad()
-    def annotate(self, rollout: Rollout) -> TakenBatch:
+    def compute_targets(self, rollout: Rollout) -> TakenBatch:
         actions = Actions(*(field.to(self.device) for field in rollout.actions))
-        if self.vocabulary_chunk is not None:
+        if self.logits_chunk_size is not None:
             self.hold_old_head()
         taken = self.in_slices(self.evaluate_taken, *self.read_by_policy(actions))
         mask = actions.action_mask
@@ -134,22 +136,26 @@ class PolicyGradient(OnPolicyAlgorithm):
         """
         inputs = prompt_ids, prompt_mask, action_ids
         none = action_ids[..., None][..., :0]
-        if self.vocabulary_chunk is None:
-            log_probs = self.backbone(*inputs, known_features=policy_features).log_probs
-            support = log_probs.isfinite() if self.backbone.min_p > 0 else none.bool()
+        if self.logits_chunk_size is None:
+            log_probs = self.policy(*inputs, known_features=policy_features).log_probs
+            support = log_probs.isfinite() if self.policy.min_p > 0 else none.bool()
             log_pi, entropies = at_taken(log_probs, action_ids), entropy(log_probs)
-            log_ref, features, _ = self.backbone(*inputs, reference=True)
+            log_ref, features, _ = self.policy(*inputs, reference=True)
             log_ref = at_taken(log_ref, action_ids)
             policy_features = none.float()
         else:
-            features = self.backbone.features(*inputs, reference=True)
+            features = self.policy.features(*inputs, reference=True)
             if policy_features is None:
-                policy_features = self.backbone.features(*inputs)
+                policy_features = self.policy.features(*inputs)
             log_pi, entropies, log_ref = chunked.in_chunks(
-                self.taken_of_features, self.vocabulary_chunk, policy_features, features, action_ids
+                self.taken_of_features,
+                self.logits_chunk_size,
+                policy_features,
+                features,
+                action_ids,
             )
             support = none.bool()
-            if self.backbone.min_p == 0:
+            if self.policy.min_p == 0:
                 policy_features = policy_features[..., :0]
         values = torch.zeros_like(log_pi)
         if self.critic is not None:
@@ -160,8 +166,8 @@ class PolicyGradient(OnPolicyAlgorithm):
         self, policy_features: Tensor, features: Tensor, action_ids: Tensor
     ) -> tuple[Tensor, ...]:
         """log pi, entropy of pi, log pi_ref [...] at taken tokens, of both models' [..., D]."""
-        log_pi, _ = self.backbone.head(policy_features, action_ids)
-        log_ref, _ = self.backbone.head(features, action_ids, reference=True)
+        log_pi, _ = self.policy.head(policy_features, action_ids)
+        log_ref, _ = self.policy.head(features, action_ids, reference=True)
         return at_taken(log_pi, action_ids), entropy(log_pi), at_taken(log_ref, action_ids)
 
     def prefix_values(self, *inputs: Tensor) -> Tensor:
@@ -216,23 +222,25 @@ class PolicyGradient(OnPolicyAlgorithm):
         """Means over actions of the clipped surrogate and of the estimated KL(pi_old || pi)."""
         mask = batch.action_mask
         inputs = batch.prompt_ids, batch.prompt_mask, batch.action_ids
-        if self.vocabulary_chunk is None:
+        if self.logits_chunk_size is None:
             support = batch.support if batch.support.shape[-1] else None
-            log_probs, _, log_kept = self.backbone(*inputs, support=support)
+            log_probs, _, log_kept = self.policy(*inputs, support=support)
             log_pi = at_taken(log_probs, batch.action_ids)
         else:
             log_pi, log_kept = chunked.in_chunks(
                 self.kept_of_features,
-                self.vocabulary_chunk,
-                self.backbone.features(*inputs),
+                self.logits_chunk_size,
+                self.policy.features(*inputs),
                 batch.action_ids,
                 batch.old_features,
-                parameters=self.backbone.head_parameters(),
+                parameters=self.policy.head_parameters(),
             )
         log_pi = torch.where(mask, log_pi, 0.0)
         log_old = torch.where(mask, batch.old_log_probs, 0.0)
         kl = (advantages.k3(log_old, log_pi.detach()) * mask).sum(1).mean()
-        losses = self.surrogate(log_pi, log_old, batch) - self.leak * (log_kept * mask).sum(1)
+        losses = self.surrogate(log_pi, log_old, batch) - self.truncation_kl_coef * (
+            log_kept * mask
+        ).sum(1)
         loss = (losses / self.divisor(batch)).mean()
         self.log_mean("train/policy_loss", loss, len(mask))
         self.log_mean("train/kl_to_old", kl, len(mask))
@@ -244,10 +252,10 @@ class PolicyGradient(OnPolicyAlgorithm):
     ) -> tuple[Tensor, Tensor]:
         """log pi of taken tokens and log_kept [...], of features of pi and pi_old [..., D]."""
         support = None
-        if self.backbone.min_p > 0:
+        if self.policy.min_p > 0:
             with torch.no_grad():
                 support = self.old_head(old_features, action_ids)[0].isfinite()
-        log_pi, log_kept = self.backbone.head(features, action_ids, support=support)
+        log_pi, log_kept = self.policy.head(features, action_ids, support=support)
         return at_taken(log_pi, action_ids), log_kept
 
     def clipped(self, log_pi: Tensor, log_old: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,25 +12,27 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from etpo.algorithms.agreement import check_policy
+from etpo.algorithms.policy_check import check_policy
 from etpo.errors import check_integer
-from etpo.models.backbone import Backbone
-from etpo.rollout.episode import Actions, Rollout
+from etpo.models.policy import LanguageModelPolicy
 from etpo.rollout.metrics import rollout_metrics
+from etpo.rollout.types import Actions, Rollout
 
 
-class Frozen(LightningModule):
+class NoUpdate(LightningModule):
     """A pretrained model that acts and never changes; the Trainer runs it without an optimizer.
 
-    backbone: builds the model; called once all other values are checked.
-    annotation_batch: actions computed at once. Raises ConfigError for values out of range.
+    policy: builds the model; called once all other values are checked.
+    forward_batch_size: actions computed at once. Raises ConfigError for values out of range.
     """
 
-    def __init__(self, backbone: Callable[[], Backbone], *, annotation_batch: int) -> None:
-        check_integer("algorithm.annotation_batch", annotation_batch, 1)
+    def __init__(
+        self, policy: Callable[[], LanguageModelPolicy], *, forward_batch_size: int
+    ) -> None:
+        check_integer("algorithm.forward_batch_size", forward_batch_size, 1)
         super().__init__()
-        self.backbone = backbone()
-        self.annotation_batch = annotation_batch
+        self.policy = policy()
+        self.forward_batch_size = forward_batch_size
         self.strict_loading = False
         self.rollout_metrics: dict[str, float] = {}
 
@@ -42,9 +44,9 @@ class Frozen(LightningModule):
 
     def check_rollout(self, rollout: Rollout) -> None:
         """Raises ConfigError where a run's first rollout is not of the model's distribution."""
-        check_policy(self, self.backbone, rollout.actions, self.annotation_batch)
+        check_policy(self, self.policy, rollout.actions, self.forward_batch_size)
 
-    def annotate(self, rollout: Rollout) -> Actions:
+    def compute_targets(self, rollout: Rollout) -> Actions:
         """The actions as they are."""
         self.rollout_metrics = rollout_metrics(rollout) | {
             "rollout/kl_to_reference": self.kl_to_reference(rollout.actions)
@@ -57,12 +59,12 @@ class Frozen(LightningModule):
 
         pi is pi_ref on the kept tokens, divided by their mass, hence KL = -log(mass).
         """
-        if self.backbone.min_p == 0:
+        if self.policy.min_p == 0:
             return 0.0
         total = 0.0
-        for rows in torch.split(torch.arange(len(actions.rewards)), self.annotation_batch):
+        for rows in torch.split(torch.arange(len(actions.rewards)), self.forward_batch_size):
             part = Actions(*(field[rows].to(self.device) for field in actions))
-            kept = self.backbone(part.prompt_ids, part.prompt_mask, part.action_ids).log_kept
+            kept = self.policy(part.prompt_ids, part.prompt_mask, part.action_ids).log_kept
             total -= float((kept * part.action_mask).sum())
         return total / len(actions.rewards)
 
@@ -83,15 +85,15 @@ class Frozen(LightningModule):
         checkpoint["state_dict"] = {}
 
 
-class ZeroShot(Frozen):
+class ZeroShot(NoUpdate):
     """Every action answers the first prompt, which knows of no earlier attempt."""
 
 
-class BestOfN(Frozen):
+class BestOfN(NoUpdate):
     """As `ZeroShot`; what counts is the best of the n actions so far."""
 
 
-class Reflexion(Frozen):
+class Reflexion(NoUpdate):
     """Prompts carry the last error and a memory of earlier attempts (arXiv 2303.11366).
 
     docs/algorithms/reflexion.md tells what differs from the paper.

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
+from etpo.generation.prefix_cache import ExpandedPrompts, SharedPrompts, decoding_cache
 from etpo.models.causal_lm import language_model
-from etpo.models.decoding import ExpandedPrompts, SharedPrompts, decoding_cache
 from etpo.models.shared_prompt import encode_prompts, position_ids
 
 SIZES = {"vocab_size": 50, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from etpo.algorithms.soft_bellman import at_taken, expectation
+from etpo.algorithms.returns import at_taken, expectation
 
 
 def policy_objective(
@@ -101,15 +101,17 @@ def doubly_robust_objective(
     return policy_objective(log_pi, log_ref, log_old, q, beta, eta) + correction
 
 
-def pessimistic_q(q: Tensor, value: Tensor, log_old: Tensor, floor: float) -> Tensor:
-    """min(Q, V(x)) for tokens with pi_old(w) < `floor`: [..., V], [...], [..., V] -> [..., V].
+def pessimistic_q(q: Tensor, value: Tensor, log_old: Tensor, pessimism_threshold: float) -> Tensor:
+    """min(Q, V(x)) for tokens with pi_old(w) < `pessimism_threshold`: [..., V], [...], [..., V] -> [..., V].
 
     At a token that was hardly ever sampled Q is extrapolation: the critic's warnings count there,
-    its promises do not. `floor` is in [0, 1]; 0 leaves Q as it is. The objective stays unbiased if
+    its promises do not. `pessimism_threshold` is in [0, 1]; 0 leaves Q as it is. The objective stays unbiased if
     this Q stands in the exact term and in the correction; soft values that meet it in a
     lambda-return must be computed from it too. `value` is E_pi_old[Q], without the KL.
     """
-    return torch.where(log_old.exp() < floor, torch.minimum(q, value.unsqueeze(-1)), q)
+    return torch.where(
+        log_old.exp() < pessimism_threshold, torch.minimum(q, value.unsqueeze(-1)), q
+    )
 
 
 def centred_advantage(advantage: Tensor, log_pi: Tensor) -> Tensor:
