@@ -20,7 +20,7 @@ from etpo.errors import check_integer
 from etpo.files import append_lines
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.token_text import label, token_texts
-from etpo.reporting.credit import read_rows, write_page
+from etpo.studies.pages.credit import read_rows, write_page
 from etpo.rollout.types import Record, Rollout
 
 ALTERNATIVES = 5

@@ -23,9 +23,20 @@ from etpo.config import error_line
 from etpo.errors import ConfigError, OutputError, UnknownMetric
 from etpo.files import write_text
 from etpo.run_folder import claimed, is_main_process, save_config
-from etpo.studies.status import IGNORED_KEYS, incomplete_reason
 
 CONFIG_FILE = "study_config.json"  # the configuration with which a study began a run
+# Config keys that do not identify a run: they may change between the sessions of a study.
+IGNORED_KEYS = (
+    "ckpt_path",
+    "study",
+    "optimized_metric",
+    "paths.log_dir",
+    "environment.data_dir",
+    "environment.path",
+    "environment.score_cache",
+    "environment.score_cache_entries",
+    "environment.sandbox.workers",
+)
 
 
 def run_in_study(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> float | None:
@@ -107,6 +118,20 @@ def first_difference(one: Any, other: Any, path: str = "") -> str | None:
         found = (first_difference(a, b, f"{path}.{key}".lstrip(".")) for key, a, b in pairs)
         return next((key for key in found if key is not None), None)
     return None if one == other else path
+
+
+def incomplete_reason(folder: Path) -> str | None:
+    """Return None for a finished run, else `failed: ...`, `unfinished` or its status."""
+    failed, summary = folder / "failed.txt", folder / "summary.json"
+    if failed.exists():
+        return f"failed: {failed.read_text(encoding='utf-8').partition(chr(10))[0]}"
+    if not summary.exists():
+        return "unfinished"
+    try:
+        status = json.loads(summary.read_text(encoding="utf-8"))["status"]
+    except (ValueError, KeyError, TypeError):
+        return "unreadable: summary.json"
+    return None if status == "finished" else status
 
 
 def last_metric(folder: Path, name: str) -> float | None:

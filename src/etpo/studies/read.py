@@ -10,7 +10,7 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 from etpo.errors import ConfigError
-from etpo.studies.status import IGNORED_KEYS, incomplete_reason
+from etpo.studies.multirun import IGNORED_KEYS, incomplete_reason
 
 METRICS = (
     "rollout/reward",
@@ -22,14 +22,17 @@ METRICS = (
 KEYS = ["dataset", "method", "seed"]  # identify a run
 FILES = {
     "runs.csv": [*KEYS, "iteration", "env_steps", *METRICS],
-    "summary.csv": [*KEYS, *("iterations", "env_steps", "best_reward", "held_out_auc", "wall_seconds")],
+    "summary.csv": [
+        *KEYS,
+        *("iterations", "env_steps", "best_reward", "held_out_auc", "wall_seconds"),
+    ],
     "excluded.csv": ["run", "reason"],
 }
 DECIMALS = 6  # of all numbers, so that a report can be repeated exactly from its files
 # Overrides that name the seed, the data or the algorithm, or that do not change results.
 NOT_PART_OF_METHOD = {
     *IGNORED_KEYS,
-    *("seed", "environment.dataset", "environment.target", "algorithm"),
+    *("seed", "environment.dataset", "environment.path", "environment.target", "algorithm"),
 }
 
 

@@ -20,6 +20,10 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
+    def columns(self, name: str) -> dict[str, float]:
+        """Name the three numbers as in `table.csv`."""
+        return dict(zip((name, f"{name}_low", f"{name}_high"), self, strict=True))
+
 
 UNKNOWN = Estimate(np.nan, np.nan, np.nan)
 

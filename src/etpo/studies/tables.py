@@ -1,25 +1,39 @@
 """The tables of a report: estimates per data set and method, as numbers and as formatted text."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pandas as pd
-from rich.table import Table
-from rich.text import Text
 
 from etpo.errors import ConfigError
 from etpo.studies.read import StudyData
-from etpo.studies.statistics import Estimate, iqm_estimate, probability_of_improvement
+from etpo.studies.statistics import iqm_estimate, probability_of_improvement
 
-PER_DATASET = (
-    *("final", "greedy", "best", "held_out_auc", "area", "steps_95", "steps_90", "seconds"),
-    *("final_normalised", "greedy_normalised"),
-)
-OVERALL = ("final_normalised", "greedy_normalised", "area")
-COMPARED = ("final_normalised", "area")  # scores with a probability of improvement
-COUNTS = ("reached_95", "reached_90", "collapses")  # of runs
-ALL_DATASETS = "All data sets"
-
-Column = Callable[[pd.Series], str]
+# title: column of table.csv, decimals
+DATASET_COLUMNS = {
+    "method": ("method", 0),
+    "seeds": ("seeds", 0),
+    "final reward": ("final", 3),
+    "greedy reward": ("greedy", 3),
+    "best reward": ("best", 3),
+    "held-out AUC": ("held_out_auc", 3),
+    "curve area": ("area", 3),
+    "actions to 95%": ("steps_95", 0),
+    "actions to 0.9": ("steps_90", 0),
+    "collapses": ("collapses", 0),
+    "seconds": ("seconds", 0),
+}
+OVERALL_COLUMNS = {
+    "method": ("method", 0),
+    "data sets": ("datasets", 0),
+    "runs": ("seeds", 0),
+    "final score": ("final_normalised", 3),
+    "greedy score": ("greedy_normalised", 3),
+    "curve area": ("area", 3),
+    "P(final above {})": ("improves_final_normalised", 2),
+    "P(area above {})": ("improves_area", 2),
+    "collapses": ("collapses", 0),
+}
+OVERALL_TITLE = "All data sets"
 
 
 def method_order(methods: pd.Series, compare_with: str | None) -> list[str]:
@@ -43,23 +57,22 @@ def make_table(scores: pd.DataFrame, methods: list[str], references: pd.DataFram
     """
     rows = []
     for dataset, runs in scores.groupby("dataset"):
-        for method in methods:
-            own = runs[runs["method"] == method]
-            if len(own):
-                rows.append(dataset_row(own) | {"dataset": dataset, "method": method})
-        for model in references[references["dataset"] == dataset].itertuples():
-            row = {"kind": "reference", "dataset": dataset, "method": model.model}
-            rows.append(row | {"held_out_auc": model.auc})
+        own = [(method, runs[runs["method"] == method]) for method in methods]
+        rows += [dataset_row(dataset, method, runs) for method, runs in own if len(runs)]
+        for _, model, auc in references[references["dataset"] == dataset].itertuples(index=False):
+            row = {"kind": "reference", "dataset": dataset, "method": model}
+            rows.append(row | {"held_out_auc": auc})
     rows += [overall_row(scores, method, methods[0]) for method in methods]
-    return pd.DataFrame(rows).astype(dict.fromkeys(["seeds", "datasets", *COUNTS], "Int64"))
+    counts = ["seeds", "datasets", *scores.select_dtypes(bool)]
+    return pd.DataFrame(rows).astype(dict.fromkeys(counts, "Int64"))
 
 
-def dataset_row(runs: pd.DataFrame) -> dict[str, object]:
-    """Estimate the scores of one method on one data set over its seeds."""
-    row = {"kind": "method", "dataset": None, "method": None, "seeds": len(runs)}
-    for name in PER_DATASET:
-        row |= columns_of(name, iqm_estimate([runs[name].dropna().to_numpy()]))
-    return row | {name: int(runs[name].sum()) for name in COUNTS}
+def dataset_row(dataset: str, method: str, runs: pd.DataFrame) -> dict[str, object]:
+    """Estimate the scores of one method on one data set over its runs; count true values."""
+    row = {"kind": "method", "dataset": dataset, "method": method, "seeds": len(runs)}
+    for name, values in runs.select_dtypes(float).items():
+        row |= iqm_estimate([values.dropna().to_numpy()]).columns(name)
+    return row | runs.select_dtypes(bool).sum().to_dict()
 
 
 def overall_row(scores: pd.DataFrame, method: str, compared: str) -> dict[str, object]:
@@ -70,18 +83,14 @@ def overall_row(scores: pd.DataFrame, method: str, compared: str) -> dict[str, o
     )
     row = {"kind": "all", "dataset": "all", "method": method}
     row |= {"seeds": sum(map(len, own.values())), "datasets": len(own)}
-    for name in OVERALL:
-        row |= columns_of(name, iqm_estimate([r[name].dropna().to_numpy() for r in own.values()]))
+    for name in ("final_normalised", "greedy_normalised", "area"):
+        strata = [runs[name].dropna().to_numpy() for runs in own.values()]
+        row |= iqm_estimate(strata).columns(name)
     shared = [dataset for dataset in own if dataset in other and method != compared]
-    for name in COMPARED:
+    for name in ("final_normalised", "area"):
         pairs = [(own[d][name].to_numpy(), other[d][name].to_numpy()) for d in shared]
-        row |= columns_of(f"improves_{name}", probability_of_improvement(pairs))
-    return row | {"collapses": int(sum(runs["collapses"].sum() for runs in own.values()))}
-
-
-def columns_of(name: str, estimate: Estimate) -> dict[str, float]:
-    """Return the three columns of an estimate."""
-    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+        row |= probability_of_improvement(pairs).columns(f"improves_{name}")
+    return row | {"collapses": sum(int(runs["collapses"].sum()) for runs in own.values())}
 
 
 def warnings(data: StudyData, methods: list[str]) -> list[str]:
@@ -95,143 +104,99 @@ def warnings(data: StudyData, methods: list[str]) -> list[str]:
                 f"{low}, the final reward is from the end of each run"
             )
     datasets = data.summary.groupby("method")["dataset"].agg(set)
-    sentences += [
-        f"{method} and {methods[0]} were not run on the same data sets"
-        for method in methods[1:]
-        if datasets[method] != datasets[methods[0]]
-    ]
+    for method in methods[1:]:
+        if datasets[method] != datasets[methods[0]]:
+            sentences.append(f"{method} and {methods[0]} were not run on the same data sets")
     return sentences
-
-
-def estimate(name: str, digits: int = 3) -> Column:
-    """Format `value [low, high]`, the value alone without an interval, `-` if unknown."""
-
-    def show(row: pd.Series) -> str:
-        if pd.isna(row[name]):
-            return "-"
-        if pd.isna(row.get(f"{name}_low")):
-            return f"{row[name]:.{digits}f}"
-        low, high = row[f"{name}_low"], row[f"{name}_high"]
-        return f"{row[name]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-    return show
-
-
-def steps(name: str, reached: str) -> Column:
-    """Format an estimate of actions; add `≥` and the share of seeds unless all reached it."""
-
-    def show(row: pd.Series) -> str:
-        if pd.isna(row[name]):
-            return "-"
-        count, seeds = int(row[reached]), int(row["seeds"])
-        if count == seeds:
-            return estimate(name, 0)(row)
-        return f"≥ {estimate(name, 0)(row)} ({count}/{seeds})" if count else f"- (0/{seeds})"
-
-    return show
-
-
-def count(name: str) -> Column:
-    """Format an integer; `-` if unknown."""
-    return lambda row: "-" if pd.isna(row[name]) else str(int(row[name]))
-
-
-def method_name(row: pd.Series) -> str:
-    return row["method"] + (" (reference)" if row["kind"] == "reference" else "")
-
-
-DATASET_COLUMNS: dict[str, Column] = {
-    "method": method_name,
-    "seeds": count("seeds"),
-    "final reward": estimate("final"),
-    "greedy reward": estimate("greedy"),
-    "best reward": estimate("best"),
-    "held-out AUC": estimate("held_out_auc"),
-    "curve area": estimate("area"),
-    "actions to 95%": steps("steps_95", "reached_95"),
-    "actions to 0.9": steps("steps_90", "reached_90"),
-    "collapses": count("collapses"),
-    "seconds": estimate("seconds", 0),
-}
-OVERALL_COLUMNS: dict[str, Column] = {
-    "method": method_name,
-    "data sets": count("datasets"),
-    "runs": count("seeds"),
-    "final score": estimate("final_normalised"),
-    "greedy score": estimate("greedy_normalised"),
-    "curve area": estimate("area"),
-    "P(final above {})": estimate("improves_final_normalised", 2),
-    "P(area above {})": estimate("improves_area", 2),
-    "collapses": count("collapses"),
-}
 
 
 def formatted(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Format the table as text, one part per data set and one over all of them, by title."""
-
-    def part(rows: pd.DataFrame, columns: dict[str, Column]) -> pd.DataFrame:
-        return pd.DataFrame({title: rows.apply(show, axis=1) for title, show in columns.items()})
-
     overall = table[table["kind"] == "all"]
+    parts = {
+        dataset: format_columns(rows, DATASET_COLUMNS)
+        for dataset, rows in table[table["kind"] != "all"].groupby("dataset")
+    }
     compared = overall["method"].iloc[0]
-    columns = {title.format(compared): show for title, show in OVERALL_COLUMNS.items()}
-    datasets = table[table["kind"] != "all"].groupby("dataset")
-    parts = {dataset: part(rows, DATASET_COLUMNS) for dataset, rows in datasets}
-    return parts | {ALL_DATASETS: part(overall, columns)}
+    columns = {title.format(compared): column for title, column in OVERALL_COLUMNS.items()}
+    return parts | {OVERALL_TITLE: format_columns(overall, columns)}
 
 
-def scale_line(scale: pd.DataFrame, dataset: str) -> str:
+def format_columns(rows: pd.DataFrame, columns: dict[str, tuple[str, int]]) -> pd.DataFrame:
+    """Format the columns of one part of the table, by title."""
+    return pd.DataFrame(
+        {
+            title: [format_cell(row, name, digits) for _, row in rows.iterrows()]
+            for title, (name, digits) in columns.items()
+        }
+    )
+
+
+def format_cell(row: pd.Series, name: str, digits: int) -> str:
+    """Format a name, a count or an estimate, `value [low, high]`; `-` if unknown.
+
+    Actions to a reward have `≥` and the share of seeds that reached it unless all did.
+    """
+    value, low, high = row[name], row.get(f"{name}_low"), row.get(f"{name}_high")
+    if isinstance(value, str):
+        return value + (" (reference)" if row["kind"] == "reference" else "")
+    if pd.isna(value):
+        return "-"
+    text = f"{value:.{digits}f}"
+    if not pd.isna(low):
+        text += f" [{low:.{digits}f}, {high:.{digits}f}]"
+    reached, seeds = row.get(name.replace("steps", "reached")), row["seeds"]
+    if not name.startswith("steps") or reached == seeds:
+        return text
+    return f"≥ {text} ({reached}/{seeds})" if reached else f"- (0/{seeds})"
+
+
+def scale_line(scale: pd.DataFrame, title: str) -> str:
     """Describe the ends of a data set's normalised scale; empty for all data sets."""
-    if dataset not in scale.index:
+    if title not in scale.index:
         return ""
-    first, best = scale.loc[dataset, ["first", "best_known"]]
+    first, best = scale.loc[title, ["first", "best_known"]]
     return f"Scores: 0 is a reward of {first:.3f}, 1 is {best:.3f}."
 
 
 def to_markdown(table: pd.DataFrame, scale: pd.DataFrame, notes: Sequence[str]) -> str:
-    """Render every part of the table, its scale and the notes."""
+    """Render the table, the scales and the notes."""
     lines = ["Interquartile mean over seeds [95% bootstrap interval]."]
     for title, part in formatted(table).items():
-        lines += ["", f"## {title}", "", *filter(None, [scale_line(scale, title)])]
+        lines += ["", f"## {title}", ""]
+        if title in scale.index:
+            lines += [scale_line(scale, title), ""]
         rows = [part.columns, ["---"] * len(part.columns), *part.to_numpy()]
-        lines += ["", *(f"| {' | '.join(c.replace('|', '\\|') for c in row)} |" for row in rows)]
+        lines += ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows]
     if notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in notes)]
     return "\n".join(lines) + "\n"
 
 
 def to_latex(table: pd.DataFrame) -> str:
-    """Render every part of the table as a tabular for the package booktabs."""
+    """Render the table as one tabular per part, for the package booktabs."""
     parts = []
     for title, part in formatted(table).items():
-        style = pd.concat({title: part}, axis=1).style.hide(axis="index").format(escape="latex")
-        parts.append(
-            style.format_index(escape="latex", axis=1).to_latex(
-                column_format="l" + "r" * (len(part.columns) - 1), hrules=True, multicol_align="l"
-            )
-        )
+        style = pd.concat({title: part}, axis=1).style.hide(axis="index")
+        style = style.format(escape="latex").format_index(escape="latex", axis=1)
+        alignment = "l" + "r" * (len(part.columns) - 1)
+        parts.append(style.to_latex(column_format=alignment, hrules=True, multicol_align="l"))
     return "\n".join(parts).replace("≥", r"$\geq$")
 
 
-def to_console(table: pd.DataFrame) -> list[Table]:
-    """Render the main columns, per data set and over all, for a console of 80 columns."""
+def to_console(table: pd.DataFrame) -> str:
+    """Render the main columns, per data set and over all data sets."""
     parts = formatted(table[table["kind"] != "reference"])
-    overall = parts.pop(ALL_DATASETS)
-    per_dataset = pd.concat(parts, names=["data set"]).reset_index("data set")
-    names = ["data set", "method", "seeds", "final reward", "held-out AUC", "curve area", "collapses"]
-    final, compared = "final score", overall.columns[OVERALL_INDEX]
-    return [
-        console_table(per_dataset[names]),
-        console_table(overall[["method", "runs", "final score", "curve area", compared]]),
-    ]
-
-
-def console_table(part: pd.DataFrame) -> Table:
-    """Build a table that aligns numbers to the right and folds long names."""
-    short = {"held-out AUC": "held out", "curve area": "area"}  # without interval
-    rendered = Table(box=None, padding=(0, 1, 0, 0))
-    for title, cells in part.items():
-        left = title in ("data set", "method")
-        if title in short:
-            cells = [cell.partition(" [")[0] for cell in cells]
-        part[title] = cells
+    overall = parts.pop(OVERALL_TITLE).set_index("method")
+    datasets = pd.concat({name: part.set_index("method") for name, part in parts.items()})
+    names = ["final reward", "held-out AUC", "curve area", "collapses"]
+    compared = f"P(final above {overall.index[0]})"
+    texts = []
+    for part in (
+        datasets[["seeds", *names]],
+        overall[["runs", "final score", "curve area", compared]],
+    ):
+        for name in {"held-out AUC", "curve area"} & {*part.columns}:  # without interval
+            part = part.assign(**{name: part[name].str.partition(" [")[0]})
+        texts.append(part.to_string())
+    return "\n\n".join(texts)

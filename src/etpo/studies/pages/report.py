@@ -1,45 +1,36 @@
-"""A report as one HTML file that needs nothing else: for a browser, light or dark."""
+"""A report as one HTML page, for a light or dark browser."""
 
 from collections.abc import Sequence
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from etpo.reporting.figures import svg
-from etpo.reporting.render import blocks, scale_line, texts
+from etpo.studies.figures import to_svg
+from etpo.studies.pages import render
+from etpo.studies.tables import formatted, scale_line
 
 
 def to_html(
-    table: pd.DataFrame,
-    scale: pd.DataFrame,
-    notes: Sequence[str],
-    curves: Figure,
-    bars: Figure,
+    table: pd.DataFrame, scale: pd.DataFrame, notes: Sequence[str], curves: Figure, bars: Figure
 ) -> str:
-    """The tables of `to_markdown` and both figures; the same input gives the same text."""
+    """Render the content of `table.md` and both figures; equal input gives equal text."""
     own = table[table["kind"] == "method"]
     methods, datasets = (", ".join(own[name].unique()) for name in ("method", "dataset"))
-    shown = [
+    parts = [
         {
-            "title": name,
-            "columns": list(columns),
-            # value, " [" where there is an interval, the interval
-            "rows": [[cell.partition(" [") for cell in row] for row in texts(rows, columns)],
-            "scale": scale_line(scale, name) if name in scale.index else "",
+            "title": title,
+            "columns": list(part),
+            # value, " [" if there is an interval, interval
+            "rows": [[cell.partition(" [") for cell in row] for row in part.to_numpy()],
+            "scale": scale_line(scale, title),
         }
-        for name, rows, columns in blocks(table)
+        for title, part in formatted(table).items()
     ]
-    environment = Environment(
-        loader=PackageLoader("etpo.reporting", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("page.html.j2").render(
+    return render(
+        "report.html.j2",
         facts=f"{own['seeds'].sum()} runs of {methods} on {datasets}.",
-        blocks=shown,
+        parts=parts,
         curves=inline_svg(curves),
         bars=inline_svg(bars),
         notes=notes,
@@ -47,9 +38,9 @@ def to_html(
 
 
 def inline_svg(figure: Figure) -> Markup:
-    """The figure as an `<svg>` element without background; what is black takes the text's colour.
+    """Return an `<svg>` element without background that draws black in the colour of the text.
 
-    Matplotlib leaves black text without a colour of its own, so that it inherits `fill`.
+    Matplotlib writes black text without a colour, so that it inherits `fill`.
     """
-    text = svg(figure, transparent=True)
+    text = to_svg(figure, transparent=True)
     return Markup(text[text.index("<svg") :].replace("#000000", "currentColor"))
