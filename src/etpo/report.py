@@ -9,24 +9,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from etpo.config import CONF, check_overrides, exit_on_bad_input
 from etpo.errors import ConfigError
-from etpo.studies.figures import bars, learning_curves, save
+from etpo.studies import figures, read, tables
 from etpo.studies.pages.report import to_html
-from etpo.studies.read import (
-    merge,
-    read_references,
-    read_report,
-    read_studies,
-    write_study_data,
-)
 from etpo.studies.scores import scales, score_runs
-from etpo.studies.tables import (
-    make_table,
-    method_order,
-    to_console,
-    to_latex,
-    to_markdown,
-    warnings,
-)
 
 DECIMALS = 6  # of table.csv
 
@@ -34,45 +19,41 @@ DECIMALS = 6  # of table.csv
 def report(cfg: DictConfig) -> None:
     """Compare the methods of the runs; write and print tables, write figures."""
     folders = study_folders(cfg)
-    data = [] if cfg.runs is None else [read_report(Path(cfg.runs))]
-    data += [read_studies(folders)] if folders else []
-    data = merge(*data) if len(data) == 2 else data[0]
+    saved = None if cfg.runs is None else read.read_report(Path(cfg.runs))
+    data = read.merge(saved, read.read_studies(folders) if folders else None)
     out = out_folder(cfg, folders)
     best_known = known_rewards(cfg.best_known, set(data.summary["dataset"]))
-    methods = method_order(data.summary["method"], cfg.compare_with)
+    methods = tables.method_order(data.summary["method"], cfg.compare_with)
     shown = shown_methods(cfg.curves_of, methods)
-    references = read_references(cfg.references)
+    references = read.read_references(cfg.references)
     references = references[references["dataset"].isin(data.summary["dataset"])]
 
     scale = scales(data, best_known)
     scores = score_runs(data, scale)
-    table = make_table(scores, methods, references)
+    table = tables.make_table(scores, methods, references)
     excluded = [f"excluded: {run}: {reason}" for run, reason in data.excluded.to_numpy()]
-    notes = [*warnings(data, methods), *excluded]
-    curves = learning_curves(data.runs, shown, references)
-    summary = bars(table, scores, methods)
+    notes = [*tables.warnings(data, methods), *excluded]
+    curves = figures.learning_curves(data.runs, shown, references)
+    bars = figures.bars(table, scores, methods)
 
     out.mkdir(parents=True, exist_ok=True)
-    write_study_data(data, out)
+    read.write_study_data(data, out)
     table.round(DECIMALS).to_csv(out / "table.csv", index=False, lineterminator="\n")
-    save(curves, out / "curves")
-    save(summary, out / "bars")
-    texts = {
-        "table.md": to_markdown(table, scale, notes),
-        "table.tex": to_latex(table),
-        "index.html": to_html(table, scale, notes, curves, summary),
+    figures.save(curves, out / "curves")
+    figures.save(bars, out / "bars")
+    pages = {
+        "index.html": to_html(table, scale, notes, curves, bars),
+        "table.md": tables.to_markdown(table, scale, notes),
+        "table.tex": tables.to_latex(table),
     }
-    for name, text in texts.items():
+    for name, text in pages.items():
         (out / name).write_text(text, encoding="utf-8")
-    print(to_console(table), *notes, f"written to {out}", sep="\n")
+    files = ", ".join([*pages, "table.csv", "curves.png", "bars.png (and .svg)", *read.FILES])
+    print(tables.to_console(table), *notes, f"written to {out}: {files}", sep="\n")
 
 
 def study_folders(cfg: DictConfig) -> list[Path]:
-    """Return the folders of `study`.
-
-    Raises:
-        ConfigError: A folder does not exist, or neither `study` nor `runs` is given.
-    """
+    """Return the folders of `study`; raise ConfigError if one does not exist."""
     if cfg.study is None and cfg.runs is None:
         raise ConfigError(
             "study=null, runs=null: allowed is a study (name or folder), the folder of a report, "
@@ -92,19 +73,14 @@ def study_folders(cfg: DictConfig) -> list[Path]:
     return folders
 
 
-def as_list(value: ListConfig | object) -> list[str]:
-    """Return a config value, one of several or null, as a list of texts."""
-    if value is None:
-        return []
-    return [str(v) for v in value] if isinstance(value, ListConfig) else [str(value)]
+def as_list(value: object) -> list[str]:
+    """Return a config value that is null, one value or a list as a list of texts."""
+    values = value if isinstance(value, ListConfig) else [value]
+    return [str(v) for v in values if v is not None]
 
 
 def out_folder(cfg: DictConfig, folders: list[Path]) -> Path:
-    """Return the output folder, by default the only folder that was read.
-
-    Raises:
-        ConfigError: `out` is a file, or it is missing with several studies.
-    """
+    """Return the output folder, by default the only folder that was read."""
     if cfg.out is None and cfg.runs is None and len(folders) > 1:
         raise ConfigError("out=null: with several studies give out=FOLDER")
     out = Path(cfg.out or cfg.runs or folders[0])
@@ -113,7 +89,7 @@ def out_folder(cfg: DictConfig, folders: list[Path]) -> Path:
     return out
 
 
-def shown_methods(curves_of: ListConfig | str | None, methods: list[str]) -> list[str]:
+def shown_methods(curves_of: object, methods: list[str]) -> list[str]:
     """Return the methods of the learning curves; raise ConfigError for an unknown one."""
     shown = as_list(curves_of) or methods
     for method in shown:
@@ -122,7 +98,7 @@ def shown_methods(curves_of: ListConfig | str | None, methods: list[str]) -> lis
     return shown
 
 
-def known_rewards(best_known: DictConfig | None, datasets: set[str]) -> dict[str, float]:
+def known_rewards(best_known: object, datasets: set[str]) -> dict[str, float]:
     """Return `best_known`; raise ConfigError for an unknown data set or no finite number."""
     if best_known is None:
         return {}
@@ -134,7 +110,7 @@ def known_rewards(best_known: DictConfig | None, datasets: set[str]) -> dict[str
             raise ConfigError(f"best_known.{dataset}={value}: allowed data sets: {allowed}")
         if not isinstance(value, int | float) or not isfinite(value):
             raise ConfigError(f"best_known.{dataset}={value}: allowed is a number")
-    return {dataset: float(value) for dataset, value in best_known.items()}
+    return dict(best_known)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="report")

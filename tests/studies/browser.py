@@ -1,6 +1,5 @@
 """A headless Chromium on a page, driven by its DevTools protocol through a pair of pipes."""
 
-import base64
 import json
 import os
 import select
@@ -131,7 +130,3 @@ class Browser:
         """light or dark."""
         preference = {"name": "prefers-color-scheme", "value": name}
         self.call("Emulation.setEmulatedMedia", features=[preference])
-
-    def screenshot(self, file: Path) -> None:
-        image = self.call("Page.captureScreenshot", format="png")["data"]
-        file.write_bytes(base64.b64decode(image))

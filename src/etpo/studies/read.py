@@ -57,8 +57,7 @@ class Run(NamedTuple):
 def read_studies(folders: Sequence[Path]) -> StudyData:
     """Read the finished runs of studies; exclude incomplete runs and duplicates.
 
-    Raises:
-        ConfigError: No run is finished.
+    Raise ConfigError if no run is finished.
     """
     runs, excluded = [], []
     for path in [p for f in folders for p in sorted(file.parent for file in f.glob("*/.hydra"))]:
@@ -105,11 +104,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def read_results(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Return `summary.json` and `metrics.csv` of a finished run.
-
-    Raises:
-        OSError, ValueError, KeyError: A file is missing or incomplete.
-    """
+    """Return the content of `summary.json` and `metrics.csv`; raise an error if incomplete."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     metrics = pd.read_csv(folder / "metrics.csv", float_precision="round_trip")
     if "rollout/reward" not in metrics or metrics["rollout/reward"].isna().any():
@@ -176,11 +171,7 @@ def write_study_data(data: StudyData, folder: Path) -> None:
 
 
 def read_report(folder: Path) -> StudyData:
-    """Read the files of an earlier report.
-
-    Raises:
-        ConfigError: A file or a column is missing.
-    """
+    """Read the files of an earlier report; raise ConfigError if a file or a column is missing."""
     tables = []
     for name, columns in FILES.items():
         file = folder / name
@@ -199,8 +190,10 @@ def read_report(folder: Path) -> StudyData:
     return StudyData(*tables)
 
 
-def merge(saved: StudyData, fresh: StudyData) -> StudyData:
+def merge(saved: StudyData | None, fresh: StudyData | None) -> StudyData:
     """Add the runs of `fresh` that are not in `saved`; keep the excluded runs of `fresh`."""
+    if saved is None or fresh is None:
+        return saved or fresh
     known = set(saved.summary[KEYS].itertuples(index=False, name=None))
 
     def join(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
@@ -217,9 +210,6 @@ def read_references(path: str | None) -> pd.DataFrame:
     Args:
         path: A CSV file with the column `name`, the data set, and for every model M the columns
             `M`, its mean ROC AUC, and `M_std`. Other columns are ignored. None: no models.
-
-    Raises:
-        ConfigError: The file is missing or has other columns.
     """
     columns = ["dataset", "model", "auc"]
     if path is None:

@@ -72,24 +72,17 @@ def scales(data: StudyData, best_known: dict[str, float]) -> pd.DataFrame:
 
 
 def score_runs(data: StudyData, scale: pd.DataFrame) -> pd.DataFrame:
-    """Return one row of `run_scores` per run, with its dataset, method and seed."""
+    """Compute the scores of every run, one row each, on the `scales` of the data sets."""
     curves = data.runs.sort_values("iteration").groupby(KEYS)
-    rows = []
-    for _, summary in data.summary.iterrows():
-        names = summary[KEYS].to_dict()
-        curve = curves.get_group(tuple(names.values()))
-        rows.append(names | run_scores(curve, summary, scale.loc[names["dataset"]]))
-    return pd.DataFrame(rows)
+    rows = [
+        run_scores(curves.get_group(tuple(summary[KEYS])), summary, scale.loc[summary["dataset"]])
+        for _, summary in data.summary.iterrows()
+    ]
+    return data.summary[KEYS].join(pd.DataFrame(rows, index=data.summary.index))
 
 
 def run_scores(curve: pd.DataFrame, summary: pd.Series, scale: pd.Series) -> dict[str, object]:
-    """Compute the scores of one run.
-
-    Args:
-        curve: The run's rows of `runs.csv`, by iteration.
-        summary: The run's row of `summary.csv`.
-        scale: The row of `scales` of the run's data set.
-    """
+    """Compute the scores of one run from its rows of `runs.csv` and `summary.csv`."""
     rewards, env_steps = curve["rollout/reward"].to_numpy(), curve["env_steps"].to_numpy()
     first, best_known = scale["first"], scale["best_known"]
     scores = normalised(rewards, first, best_known)

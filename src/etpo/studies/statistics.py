@@ -25,9 +25,6 @@ class Estimate(NamedTuple):
         return dict(zip((name, f"{name}_low", f"{name}_high"), self, strict=True))
 
 
-UNKNOWN = Estimate(np.nan, np.nan, np.nan)
-
-
 def iqm(*strata: np.ndarray, axis: int = -1) -> np.ndarray:
     """Return the mean of all strata's values without the lowest and highest floor(n / 4)."""
     return trim_mean(np.concatenate(strata, axis=axis), 0.25, axis=axis)
@@ -35,10 +32,7 @@ def iqm(*strata: np.ndarray, axis: int = -1) -> np.ndarray:
 
 def iqm_estimate(strata: Sequence[np.ndarray]) -> Estimate:
     """Estimate the IQM over the runs of all strata, float [runs] each."""
-    strata = [stratum for stratum in strata if len(stratum)]
-    if not strata:
-        return UNKNOWN
-    return Estimate(float(iqm(*strata)), *map(float, interval(strata, iqm)))
+    return estimate([stratum for stratum in strata if len(stratum)], iqm)
 
 
 def iqm_curve(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -47,16 +41,12 @@ def iqm_curve(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def probability_of_improvement(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Estimate:
-    """Estimate P(a run of X is better than a run of Y); equal runs count one half.
+    """Estimate P(a run of X is better than a run of Y), averaged over data sets.
 
-    Args:
-        pairs: The scores of X, float [runs of X], and of Y, float [runs of Y], on every data set.
-            The probability is averaged over data sets.
+    Equal runs count one half. `pairs` holds the scores of X and of Y, float [runs] each, on every
+    data set.
     """
-    if not pairs:
-        return UNKNOWN
-    strata = [x for x, _ in pairs] + [y for _, y in pairs]
-    return Estimate(float(improvement(*strata)), *map(float, interval(strata, improvement)))
+    return estimate([x for x, _ in pairs] + [y for _, y in pairs], improvement)
 
 
 def improvement(*strata: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -68,6 +58,13 @@ def improvement(*strata: np.ndarray, axis: int = -1) -> np.ndarray:
         y = np.moveaxis(y, axis, -1)[..., None, :]
         shares.append(((x > y) + 0.5 * (x == y)).mean(axis=(-2, -1)))
     return np.mean(shares, axis=0)
+
+
+def estimate(strata: Sequence[np.ndarray], statistic: Callable[..., np.ndarray]) -> Estimate:
+    """Return the value and the interval of `statistic`; nan without strata."""
+    if not strata:
+        return Estimate(np.nan, np.nan, np.nan)
+    return Estimate(float(statistic(*strata)), *map(float, interval(strata, statistic)))
 
 
 def interval(

@@ -37,10 +37,9 @@ OVERALL_TITLE = "All data sets"
 
 
 def method_order(methods: pd.Series, compare_with: str | None) -> list[str]:
-    """Return the methods by name, after the one that others are compared with.
+    """Return the methods by name, after `compare_with`, by default `etpo` or the first.
 
-    Raises:
-        ConfigError: No run has the method `compare_with`.
+    Raise ConfigError if no run has the method `compare_with`.
     """
     names = sorted(set(methods))
     if compare_with is not None and compare_with not in names:
@@ -151,11 +150,9 @@ def format_cell(row: pd.Series, name: str, digits: int) -> str:
     return f"≥ {text} ({reached}/{seeds})" if reached else f"- (0/{seeds})"
 
 
-def scale_line(scale: pd.DataFrame, title: str) -> str:
-    """Describe the ends of a data set's normalised scale; empty for all data sets."""
-    if title not in scale.index:
-        return ""
-    first, best = scale.loc[title, ["first", "best_known"]]
+def scale_line(scale: pd.DataFrame, dataset: str) -> str:
+    """Describe the ends of a data set's normalised scale."""
+    first, best = scale.loc[dataset, ["first", "best_known"]]
     return f"Scores: 0 is a reward of {first:.3f}, 1 is {best:.3f}."
 
 

@@ -17,20 +17,11 @@ def to_html(
     """Render the content of `table.md` and both figures; equal input gives equal text."""
     own = table[table["kind"] == "method"]
     methods, datasets = (", ".join(own[name].unique()) for name in ("method", "dataset"))
-    parts = [
-        {
-            "title": title,
-            "columns": list(part),
-            # value, " [" if there is an interval, interval
-            "rows": [[cell.partition(" [") for cell in row] for row in part.to_numpy()],
-            "scale": scale_line(scale, title),
-        }
-        for title, part in formatted(table).items()
-    ]
     return render(
         "report.html.j2",
         facts=f"{own['seeds'].sum()} runs of {methods} on {datasets}.",
-        parts=parts,
+        parts=formatted(table),
+        scales={dataset: scale_line(scale, dataset) for dataset in scale.index},
         curves=inline_svg(curves),
         bars=inline_svg(bars),
         notes=notes,
