@@ -330,9 +330,7 @@ def test_without_rows_there_is_no_page(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("advantage", "shown"), [([0.0, 0.0, None], True), ([0.0, -1e-3], False)]
-)
+@pytest.mark.parametrize(("advantage", "shown"), [([0.0, 0.0, None], True), ([0.0, -1e-3], False)])
 def test_a_page_without_any_credit_explains_itself(advantage, shown):
     page = to_html([row(0, 0, advantage=advantage)], "title")
     assert ("No token has an advantage" in page) == shown
