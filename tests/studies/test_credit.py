@@ -87,7 +87,7 @@ def test_the_page_shows_the_actions_of_an_iteration(show):
     page = show(ROWS)
     assert texts(page, "h1") == ["Token credit"]
     assert texts(page, "h2") == [
-        "Tracked action",
+        "Followed action",
         "Environment 0, episode 1",
         "Environment 1, episode 1",
     ]

@@ -183,17 +183,17 @@ def to_latex(table: pd.DataFrame) -> str:
 
 def to_console(table: pd.DataFrame) -> str:
     """Render the main columns, per data set and over all data sets."""
-    parts = formatted(table[table["kind"] != "reference"])
-    overall = parts.pop(OVERALL_TITLE).set_index("method")
-    datasets = pd.concat({name: part.set_index("method") for name, part in parts.items()})
-    names = ["final reward", "held-out AUC", "curve area", "collapses"]
+    parts = {
+        title: part.set_axis(part["method"].to_numpy())
+        for title, part in formatted(table[table["kind"] != "reference"]).items()
+    }
+    overall = parts.pop(OVERALL_TITLE)
     compared = f"P(final above {overall.index[0]})"
-    texts = []
-    for part in (
-        datasets[["seeds", *names]],
-        overall[["runs", "final score", "curve area", compared]],
-    ):
-        for name in {"held-out AUC", "curve area"} & {*part.columns}:  # without interval
-            part = part.assign(**{name: part[name].str.partition(" [")[0]})
-        texts.append(part.to_string())
-    return "\n\n".join(texts)
+    datasets = pd.concat(parts)[
+        ["seeds", "final reward", "held-out AUC", "curve area", "collapses"]
+    ]
+    overall = overall[["runs", "final score", "curve area", compared]]
+    for name in ("held-out AUC", "curve area"):  # without interval
+        datasets[name] = datasets[name].str.partition(" [")[0]
+    overall["curve area"] = overall["curve area"].str.partition(" [")[0]
+    return f"{datasets.to_string()}\n\n{overall.to_string()}"

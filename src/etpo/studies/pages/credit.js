@@ -117,7 +117,7 @@ function show() {
   slider.setAttribute("aria-valuetext", `iteration ${iteration}`);
   for (const action of actions.filter((action) => "followed" in action)) {
     section(
-      "Tracked action",
+      "Followed action",
       `Sampled in iteration ${action.followed}, evaluated by this iteration's policy and critic.`,
     ).append(card(action));
   }
