@@ -8,7 +8,7 @@ import torch
 
 from etpo.callbacks.credit import SelectedAction, TokenCredit
 
-FOLLOWED = SelectedAction([5, 6], [7], 0, 1, 0, 1, "p", -1.0, "TypeError: no")
+FOLLOWED = SelectedAction([5, 6], [7], 0, {"env": 0, "reward": -1.0, "error": "TypeError: no"})
 
 
 def line(iteration):

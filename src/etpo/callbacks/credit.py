@@ -20,21 +20,15 @@ from etpo.rollout.types import Rollout
 from etpo.studies.pages.credit import read_rows, write_page
 
 ALTERNATIVES = 5
-FACTS = ("env", "episode", "attempt", "prompt", "reward", "error")
 
 
 class SelectedAction(NamedTuple):
-    """An action and its prompt, without padding, and its record."""
+    """An action and its prompt, without padding, and what its lines repeat of its record."""
 
     prompt_ids: list[int]
     action_ids: list[int]
     iteration: int  # in which it was sampled
-    episode: int  # of its environment in that iteration, from 1
-    env: int
-    attempt: int
-    prompt: str
-    reward: float
-    error: str | None
+    record: dict[str, Any]
 
 
 class TokenCredit(Callback):
@@ -81,7 +75,7 @@ class TokenCredit(Callback):
         rows = by_environment[: self.num_actions].tolist()
         selected = {row: select(rollout, row, iteration) for row in rows}
         if self.followed is None:
-            self.followed = min(selected.values(), key=lambda action: action.reward)
+            self.followed = min(selected.values(), key=lambda action: action.record["reward"])
         advantages = None
         if isinstance(module, OnPolicyAlgorithm):
             advantages = module.sampled_advantages(batch)
@@ -111,13 +105,14 @@ class TokenCredit(Callback):
 def select(rollout: Rollout, row: int, iteration: int) -> SelectedAction:
     """Return the action in a row of a rollout."""
     actions, record = rollout.actions, rollout.records[row]
-    earlier = rollout.records[row % rollout.num_envs : row + 1 : rollout.num_envs]
+    until_now = rollout.records[row % rollout.num_envs : row + 1 : rollout.num_envs]
+    episode = sum(other.attempt == 1 for other in until_now)
+    names = ("attempt", "prompt", "reward", "error")
     return SelectedAction(
         actions.prompt_ids[row][actions.prompt_mask[row]].tolist(),
         actions.action_ids[row][actions.action_mask[row]].tolist(),
         iteration,
-        sum(other.attempt == 1 for other in earlier),
-        *(record.env, record.attempt, record.prompt, record.reward, record.error),
+        {"env": record.env, "episode": episode} | {n: getattr(record, n) for n in names},
     )
 
 
@@ -181,7 +176,7 @@ def credit_line(
         if name in numbers
     ]
     return {
-        **{name: getattr(action, name) for name in FACTS},
+        **action.record,
         "text": texts,
         # of tokens without text, by position
         "names": {str(i): label(tokenizer, ids[i]) for i, text in enumerate(texts) if text == ""},

@@ -42,19 +42,9 @@ IGNORED_KEYS = (
 def run_in_study(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> float | None:
     """Train one run of a study, or resume it from its checkpoint, unless it is finished.
 
-    A failure does not stop the study: its reason and traceback are written to `failed.txt`. The
-    working directory is restored after the run.
-
-    Args:
-        cfg: The configuration of the run.
-        train: Trains a run and returns its optimized metric.
-
-    Returns:
-        The optimized metric; None if it is not finite, if the run failed, or if another process
-        trains it.
-
-    Raises:
-        SystemExit: With status 2, for an unknown `optimized_metric`.
+    Return its optimized metric; None if it is not finite, if the run failed, or if another process
+    trains it. A failure does not stop the study: `failed.txt` has its reason and traceback. The
+    working directory is restored. Exit with status 2 for an unknown `optimized_metric`.
     """
     folder = Path(cfg.paths.output_dir)
     name = " ".join(HydraConfig.get().overrides.task)

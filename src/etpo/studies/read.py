@@ -63,7 +63,9 @@ def read_studies(folders: Sequence[Path]) -> StudyData:
     for path in [p for f in folders for p in sorted(file.parent for file in f.glob("*/.hydra"))]:
         name, reason = f"{path.parent.name}/{path.name}", incomplete_reason(path)
         try:
-            algorithm, overrides = read_choices(path)
+            hydra = OmegaConf.load(path / ".hydra" / "hydra.yaml").hydra
+            algorithm = hydra.runtime.choices.algorithm
+            overrides = parse_overrides(hydra.overrides.task)
             shown = [f"{k}={v}".rstrip("=") for k, v in overrides.items() if k not in IGNORED_KEYS]
             name = " ".join([name, *shown])
             results = (None, None) if reason else read_results(path)
@@ -89,12 +91,6 @@ def read_studies(folders: Sequence[Path]) -> StudyData:
             f"{len(excluded)} are not finished{example}"
         )
     return to_study_data(kept, excluded)
-
-
-def read_choices(folder: Path) -> tuple[str, dict[str, str]]:
-    """Return the algorithm and the overrides of a run."""
-    hydra = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra
-    return hydra.runtime.choices.algorithm, parse_overrides(hydra.overrides.task)
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
@@ -124,7 +120,7 @@ def method_labels(choices: Sequence[tuple[str, dict[str, str]]]) -> list[str]:
     key, or by the whole key if two such keys have the same last part: `etpo eta=0.3`.
     """
     differing: dict[str, set[str]] = {}
-    for algorithm, _ in choices:
+    for algorithm in {name for name, _ in choices}:
         own = [overrides for name, overrides in choices if name == algorithm]
         keys = set().union(*own) - NOT_PART_OF_METHOD
         differing[algorithm] = {k for k in keys if len({o.get(k) for o in own}) > 1}
