@@ -258,8 +258,8 @@ def left(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*OmegaConf.load(CONF / "callbacks" / "default.yaml"), None])
-def test_a_callback_left_out_leaves_out_its_file_alone(name, study, monkeypatch, small_run):
-    """In a study that is run twice and a run that is trained longer. None: all callbacks."""
+def test_without_a_callback_only_its_file_is_missing(name, study, monkeypatch, small_run):
+    """In a study that is started twice and a run that is trained longer; None: no callbacks."""
     monkeypatch.undo()
     monkeypatch.chdir(study.folder.parents[3])
     gone = "callbacks=null" if name is None else f"~callbacks.{name}"

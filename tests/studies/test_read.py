@@ -1,4 +1,4 @@
-"""Studies on disk -> raw numbers, and what runs are called."""
+"""Reading studies from their folders, and the labels of methods and data sets."""
 
 import pytest
 

@@ -94,15 +94,15 @@ def run_scores(curve: pd.DataFrame, summary: pd.Series, scale: pd.Series) -> dic
     return {
         "final": final,
         "greedy": greedy,
-        "best": summary["best_reward"],
-        "held_out_auc": summary["held_out_auc"],
+        "best": float(summary["best_reward"]),
+        "held_out_auc": float(summary["held_out_auc"]),
         "area": curve_area(scores, env_steps, scale["budget"]),
         "steps_95": np.nan if np.isnan(scores).all() else steps_95,
         "reached_95": reached_95,
         "steps_90": steps_90,
         "reached_90": reached_90,
         "collapses": collapsed(scores),
-        "seconds": summary["wall_seconds"],
+        "seconds": float(summary["wall_seconds"]),
         "final_normalised": float(normalised(final, first, best_known)),
         "greedy_normalised": float(normalised(greedy, first, best_known)),
     }

@@ -54,24 +54,32 @@ def make_table(scores: pd.DataFrame, methods: list[str], references: pd.DataFram
     The column `kind` is `method` for a method on a data set, `reference` for the ROC AUC of a
     reference model on a data set, and `all` for a method over all data sets.
     """
-    rows = []
+    rows, counts = [], list(scores.select_dtypes(bool))
+    names = [*scores.select_dtypes(float), *counts]
     for dataset, runs in scores.groupby("dataset"):
-        own = [(method, runs[runs["method"] == method]) for method in methods]
-        rows += [dataset_row(dataset, method, runs) for method, runs in own if len(runs)]
+        for method in methods:
+            own = runs[runs["method"] == method]
+            if len(own):
+                rows.append(estimate_row("method", dataset, method, [own], names))
         for _, model, auc in references[references["dataset"] == dataset].itertuples(index=False):
             row = {"kind": "reference", "dataset": dataset, "method": model}
             rows.append(row | {"held_out_auc": auc})
     rows += [overall_row(scores, method, methods[0]) for method in methods]
-    counts = ["seeds", "datasets", *scores.select_dtypes(bool)]
-    return pd.DataFrame(rows).astype(dict.fromkeys(counts, "Int64"))
+    return pd.DataFrame(rows).astype(dict.fromkeys(["seeds", "datasets", *counts], "Int64"))
 
 
-def dataset_row(dataset: str, method: str, runs: pd.DataFrame) -> dict[str, object]:
-    """Estimate the scores of one method on one data set over its runs; count true values."""
-    row = {"kind": "method", "dataset": dataset, "method": method, "seeds": len(runs)}
-    for name, values in runs.select_dtypes(float).items():
-        row |= iqm_estimate([values.dropna().to_numpy()]).columns(name)
-    return row | runs.select_dtypes(bool).sum().to_dict()
+def estimate_row(
+    kind: str, dataset: str, method: str, strata: list[pd.DataFrame], names: Sequence[str]
+) -> dict[str, object]:
+    """Estimate the scores `names` of a method over the runs of all strata; count true values."""
+    row = {"kind": kind, "dataset": dataset, "method": method, "seeds": sum(map(len, strata))}
+    for name in names:
+        values = [runs[name].dropna().to_numpy() for runs in strata]
+        if values[0].dtype == bool:
+            row[name] = sum(int(v.sum()) for v in values)
+        else:
+            row |= iqm_estimate(values).columns(name)
+    return row
 
 
 def overall_row(scores: pd.DataFrame, method: str, compared: str) -> dict[str, object]:
@@ -80,16 +88,13 @@ def overall_row(scores: pd.DataFrame, method: str, compared: str) -> dict[str, o
         dict(list(scores[scores["method"] == name].groupby("dataset")))
         for name in (method, compared)
     )
-    row = {"kind": "all", "dataset": "all", "method": method}
-    row |= {"seeds": sum(map(len, own.values())), "datasets": len(own)}
-    for name in ("final_normalised", "greedy_normalised", "area"):
-        strata = [runs[name].dropna().to_numpy() for runs in own.values()]
-        row |= iqm_estimate(strata).columns(name)
+    names = ["final_normalised", "greedy_normalised", "area", "collapses"]
+    row = estimate_row("all", "all", method, list(own.values()), names) | {"datasets": len(own)}
     shared = [dataset for dataset in own if dataset in other and method != compared]
     for name in ("final_normalised", "area"):
         pairs = [(own[d][name].to_numpy(), other[d][name].to_numpy()) for d in shared]
         row |= probability_of_improvement(pairs).columns(f"improves_{name}")
-    return row | {"collapses": sum(int(runs["collapses"].sum()) for runs in own.values())}
+    return row
 
 
 def warnings(data: StudyData, methods: list[str]) -> list[str]:
@@ -113,21 +118,19 @@ def formatted(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Format the table as text, one part per data set and one over all of them, by title."""
     overall = table[table["kind"] == "all"]
     parts = {
-        dataset: format_columns(rows, DATASET_COLUMNS)
+        dataset: format_rows(rows, DATASET_COLUMNS)
         for dataset, rows in table[table["kind"] != "all"].groupby("dataset")
     }
     compared = overall["method"].iloc[0]
     columns = {title.format(compared): column for title, column in OVERALL_COLUMNS.items()}
-    return parts | {OVERALL_TITLE: format_columns(overall, columns)}
+    return parts | {OVERALL_TITLE: format_rows(overall, columns)}
 
 
-def format_columns(rows: pd.DataFrame, columns: dict[str, tuple[str, int]]) -> pd.DataFrame:
-    """Format the columns of one part of the table, by title."""
+def format_rows(rows: pd.DataFrame, columns: dict[str, tuple[str, int]]) -> pd.DataFrame:
+    """Format one part of the table; the columns are titles."""
     return pd.DataFrame(
-        {
-            title: [format_cell(row, name, digits) for _, row in rows.iterrows()]
-            for title, (name, digits) in columns.items()
-        }
+        {title: format_cell(row, *column) for title, column in columns.items()}
+        for _, row in rows.iterrows()
     )
 
 
