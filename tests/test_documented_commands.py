@@ -225,7 +225,7 @@ class Runner:
         else:
             out = self.called(train.main, *arguments)
         if "-m" in arguments:
-            assert re.search(r"[1-9]\d* cells finished, 0 not finished", out)
+            assert re.search(r"[1-9]\d* runs finished, 0 not finished", out)
         else:
             assert re.search("(Finished|Stopped) after 1 iterations", out)
         return out
@@ -282,7 +282,7 @@ def test_the_commands_of_a_block_run(name, runner):
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_an_experiment_trains(experiment, runner):
     out = runner.run(command_of(["etpo-train", f"experiment={experiment}"]))
-    assert re.search(r"Finished after 1 iterations|[1-9]\d* cells finished, 0 not finished", out)
+    assert re.search(r"Finished after 1 iterations|[1-9]\d* runs finished, 0 not finished", out)
 
 
 @pytest.mark.slow

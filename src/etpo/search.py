@@ -5,7 +5,7 @@ import sys
 from hydra.core.plugins import Plugins
 from hydra_plugins.hydra_optuna_sweeper.optuna_sweeper import OptunaSweeper
 
-from etpo.study import StudyReport
+from etpo.studies.multirun import StudyReport
 
 
 class Search(OptunaSweeper):

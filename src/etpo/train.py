@@ -42,7 +42,7 @@ from etpo.errors import ConfigError
 from etpo.models.policy import tiny_checkpoint
 from etpo.resume import check_optimizer, check_progress, resume_arguments
 from etpo.run_folder import held
-from etpo.study import run_cell
+from etpo.studies.multirun import run_in_study
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 INTERRUPTED, TERMINATED = 130, 143  # exit status after Ctrl-C and after SIGTERM
@@ -248,7 +248,7 @@ def hydra_main(cfg: DictConfig) -> float | None:
     quiet()
     keep_freed_memory()
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        return run_cell(cfg, train_and_judge)
+        return run_in_study(cfg, train_and_judge)
     with exit_on_bad_input(), held(cfg):
         return train_and_judge(cfg)
 

@@ -21,7 +21,7 @@ TINY_BUDGET = (
     "environment.n_splits=1",
     "environment.sandbox.workers=1",
 )
-# study -> its cells of one seed, and what else makes it small
+# study -> its runs of one seed, and what else makes it small
 RUNS = {
     "beta": (5,),
     "comparison": (10, "environment.dataset=tic_tac_toe"),
@@ -71,17 +71,17 @@ def test_every_study_is_run_here():
 def test_a_study_runs_skips_what_is_finished_and_is_reported(study, command, tmp_path, monkeypatch):
     needs(study)
     monkeypatch.chdir(tmp_path)
-    cells, *smaller = RUNS[study]
-    for skipped in (0, cells):
+    runs, *smaller = RUNS[study]
+    for skipped in (0, runs):
         ended = command(train.main, "-m", f"sweep={study}", *TINY_BUDGET, *smaller)
         assert ended.status == 0, ended
         assert ended.out.count("was finished before") == skipped
-        assert f"{study}: {cells} cells finished, 0 not finished" in ended.out
+        assert f"{study}: {runs} runs finished, 0 not finished" in ended.out
     ended = command(report.main, f"study={study}")
     assert ended.status == 0, ended.err
     folder = tmp_path / "logs" / "train" / "multiruns" / study
     with (folder / "summary.csv").open(newline="") as lines:
-        assert len({row["method"] for row in csv.DictReader(lines)}) == cells
+        assert len({row["method"] for row in csv.DictReader(lines)}) == runs
 
 
 @pytest.mark.slow
@@ -97,4 +97,4 @@ def test_models_of_random_weights_run_as_the_study_of_models(
         *("model.dtype=float32", "critic.hidden_size=8"),
     )
     assert ended.status == 0, ended
-    assert "multiruns/models: 1 cells finished, 0 not finished" in ended.out
+    assert "multiruns/models: 1 runs finished, 0 not finished" in ended.out

@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from etpo.reporting import scores
-from etpo.reporting.read import Raw
+from etpo.studies import scores
+from etpo.studies.read import StudyData
 
 
 def test_the_normalised_scale():
@@ -55,7 +55,7 @@ def test_a_collapse_is_a_fall_of_the_moving_mean(curve, fell):
     assert scores.collapsed(np.array(curve)) is fell
 
 
-def raw(curves: dict[tuple, list[float]], best: float) -> Raw:
+def study_data(curves: dict[tuple, list[float]], best: float) -> StudyData:
     """Runs of 10 actions an iteration; best: highest reward of an action in each."""
     rows, summaries = [], []
     for run, rewards in curves.items():
@@ -67,11 +67,11 @@ def raw(curves: dict[tuple, list[float]], best: float) -> Raw:
             )
         numbers = {"env_steps": 10 * len(rewards), "best_reward": best, "held_out_auc": 0.9}
         summaries.append(names | numbers | {"wall_seconds": 3.0})
-    return Raw(pd.DataFrame(rows), pd.DataFrame(summaries), pd.DataFrame())
+    return StudyData(pd.DataFrame(rows), pd.DataFrame(summaries), pd.DataFrame())
 
 
 def test_the_scale_of_a_data_set_is_shared_by_its_methods():
-    runs = raw({("d", "a", 0): [0.1, 0.5], ("d", "b", 0): [0.3, 0.6, 0.7]}, best=0.8)
+    runs = study_data({("d", "a", 0): [0.1, 0.5], ("d", "b", 0): [0.3, 0.6, 0.7]}, best=0.8)
     runs.summary.loc[1, "best_reward"] = 0.9
     scale = scores.scales(runs, {})
     assert scale.loc["d"].to_dict() == pytest.approx(
@@ -81,7 +81,7 @@ def test_the_scale_of_a_data_set_is_shared_by_its_methods():
 
 
 def test_the_scores_of_a_run():
-    runs = raw({("d", "a", 0): [0.0, 0.5, 0.9, 0.96], ("d", "a", 1): [0.0, 0.2]}, best=1.0)
+    runs = study_data({("d", "a", 0): [0.0, 0.5, 0.9, 0.96], ("d", "a", 1): [0.0, 0.2]}, best=1.0)
     first, second = (row for _, row in scores.score_runs(runs, scores.scales(runs, {})).iterrows())
     assert first["final"] == pytest.approx(0.59)
     assert first["greedy"] == pytest.approx(1.06)
@@ -93,7 +93,7 @@ def test_the_scores_of_a_run():
 
 
 def test_no_actions_to_a_reward_that_no_action_has():
-    runs = raw({("d", "a", 0): [0.0, 0.5]}, best=0.85)
+    runs = study_data({("d", "a", 0): [0.0, 0.5]}, best=0.85)
     (row,) = (row for _, row in scores.score_runs(runs, scores.scales(runs, {})).iterrows())
     assert np.isnan(row["steps_90"])
     assert not row["reached_90"]

@@ -1,12 +1,12 @@
 "use strict";
 
-// of the tokens, so many are within the scale; the others have the full colour
+// fraction of tokens within the scale; the others have the full colour
 const WITHIN = 0.98;
 const COLOURS = { advantage: "advantage", log_ratio: "log π/π_ref" };
 const NUMBERS = {
   advantage: "advantage",
-  critic_advantage: "– by the critic",
-  sampled_advantage: "– by the sample",
+  critic_advantage: "– from the critic",
+  sampled_advantage: "– from the return",
   q: "Q",
   value: "V",
   log_ratio: "log π/π_ref",
@@ -39,7 +39,7 @@ function number(x) {
   return (x < 0 ? "−" : "") + text.replace("e-", "e−");
 }
 
-// The size of a number that gets the full colour, symmetrical around 0.
+// Absolute value with the full colour; the scale is symmetric around 0.
 function scale(key) {
   const iterations = scaleOf.value === "all" ? data : [data[slider.value]];
   const sizes = iterations
@@ -57,7 +57,7 @@ function paint(token, x, full) {
   token.style.setProperty("--strength", `${Math.round(100 * Math.min(1, Math.abs(x) / full))}%`);
 }
 
-// Text whose blanks are seen and still lay it out as code.
+// Mark spaces, line ends and tabs; copied text stays unchanged.
 function visible(text) {
   const parts = document.createDocumentFragment();
   for (const piece of text.split(/([ \n\t])/)) {
@@ -117,8 +117,8 @@ function show() {
   slider.setAttribute("aria-valuetext", `iteration ${iteration}`);
   for (const action of actions.filter((action) => "followed" in action)) {
     section(
-      "The action that is followed",
-      `Sampled in iteration ${action.followed}; its numbers are those of this iteration's policy and critic.`,
+      "Followed action",
+      `Sampled in iteration ${action.followed}, evaluated by this iteration's policy and critic.`,
     ).append(card(action));
   }
   const sampled = actions.filter((action) => !("followed" in action));
@@ -185,10 +185,10 @@ function explain(token) {
   tip.replaceChildren(numbers(token.action, token.place), choices(token.action, token.place));
   tip.hidden = false;
   token.setAttribute("aria-describedby", "tip");
-  beside(token);
+  placeTip(token);
 }
 
-function beside(token) {
+function placeTip(token) {
   const box = token.getClientRects()[0];
   const left = Math.min(box.left, document.documentElement.clientWidth - tip.offsetWidth - 8);
   const below = box.bottom + 6;
@@ -197,28 +197,28 @@ function beside(token) {
   tip.style.top = `${fits ? below : Math.max(8, box.top - tip.offsetHeight - 6)}px`;
 }
 
-function explained() {
+function explainedToken() {
   return main.querySelector("[aria-describedby]");
 }
 
 function hide() {
   tip.hidden = true;
-  explained()?.removeAttribute("aria-describedby");
+  explainedToken()?.removeAttribute("aria-describedby");
 }
 
-// The address names the iteration, so that a link leads to it.
-function fromAddress() {
+// The URL fragment selects the iteration.
+function readFragment() {
   const named = new URLSearchParams(location.hash.slice(1)).get("iteration");
   const place = data.findIndex(({ iteration }) => String(iteration) === named);
   slider.value = Math.max(place, 0);
   show();
 }
 
-function toAddress() {
+function writeFragment() {
   try {
     history.replaceState(null, "", `#iteration=${data[slider.value].iteration}`);
   } catch (refused) {
-    // inside another page the address is not ours to change
+    // a page in a frame may not change its URL
     if (refused.name !== "SecurityError") throw refused;
   }
 }
@@ -242,11 +242,11 @@ for (const [key, name] of Object.entries(COLOURS)) {
   if (known) colour.append(new Option(name, key));
 }
 slider.max = data.length - 1;
-slider.addEventListener("input", () => { show(); toAddress(); });
+slider.addEventListener("input", () => { show(); writeFragment(); });
 colour.addEventListener("change", repaint);
 scaleOf.addEventListener("change", repaint);
-window.addEventListener("hashchange", fromAddress);
-window.addEventListener("scroll", () => { if (explained()) beside(explained()); }, { passive: true });
+window.addEventListener("hashchange", readFragment);
+window.addEventListener("scroll", () => { if (explainedToken()) placeTip(explainedToken()); }, { passive: true });
 document.addEventListener("keydown", walk);
 for (const event of ["mouseover", "focusin"]) {
   main.addEventListener(event, ({ target }) => {
@@ -255,4 +255,4 @@ for (const event of ["mouseover", "focusin"]) {
   });
 }
 for (const event of ["mouseout", "focusout"]) main.addEventListener(event, hide);
-fromAddress();
+readFragment();

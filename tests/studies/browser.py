@@ -1,6 +1,5 @@
 """A headless Chromium on a page, driven by its DevTools protocol through a pair of pipes."""
 
-import base64
 import json
 import os
 import select
@@ -13,11 +12,11 @@ from typing import Any
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-SECONDS = 60  # that an answer may take
+SECONDS = 60  # time limit of an answer
 
 
 class Browser:
-    """One page; `errors` holds what it wrote to the console as an error and what went uncaught.
+    """One page; `errors` holds console errors and uncaught exceptions.
 
     width, height: of the window, in CSS pixels.
     """
@@ -60,7 +59,7 @@ class Browser:
         os.close(self.input)
 
     def call(self, method: str, **arguments: Any) -> dict[str, Any]:
-        """The result of a method of the protocol."""
+        """Call a method of the protocol and return its result."""
         self.number += 1
         message = {"id": self.number, "method": method, "params": arguments}
         if self.session is not None:
@@ -73,7 +72,7 @@ class Browser:
                 return answer["result"]
 
     def receive(self) -> dict[str, Any]:
-        """The next message; keeps what it tells of errors."""
+        """Return the next message; record errors and requests."""
         deadline = time.monotonic() + SECONDS
         while b"\0" not in self.rest:
             ready, _, _ = select.select([self.input], [], [], max(0, deadline - time.monotonic()))
@@ -83,20 +82,20 @@ class Browser:
             self.rest += received
         text, _, self.rest = self.rest.partition(b"\0")
         message = json.loads(text)
-        told, kind = message.get("params", {}), message.get("method", "")
+        event, kind = message.get("params", {}), message.get("method", "")
         self.events.append(kind)
-        if kind == "Runtime.consoleAPICalled" and told["type"] in ("error", "warning", "assert"):
-            self.errors.append(json.dumps(told["args"]))
-        elif kind == "Log.entryAdded" and told["entry"]["level"] in ("error", "warning"):
-            self.errors.append(told["entry"]["text"])
+        if kind == "Runtime.consoleAPICalled" and event["type"] in ("error", "warning", "assert"):
+            self.errors.append(json.dumps(event["args"]))
+        elif kind == "Log.entryAdded" and event["entry"]["level"] in ("error", "warning"):
+            self.errors.append(event["entry"]["text"])
         elif kind == "Runtime.exceptionThrown":
-            self.errors.append(json.dumps(told["exceptionDetails"]))
+            self.errors.append(json.dumps(event["exceptionDetails"]))
         elif kind == "Network.requestWillBeSent":
-            self.requests.append(told["request"]["url"])
+            self.requests.append(event["request"]["url"])
         return message
 
     def open(self, address: str) -> None:
-        """Waits until the page is loaded, again if it is the one before."""
+        """Load a page and wait until it is loaded."""
         for url in ("about:blank", address):
             self.events.clear()
             self.call("Page.navigate", url=url)
@@ -104,13 +103,13 @@ class Browser:
                 self.receive()
 
     def value(self, expression: str) -> Any:
-        """What a JavaScript expression comes to, as JSON has it."""
+        """Evaluate a JavaScript expression."""
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def hover(self, selector: str, block: str = "center") -> None:
-        """Moves the mouse onto a selector's first element, scrolled to `block` of the window."""
+        """Move the mouse onto the first element of a selector, scrolled to `block`."""
         place = self.value(
             f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
             f"e.scrollIntoView({{block: '{block}'}}); const b = e.getClientRects()[0];"
@@ -119,7 +118,7 @@ class Browser:
         self.call("Input.dispatchMouseEvent", type="mouseMoved", **place)
 
     def press(self, key: str) -> None:
-        """A key that writes nothing, as `Tab` or `ArrowRight`."""
+        """Press a control key such as `Tab` or `ArrowRight`."""
         codes = {"Tab": 9, "Escape": 27, "End": 35, "ArrowLeft": 37, "ArrowRight": 39}
         for kind in ("rawKeyDown", "keyUp"):
             self.call(
@@ -128,10 +127,6 @@ class Browser:
             )
 
     def theme(self, name: str) -> None:
-        """light or dark."""
+        """Set the colour scheme, light or dark."""
         preference = {"name": "prefers-color-scheme", "value": name}
         self.call("Emulation.setEmulatedMedia", features=[preference])
-
-    def screenshot(self, file: Path) -> None:
-        image = self.call("Page.captureScreenshot", format="png")["data"]
-        file.write_bytes(base64.b64decode(image))

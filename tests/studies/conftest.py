@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 
 
 @pytest.fixture
-def write_cell() -> Callable[..., Path]:
-    """write_cell(folder, overrides, rewards, **summary): a finished cell of 10 actions a row."""
+def write_run() -> Callable[..., Path]:
+    """write_run(folder, overrides, rewards, **summary): a run of 10 actions an iteration."""
 
     def write(
         folder: Path, overrides: Sequence[str], rewards: Sequence[float], **changes: object
@@ -47,8 +47,8 @@ def write_cell() -> Callable[..., Path]:
 
 
 @pytest.fixture
-def study(tmp_path, write_cell) -> Path:
-    """Two methods with two and three seeds on two data sets; three cells that are left out."""
+def study(tmp_path, write_run) -> Path:
+    """Two methods with two and three seeds on two data sets; three runs that are excluded."""
     folder = tmp_path / "multiruns" / "small"
     curves = {"etpo": (0.0, 0.5, 0.9, 1.0), "ppo_kl": (0.0, 0.25, 0.5, 0.5)}
     for dataset in ("balance_scale", "tic_tac_toe"):
@@ -60,9 +60,9 @@ def study(tmp_path, write_cell) -> Path:
                     f"seed={seed}",
                 )
                 shifted = [r * (1 - 0.01 * seed) for r in rewards]
-                write_cell(folder / f"{algorithm}{dataset}{seed}", overrides, shifted)
-    write_cell(folder / "stopped", ["seed=7"], [0.0, 1.0], status="interrupted")
-    (write_cell(folder / "open", ["seed=8"], [0.0]) / "summary.json").unlink()
-    failed = write_cell(folder / "broken", ["seed=9", "environment.score_cache=x"], [0.0])
+                write_run(folder / f"{algorithm}{dataset}{seed}", overrides, shifted)
+    write_run(folder / "stopped", ["seed=7"], [0.0, 1.0], status="interrupted")
+    (write_run(folder / "open", ["seed=8"], [0.0]) / "summary.json").unlink()
+    failed = write_run(folder / "broken", ["seed=9", "environment.score_cache=x"], [0.0])
     (failed / "failed.txt").write_text("seed=9: it broke\n\nTraceback\n")
     return folder

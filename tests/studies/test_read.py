@@ -1,15 +1,14 @@
-"""Studies on disk -> raw numbers, and what runs are called."""
+"""Reading studies from their folders, and the labels of methods and data sets."""
 
 import pytest
 
 from etpo.errors import ConfigError
-from etpo.reporting.labels import dataset_label, method_labels, overrides_of
-from etpo.reporting.read import (
-    RUN_COLUMNS,
-    SUMMARY_COLUMNS,
-    read_saved,
+from etpo.studies.read import (
+    FILES,
+    dataset_label,
+    method_labels,
+    parse_overrides,
     read_studies,
-    write_raw,
 )
 
 
@@ -37,14 +36,14 @@ from etpo.reporting.read import (
     ],
 )
 def test_the_label_of_a_method(runs, labels):
-    choices = [(run.split()[0], overrides_of(run.split()[1:])) for run in runs]
+    choices = [(run.split()[0], parse_overrides(run.split()[1:])) for run in runs]
     assert method_labels(choices) == labels
 
 
-def test_a_label_stays_as_further_cells_finish(tmp_path, write_cell):
+def test_a_label_stays_as_further_runs_finish(tmp_path, write_run):
     study = tmp_path / "s"
-    write_cell(study / "a", ["experiment=plain", "seed=0"], [0.1])
-    other = write_cell(study / "b", ["experiment=other", "seed=0"], [0.1])
+    write_run(study / "a", ["experiment=plain", "seed=0"], [0.1])
+    other = write_run(study / "b", ["experiment=other", "seed=0"], [0.1])
     both = read_studies([study]).summary["method"].tolist()
     (other / "summary.json").unlink()
     (first,) = read_studies([study]).summary["method"]
@@ -57,7 +56,6 @@ def test_a_label_stays_as_further_cells_finish(tmp_path, write_cell):
     [
         ("cmc", None, "cmc"),
         ("csv", "data/my_table.csv", "my_table"),
-        (["a", "b"], None, "a+b"),
         (None, None, "letters"),
     ],
 )
@@ -66,10 +64,10 @@ def test_the_label_of_a_data_set(dataset, path, label):
     assert dataset_label({"dataset": dataset, "environment": "letters"}, overrides) == label
 
 
-def test_finished_cells_are_read_and_the_others_named(study):
-    runs, summary, left_out = read_studies([study])
-    assert list(runs) == RUN_COLUMNS
-    assert list(summary) == SUMMARY_COLUMNS
+def test_finished_runs_are_read_and_the_others_named(study):
+    runs, summary, excluded = read_studies([study])
+    assert list(runs) == FILES["runs.csv"]
+    assert list(summary) == FILES["summary.csv"]
     assert len(summary) == 10
     assert len(runs) == 40
     run = runs[(runs.method == "ppo_kl") & (runs.seed == 2) & (runs.dataset == "tic_tac_toe")]
@@ -77,24 +75,24 @@ def test_finished_cells_are_read_and_the_others_named(study):
     assert run["rollout/reward"].tolist() == [0.0, 0.245, 0.49, 0.49]
     assert run["val/reward"].tolist() == [0.01, 0.255, 0.5, 0.5]
     assert run["rollout/kl_to_reference"].tolist() == [0.0, 0.333333, 0.666667, 1.0]
-    assert dict(left_out.itertuples(index=False)) == {
+    assert dict(excluded.itertuples(index=False)) == {
         "small/broken seed=9": "failed: seed=9: it broke",
         "small/open seed=8": "unfinished",
         "small/stopped seed=7": "interrupted",
     }
 
 
-def test_a_run_that_comes_twice_counts_once(study, tmp_path, write_cell):
+def test_a_run_that_comes_twice_counts_once(study, tmp_path, write_run):
     other = tmp_path / "other"
     overrides = ["algorithm=etpo", "environment.dataset=tic_tac_toe", "seed=1"]
-    write_cell(other / "again", overrides, [0.0, 0.0])
-    runs, summary, left_out = read_studies([study, other])
+    write_run(other / "again", overrides, [0.0, 0.0])
+    runs, summary, excluded = read_studies([study, other])
     assert len(summary) == 10
-    assert left_out["reason"].iloc[-1] == f"the same run as {cell_of(study, 'etpotic_tac_toe1')}"
+    assert excluded["reason"].iloc[-1] == f"the same run as {run_name(study, 'etpotic_tac_toe1')}"
     assert runs[runs.seed == 1]["rollout/reward"].max() == 0.99
 
 
-def cell_of(study, name):
+def run_name(study, name):
     return f"{study.name}/{name} algorithm=etpo environment.dataset=tic_tac_toe seed=1"
 
 
@@ -109,37 +107,25 @@ def cell_of(study, name):
         (".hydra/hydra.yaml", "hydra: {}", "unreadable"),
     ],
 )
-def test_an_unreadable_cell_is_left_out(study, file, text, words):
+def test_an_unreadable_run_is_excluded(study, file, text, words):
     (study / "etpotic_tac_toe1" / file).write_text(text)
-    _, summary, left_out = read_studies([study])
+    _, summary, excluded = read_studies([study])
     assert len(summary) == 9
-    (reason,) = left_out[left_out["cell"].str.contains("etpotic")]["reason"]
+    (reason,) = excluded[excluded["run"].str.contains("etpotic")]["reason"]
     assert reason.startswith("unreadable")
     assert words in reason
 
 
-def test_columns_that_a_run_lacks_stay_empty(tmp_path, write_cell):
-    cell = write_cell(tmp_path / "s" / "c", ["seed=0"], [0.1, 0.2], held_out_auc=None)
-    (cell / "metrics.csv").write_text("iteration,rollout/reward\n0,0.1\n1,0.2\n")
+def test_columns_that_a_run_lacks_stay_empty(tmp_path, write_run):
+    folder = write_run(tmp_path / "s" / "c", ["seed=0"], [0.1, 0.2], held_out_auc=None)
+    (folder / "metrics.csv").write_text("iteration,rollout/reward\n0,0.1\n1,0.2\n")
     runs, summary, _ = read_studies([tmp_path / "s"])
     assert runs["val/reward"].isna().all()
     assert summary["held_out_auc"].isna().all()
 
 
-def test_what_the_critic_says_of_unsampled_tokens_is_kept(tmp_path, write_cell):
-    write_cell(tmp_path / "s" / "a", ["seed=0"], [0.1, 0.2])
-    cell = write_cell(tmp_path / "s" / "b", ["seed=1"], [0.1, 0.2])
-    text = "iteration,rollout/reward,policy/unsampled_after\n0,0.1,0.25\n1,0.2,0.5\n"
-    (cell / "metrics.csv").write_text(text)
-    raw = read_studies([tmp_path / "s"])
-    write_raw(raw, tmp_path)
-    for runs in (raw.runs, read_saved(tmp_path).runs):
-        assert runs["policy/unsampled_after"].fillna(-1).tolist() == [-1, -1, 0.25, 0.5]
-        assert "policy/unsampled_before" not in runs
-
-
-def test_a_study_without_a_finished_cell(tmp_path, write_cell):
-    write_cell(tmp_path / "s" / "c", ["seed=0"], [0.1], status="interrupted")
+def test_a_study_without_a_finished_run(tmp_path, write_run):
+    write_run(tmp_path / "s" / "c", ["seed=0"], [0.1], status="interrupted")
     with pytest.raises(
         ConfigError, match=r"study=s: .*1 are not finished; s/c seed=0: interrupted"
     ):

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from etpo.reporting.credit import PAGE_ITERATIONS, read_rows, spread, to_html, write_page
+from etpo.studies.pages.credit import PAGE_ITERATIONS, evenly_spaced, read_rows, to_html, write_page
 
 from .browser import CHROMIUM, Browser
 
@@ -87,7 +87,7 @@ def test_the_page_shows_the_actions_of_an_iteration(show):
     page = show(ROWS)
     assert texts(page, "h1") == ["Token credit"]
     assert texts(page, "h2") == [
-        "The action that is followed",
+        "Followed action",
         "Environment 0, episode 1",
         "Environment 1, episode 1",
     ]
@@ -165,7 +165,7 @@ def test_the_slider_goes_over_the_recorded_iterations(show):
 
 
 FIRST_TIP = [
-    *(["advantage", "+1.000"], ["– by the critic", "+0.750"], ["– by the sample", "+0.250"]),
+    *(["advantage", "+1.000"], ["– from the critic", "+0.750"], ["– from the return", "+0.250"]),
     *(["Q", "0.600"], ["V", "0.100"], ["log π/π_ref", "−0.500"], ["entropy", "1.500"]),
     *(["KL(π ‖ π_ref)", "0.125"], ["token", "π", "Q"]),
     *(["··return·é\\n", "0.500", "0.600"], ["\\n", "0.250", "−0.125"]),
@@ -232,7 +232,7 @@ def test_the_tooltip_lies_inside_the_window(show, block, below):
 
 
 @needs_browser
-def test_what_an_algorithm_lacks_is_left_out(show):
+def test_what_an_algorithm_lacks_is_omitted(show):
     lacking = ("q", "value", "critic_advantage", "sampled_advantage", "advantage")
     bare = {key: value for key, value in ROWS[0].items() if key not in lacking}
     bare["alternatives"] = [[["\n", 0.25]], [], []]
@@ -309,8 +309,8 @@ def test_the_page_of_a_run(finished_run, browser):
 
 
 def test_a_long_run_keeps_the_page_small():
-    assert spread(range(3), 3) == [0, 1, 2]
-    kept = spread(range(400), PAGE_ITERATIONS)
+    assert evenly_spaced(range(3), 3) == [0, 1, 2]
+    kept = evenly_spaced(range(400), PAGE_ITERATIONS)
     assert len(set(kept)) == PAGE_ITERATIONS
     assert (kept[0], kept[-1]) == (0, 399)
     steps = {after - before for before, after in pairwise(kept)}
@@ -318,8 +318,8 @@ def test_a_long_run_keeps_the_page_small():
     page = to_html([row(i, 0) for i in range(60)], "t")
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
     assert len(data) == PAGE_ITERATIONS
-    assert "10 recorded iterations are left out" in page
-    assert "left out" not in to_html(ROWS, "t")
+    assert "10 recorded iterations, evenly spaced, are omitted" in page
+    assert "are omitted" not in to_html(ROWS, "t")
 
 
 def test_without_rows_there_is_no_page(tmp_path):
@@ -330,7 +330,7 @@ def test_without_rows_there_is_no_page(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("advantage", "said"), [([0.0, 0.0, None], True), ([0.0, -1e-3], False)])
-def test_a_page_without_any_credit_explains_itself(advantage, said):
+@pytest.mark.parametrize(("advantage", "shown"), [([0.0, 0.0, None], True), ([0.0, -1e-3], False)])
+def test_a_page_without_any_credit_explains_itself(advantage, shown):
     page = to_html([row(0, 0, advantage=advantage)], "title")
-    assert ("No token has an advantage" in page) == said
+    assert ("No token has an advantage" in page) == shown

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from etpo.reporting.statistics import (
+from etpo.studies.statistics import (
     RESAMPLES,
     iqm,
     iqm_curve,
@@ -12,7 +12,7 @@ from etpo.reporting.statistics import (
 )
 
 
-def test_the_iqm_leaves_a_quarter_out_at_each_end():
+def test_the_iqm_omits_a_quarter_at_each_end():
     assert iqm(np.array([100.0, 1, 2, 3, -50])) == 2  # 5 / 4, rounded down: one at each end
     assert iqm(np.array([0.0, 1, 2, 3, 4, 5, 6, 99])) == 3.5
     assert iqm(np.array([1.0, 2, 9])) == 4
@@ -30,8 +30,8 @@ def test_the_interval_is_the_percentile_bootstrap():
 
 
 def test_strata_are_resampled_among_themselves():
-    apart = iqm_estimate([np.array([0.0, 0.0]), np.array([1.0, 1.0])])
-    assert apart == (0.5, 0.5, 0.5)
+    separate = iqm_estimate([np.array([0.0, 0.0]), np.array([1.0, 1.0])])
+    assert separate == (0.5, 0.5, 0.5)
     mixed = iqm_estimate([np.array([0.0, 0.0, 1.0, 1.0])])
     assert (mixed.low, mixed.high) == (0, 1)
 

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from etpo import report, train
 from etpo.config import CONF
 from etpo.run_folder import claimed
-from etpo.study import difference
+from etpo.studies.multirun import first_difference
 
 
 @pytest.fixture
@@ -45,17 +45,17 @@ def study(command, monkeypatch, tmp_path):
     return run
 
 
-def test_finished_cells_are_skipped_and_new_ones_run(study):
+def test_finished_runs_are_skipped_and_new_ones_run(study):
     ended = study("seed=1,2")
     assert ended.status == 0, ended.err
     assert study.trained == [(1, None), (2, None)]
     ended = study("seed=1,2,3", "environment.score_cache=scores.sqlite")
     assert study.trained == [(3, None)]
     assert ended.out.count("was finished before") == 2
-    assert "3 cells finished, 0 not finished" in ended.out
+    assert "3 runs finished, 0 not finished" in ended.out
 
 
-def test_a_failed_cell_stops_no_other_and_is_told(study):
+def test_a_failed_run_stops_no_other_and_is_reported(study):
     study.failing.add(1)
     ended = study("seed=1,2")
     assert ended.status == 1
@@ -63,7 +63,7 @@ def test_a_failed_cell_stops_no_other_and_is_told(study):
     assert ended.err == "error: no luck\n"
     (failed,) = study.folder.glob("*/failed.txt")
     assert f"failed: {failed.relative_to(Path.cwd())}: no luck\n" in ended.out
-    assert "1 cells finished, 0 not finished" in ended.out
+    assert "1 runs finished, 0 not finished" in ended.out
     study.failing.clear()
     ended = study("seed=1,2")
     assert ended.status == 0, ended.err
@@ -71,7 +71,7 @@ def test_a_failed_cell_stops_no_other_and_is_told(study):
     assert not failed.exists()
 
 
-def test_bad_input_in_a_cell_is_one_line(study, monkeypatch):
+def test_bad_input_in_a_run_is_one_line(study, monkeypatch):
     monkeypatch.undo()  # the real training
     ended = study("seed=0", "environment.dataset=csv", f"hydra.sweep.dir={study.folder}")
     assert ended.status == 1
@@ -79,48 +79,48 @@ def test_bad_input_in_a_cell_is_one_line(study, monkeypatch):
     assert ended.err.count("\n") == 1
 
 
-def test_a_cell_with_a_checkpoint_goes_on_from_it(study):
+def test_a_run_with_a_checkpoint_goes_on_from_it(study):
     study.failing.add(1)
     study("seed=1")
-    (cell,) = study.folder.glob("*/")
-    (cell / "checkpoints").mkdir()
-    (cell / "checkpoints" / "last.ckpt").touch()
+    (run,) = study.folder.glob("*/")
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "last.ckpt").touch()
     study("seed=1")
-    assert study.trained == [(1, str(cell / "checkpoints" / "last.ckpt"))]
+    assert study.trained == [(1, str(run / "checkpoints" / "last.ckpt"))]
 
 
-def test_a_cell_that_another_process_runs_is_left_to_it(study):
+def test_a_run_that_another_process_runs_is_left_to_it(study):
     study("seed=1")
-    (cell,) = study.folder.glob("*/")
-    (cell / "summary.json").unlink()
-    with claimed(cell) as mine:
-        assert mine
+    (run,) = study.folder.glob("*/")
+    (run / "summary.json").unlink()
+    with claimed(run) as locked:
+        assert locked
         ended = study("seed=1,2")
     assert study.trained == [(2, None)]
     assert "another process" in ended.out
-    assert "1 cells finished, 1 not finished" in ended.out
+    assert "1 runs finished, 1 not finished" in ended.out
 
 
-def test_a_cell_of_another_configuration_is_refused(study):
-    """As when the defaults changed between two sessions."""
+def test_a_run_of_another_configuration_is_refused(study):
+    """For example when the defaults changed between two sessions."""
     study("seed=1")
-    (cell,) = study.folder.glob("*/")
-    kept = json.loads((cell / "cell.json").read_text())
+    (run,) = study.folder.glob("*/")
+    kept = json.loads((run / "study_config.json").read_text())
     kept["algorithm"]["beta"] = 7.0
-    (cell / "cell.json").write_text(json.dumps(kept))
+    (run / "study_config.json").write_text(json.dumps(kept))
     ended = study("seed=1")
     assert ended.status == 1
     assert study.trained == []
     assert "algorithm.beta" in ended.err
-    assert (cell / "summary.json").exists()
+    assert (run / "summary.json").exists()
 
 
 def test_the_first_difference_of_two_configurations():
     one = {"a": {"b": [1, 2], "c": None}, "d": 1}
-    assert difference(one, one | {}) is None
-    assert difference(one, one | {"d": 2}) == "d"
-    assert difference(one, one | {"a": {"b": [1], "c": None}}) == "a.b"
-    assert difference(one, one | {"e": 0}) == "e"
+    assert first_difference(one, one | {}) is None
+    assert first_difference(one, one | {"d": 2}) == "d"
+    assert first_difference(one, one | {"a": {"b": [1], "c": None}}) == "a.b"
+    assert first_difference(one, one | {"e": 0}) == "e"
 
 
 def test_the_command_line_takes_the_place_of_what_a_study_sweeps(study):
@@ -147,14 +147,14 @@ def test_a_search_maximises_and_goes_on_where_it_stopped(study):
     assert first + study.trained == whole
 
 
-def test_a_failed_cell_stops_no_search(study):
+def test_a_failed_run_stops_no_search(study):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     study(*SEARCH, "hydra.sweeper.n_trials=1")
     study.failing.add(study.trained[0][0])
     ended = study(*SEARCH, "study=t", "hydra.sweeper.n_trials=3")
     assert ended.status == 1
     assert len(study.trained) == 3
-    assert "2 cells finished, 0 not finished" in ended.out
+    assert "2 runs finished, 0 not finished" in ended.out
 
 
 KILLED = (
@@ -166,7 +166,7 @@ KILLED = (
 
 
 @pytest.mark.slow
-def test_a_study_killed_in_a_cell_is_finished_by_the_same_command(
+def test_a_study_killed_in_a_run_is_finished_by_the_same_command(
     start_train, command, tmp_path, monkeypatch
 ):
     with start_train(tmp_path, *KILLED) as process:
@@ -187,9 +187,9 @@ def test_a_study_killed_in_a_cell_is_finished_by_the_same_command(
     ended = command(train.main, *KILLED)
     assert ended.status == 0, ended.err
     assert ended.out.count("was finished before") == 3
-    # the fourth cell goes on with its second iteration, two cells have both
+    # the fourth run goes on with its second iteration, two runs have both
     assert [ended.out.count(f"iteration {number}/2") for number in (1, 2)] == [2, 3]
-    assert "6 cells finished, 0 not finished" in ended.out
+    assert "6 runs finished, 0 not finished" in ended.out
     assert before == {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in left_by(finished)}
 
     ended = command(report.main, "study=killed")
@@ -198,9 +198,9 @@ def test_a_study_killed_in_a_cell_is_finished_by_the_same_command(
     assert len((folder / "summary.csv").read_text().splitlines()) == 1 + 6
 
 
-def left_by(cells):
-    """What the runs of cells wrote: all but the lock and what Hydra writes before a cell."""
-    files = (file for cell in cells for file in cell.rglob("*") if file.is_file())
+def left_by(runs):
+    """Return the files of finished runs, except the lock and `.hydra`."""
+    files = (file for run in runs for file in run.rglob("*") if file.is_file())
     return [f for f in files if f.name != "lock" and ".hydra" not in f.parts]
 
 
@@ -222,11 +222,11 @@ def test_a_search_without_a_result_is_one_line(study):
     assert ended.status == 1
     assert "Traceback" not in ended.err
     assert "no trial" in ended.err
-    assert "0 cells finished" in ended.out
+    assert "0 runs finished" in ended.out
 
 
 @pytest.mark.parametrize("arguments", [("seed=0,1",), SEARCH])
-def test_an_unknown_metric_ends_a_study_at_its_first_cell(study, monkeypatch, small_run, arguments):
+def test_an_unknown_metric_ends_a_study_at_its_first_run(study, monkeypatch, small_run, arguments):
     monkeypatch.undo()  # the real training
     monkeypatch.setattr(logging, "raiseExceptions", False)
     monkeypatch.chdir(study.folder.parents[3])
@@ -236,7 +236,7 @@ def test_an_unknown_metric_ends_a_study_at_its_first_cell(study, monkeypatch, sm
     assert ended.err.count("\n") == 1
     for name in ("val/reward", "rollout/best_reward_so_far", "time/iteration_seconds"):
         assert name in ended.err
-    assert not list(study.folder.glob("*/"))  # no cell is left
+    assert not list(study.folder.glob("*/"))  # no run is left
 
 
 FILES_OF = {
@@ -251,15 +251,15 @@ FILES_OF = {
 ALL = set().union(*FILES_OF.values()) | {"summary.json", "train.log"}
 
 
-def left(cell):
-    files = {str(p.relative_to(cell)) for p in cell.rglob("*") if p.is_file()}
-    return {f for f in files if not f.startswith(".hydra")} - {"lock", "cell.json"}
+def left(run):
+    files = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
+    return {f for f in files if not f.startswith(".hydra")} - {"lock", "study_config.json"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*OmegaConf.load(CONF / "callbacks" / "default.yaml"), None])
-def test_a_callback_left_out_leaves_out_its_file_alone(name, study, monkeypatch, small_run):
-    """In a study that is run twice and a run that is trained longer. None: all callbacks."""
+def test_without_a_callback_only_its_file_is_missing(name, study, monkeypatch, small_run):
+    """In a study that is started twice and a run that is trained longer; None: no callbacks."""
     monkeypatch.undo()
     monkeypatch.chdir(study.folder.parents[3])
     gone = "callbacks=null" if name is None else f"~callbacks.{name}"
@@ -267,13 +267,13 @@ def test_a_callback_left_out_leaves_out_its_file_alone(name, study, monkeypatch,
     arguments = (*small_run, gone, "trainer.max_epochs=1", "environment.dataset=iris")
     ended = study(*arguments)
     assert ended.status == 0, ended.err
-    (cell,) = study.folder.glob("*/")
-    assert left(cell) == expected
+    (run,) = study.folder.glob("*/")
+    assert left(run) == expected
     ended = study(*arguments)
     assert "was finished before" in ended.out
-    assert "1 cells finished, 0 not finished" in ended.out
-    if (cell / "checkpoints" / "last.ckpt").exists():
-        ended = study.command(train.main, f"ckpt_path={cell}", "trainer.max_epochs=2")
+    assert "1 runs finished, 0 not finished" in ended.out
+    if (run / "checkpoints" / "last.ckpt").exists():
+        ended = study.command(train.main, f"ckpt_path={run}", "trainer.max_epochs=2")
         assert ended.status == 0, ended.err
-        assert left(cell) == expected
-        assert json.loads((cell / "summary.json").read_text())["iterations"] == 2
+        assert left(run) == expected
+        assert json.loads((run / "summary.json").read_text())["iterations"] == 2
