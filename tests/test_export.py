@@ -16,8 +16,9 @@ from transformers import (
 )
 
 from etpo import export, train
+from etpo.config import tiny_checkpoint
 from etpo.errors import ConfigError
-from etpo.models.policy import LanguageModelPolicy, tiny_checkpoint
+from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -224,11 +225,12 @@ def test_a_policy_with_a_short_context(checkpoint, tmp_path):
     assert AutoConfig.from_pretrained(tmp_path / "out").n_positions == 16
 
 
-def test_a_run_that_cannot_be_read_is_no_fault_of_out(monkeypatch, tmp_path):
-    def unreadable(ckpt_path):
+def test_a_run_that_cannot_be_read_is_no_fault_of_out(finished_run, monkeypatch, tmp_path):
+    def unreadable(*_, **__):
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(export, "load_policy", unreadable)
-    cfg = OmegaConf.create({"ckpt_path": "a", "out": str(tmp_path / "out"), "merge": True})
-    with pytest.raises(ConfigError, match="^ckpt_path=a: .*the disk is gone"):
+    monkeypatch.setattr(export, "instantiate", unreadable)
+    last = finished_run.folder / "checkpoints" / "last.ckpt"
+    cfg = OmegaConf.create({"ckpt_path": str(last), "out": str(tmp_path / "out"), "merge": True})
+    with pytest.raises(ConfigError, match="^ckpt_path=.*the disk is gone"):
         export.export(cfg)

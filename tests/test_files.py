@@ -7,8 +7,8 @@ import signal
 
 import pytest
 import torch
-
 from etpo.callbacks.checkpoint_io import AtomicCheckpointIO
+
 from etpo.callbacks.metrics_csv import write_rows
 from etpo.errors import OutputError
 from etpo.files import append_lines, write_text, written

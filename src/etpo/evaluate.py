@@ -1,79 +1,32 @@
-"""`etpo-evaluate ckpt_path=...`: whole episodes of a checkpoint, greedy and sampled."""
+"""`etpo-evaluate ckpt_path=...`: play whole episodes with a checkpoint, greedy and sampled."""
 
 import json
-import sys
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import hydra
 import numpy as np
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
-from torch import nn
-from yaml import YAMLError
 
-from etpo.algorithms.etpo import ETPO
-from etpo.config import (
-    CONF,
-    check_missing,
-    check_overrides,
-    checkpoint_file,
-    exit_on_bad_input,
-    load_checkpoint,
-    run_folder,
-)
+from etpo.checkpoints import load_checkpoint, load_weights, saved_config
+from etpo.config import check_missing
+from etpo.console import console_script
 from etpo.environments import plain
 from etpo.environments.text_env import TextVectorEnv
-from etpo.errors import MAX_SEED, ConfigError, check_integer, described
+from etpo.errors import MAX_SEED, ConfigError, check_integer
 from etpo.files import write_text
 from etpo.generation.sampler import action_texts, sample
 from etpo.models.policy import LanguageModelPolicy
 from etpo.rollout.datamodule import derived_seed
 from etpo.rollout.types import Record
 from etpo.run_folder import remove_made
-from etpo.train import quiet
 
-
-def saved_config(ckpt_path: str, overrides: list[str]) -> DictConfig:
-    """The configuration of the run that wrote `ckpt_path`, with `overrides` on top.
-
-    Its `paths.output_dir` is the run's folder. Raises ConfigError where that folder's
-    `.hydra/config.yaml` is missing or cannot be read.
-    """
-    file = checkpoint_file(ckpt_path)
-    folder = run_folder(file) or file.parent.parent
-    config = folder / ".hydra" / "config.yaml"
-    if not config.is_file():
-        raise ConfigError(f"ckpt_path={ckpt_path}: its run folder lacks {config.name} ({config})")
-    try:
-        cfg = OmegaConf.load(config)
-    except (OSError, ValueError, YAMLError) as error:
-        raise ConfigError(
-            f"ckpt_path={ckpt_path}: {config} cannot be read: {described(error)}"
-        ) from error
-    OmegaConf.set_struct(cfg, True)
-    try:
-        cfg.merge_with_dotlist(overrides)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"overrides={overrides}: {str(error).splitlines()[0]}") from error
-    cfg.paths.output_dir = str(folder)
-    return cfg
-
-
-def load_weights(module: nn.Module, state: dict[str, torch.Tensor], ckpt_path: str) -> None:
-    """Loads what training changed; ConfigError where `state` is that of another model."""
-    try:
-        strange = module.load_state_dict(state, strict=False).unexpected_keys
-    except RuntimeError as error:
-        raise ConfigError(f"ckpt_path={ckpt_path}: its weights have other shapes") from error
-    if strange:
-        raise ConfigError(f"ckpt_path={ckpt_path}: the model has no weight {strange[0]}")
+Episodes = list[list[Record]]
 
 
 def play(
@@ -85,20 +38,19 @@ def play(
     max_actions: int,
     generator: torch.Generator | None,
     seed: int,
-) -> list[list[Record]]:
-    """`count` episodes, each to its end or to `max_actions` actions; greedy without `generator`.
+) -> Episodes:
+    """Play `count` episodes to their end or to `max_actions` actions; greedy without `generator`.
 
-    Every copy of the environment plays one episode after a `reset`: that short episodes end first
-    has no influence on which ones are counted.
-
-    Raises ConfigError for what an environment may not send (`etpo.environments.plain`).
+    Each copy of the environment plays one episode after a `reset`, so that short episodes are not
+    counted more often. Raises ConfigError for invalid values from an environment
+    (`etpo.environments.plain`).
     """
     source = f"environment {environment.task_name}"
-    episodes: list[list[Record]] = []
+    episodes: Episodes = []
     together = type(environment).step_part is TextVectorEnv.step_part
     while len(episodes) < count:
         size = min(environment.num_envs, count - len(episodes))
-        wave: list[list[Record]] = [[] for _ in range(size)]
+        wave: Episodes = [[] for _ in range(size)]
         first, _ = environment.reset(seed=seed + len(episodes), options={"evaluation": True})
         with plain.sent_by(source):
             observations = plain.observations(first, environment.num_envs)
@@ -128,16 +80,16 @@ def play(
     return episodes
 
 
-def returns_of(episodes: list[list[Record]]) -> list[float]:
-    """The sum of each episode's rewards."""
+def returns_of(episodes: Episodes) -> list[float]:
+    """Return the sum of each episode's rewards."""
     return [sum(record.reward for record in episode) for episode in episodes]
 
 
-def statistics(episodes: list[list[Record]], *, has_success: bool) -> dict[str, Any]:
-    """Returns and actions of episodes; null where a number is not defined.
+def statistics(episodes: Episodes, *, has_success: bool) -> dict[str, Any]:
+    """Return statistics of episodes; null where a number is not defined.
 
-    interval: 95%, of Student's t distribution. success_rate, where `has_success`: share of
-    episodes with return 1; success_interval: 95%, after Wilson.
+    interval: 95%, of Student's t distribution. success_rate, with `has_success`: share of episodes
+    with return 1; success_interval: 95%, after Wilson.
     """
     returns = returns_of(episodes)
     actions = [record for episode in episodes for record in episode]
@@ -163,38 +115,40 @@ def statistics(episodes: list[list[Record]], *, has_success: bool) -> dict[str, 
     }
 
 
-def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, list[list[Record]]]]:
-    """Greedy and sampled episodes of a checkpoint: their statistics, and the episodes by policy.
-
-    success_rate is defined where every return of both policies is -1, 0 or 1. The data-science task
-    is played for first attempts, which are also scored on the held-out rows.
-    """
+def check_arguments(cfg: DictConfig) -> None:
+    """Raise ConfigError for a missing or impossible value."""
     check_missing(cfg)
     check_integer("samples", cfg.samples, 1)
     check_integer("max_actions", cfg.max_actions, 1)
     check_integer("seed", cfg.seed, 0, MAX_SEED)
     if not OmegaConf.is_list(cfg.overrides):
         raise ConfigError(f"overrides={cfg.overrides}: allowed is a list, ['key=value', ...]")
+
+
+def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Episodes]]:
+    """Play greedy and sampled episodes; return their statistics, and the episodes by policy.
+
+    success_rate is defined if every return of both policies is -1, 0 or 1. In the data-science task
+    only first attempts are played, which are also scored on the held-out rows.
+    """
+    check_arguments(cfg)
     state = load_checkpoint(cfg.ckpt_path)["state_dict"]
     run = saved_config(str(cfg.ckpt_path), [str(override) for override in cfg.overrides])
     run.rollout.num_envs = min(run.rollout.num_envs, cfg.samples)
     if "max_attempts" in run.environment:
         run.environment.max_attempts = 1
     environment = instantiate(run.environment)
-    module: ETPO = instantiate(run.algorithm, policy=instantiate(run.model))
+    module = instantiate(run.algorithm, policy=instantiate(run.model))
     load_weights(module, state, cfg.ckpt_path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module.policy.to(device)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     mixed = torch.autocast(device.type, torch.bfloat16, run.trainer.precision == "bf16-mixed")
     programs = hasattr(environment, "held_out")
-    name = environment.dataset.name if programs else environment.task_name
-    result: dict[str, Any] = {"ckpt_path": str(cfg.ckpt_path), "environment": name}
-    played: dict[str, list[list[Record]]] = {}
     try:
-        for policy, source in (("greedy", None), ("sampled", generator)):
-            with mixed:
-                played[policy] = play(
+        with mixed:
+            played = {
+                name: play(
                     module.policy,
                     environment,
                     1 if programs and source is None else cfg.samples,
@@ -203,23 +157,35 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, list[list[Recor
                     generator=source,
                     seed=derived_seed(cfg.seed),
                 )
-        returns = {value for episodes in played.values() for value in returns_of(episodes)}
-        has_success = not programs and returns <= {-1.0, 0.0, 1.0}
-        for policy, episodes in played.items():
-            result[policy] = statistics(episodes, has_success=has_success)
-            if programs:
-                texts = [environment.program_from_action(e[0].action) for e in episodes]
-                scores = environment.held_out(texts)
-                held_out = None if scores is None else fmean(score.reward for score in scores)
-                result[policy]["held_out_reward"] = held_out
-                result.setdefault("greedy_program", texts[0])
+                for name, source in (("greedy", None), ("sampled", generator))
+            }
+        return evaluation(environment, played, str(cfg.ckpt_path)), played
     finally:
         environment.close()
-    return result, played
+
+
+def evaluation(
+    environment: TextVectorEnv, played: dict[str, Episodes], ckpt_path: str
+) -> dict[str, Any]:
+    """Return the content of `evaluation.json`."""
+    programs = hasattr(environment, "held_out")
+    name = environment.dataset.name if programs else environment.task_name
+    result: dict[str, Any] = {"ckpt_path": ckpt_path, "environment": name}
+    returns = {value for episodes in played.values() for value in returns_of(episodes)}
+    has_success = not programs and returns <= {-1.0, 0.0, 1.0}
+    for policy, episodes in played.items():
+        result[policy] = statistics(episodes, has_success=has_success)
+        if programs:
+            texts = [environment.program_from_action(e[0].action) for e in episodes]
+            scores = environment.held_out(texts)
+            held_out = None if scores is None else fmean(score.reward for score in scores)
+            result[policy]["held_out_reward"] = held_out
+            result.setdefault("greedy_program", texts[0])
+    return result
 
 
 def result_table(result: dict[str, Any]) -> Table:
-    """One row per policy; held-out rewards count a failure as -1, as every reward does."""
+    """Return one row per policy; a failure counts as a held-out reward of -1."""
     programs = "greedy_program" in result
     table = Table()
     for column in ("policy", "episodes", "actions", "valid", "mean return", "95% interval"):
@@ -241,11 +207,8 @@ def result_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def report(result: dict[str, Any], played: dict[str, list[list[Record]]], folder: Path) -> None:
-    """Prints the table and writes `evaluation.json` and `episodes.jsonl`.
-
-    Raises OutputError where one cannot be written.
-    """
+def report(result: dict[str, Any], played: dict[str, Episodes], folder: Path) -> None:
+    """Print the table and write `evaluation.json` and `episodes.jsonl`."""
     lines = [
         json.dumps({"policy": policy, "episode": number} | record._asdict()) + "\n"
         for policy, episodes in played.items()
@@ -263,24 +226,15 @@ def report(result: dict[str, Any], played: dict[str, list[list[Record]]], folder
         print(f"written: {folder / name}")
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")
-def hydra_main(cfg: DictConfig) -> None:
-    quiet()
-    with exit_on_bad_input():
-        folder = Path(cfg.paths.output_dir)
-        try:
-            result, played = evaluate(cfg)
-        except Exception:
-            remove_made(folder)
-            raise
-        report(result, played, folder)
-
-
-def main() -> None:
+@console_script("evaluate")
+def main(cfg: DictConfig) -> None:
     """Console script: `etpo-evaluate ckpt_path=... [key=value ...]`."""
-    with exit_on_bad_input():
-        check_overrides("evaluate", sys.argv[1:])
-    hydra_main()
+    try:
+        result, played = evaluate(cfg)
+    except BaseException:
+        remove_made()
+        raise
+    report(result, played, Path(cfg.paths.output_dir))
 
 
 if __name__ == "__main__":

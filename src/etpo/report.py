@@ -1,16 +1,14 @@
 """`etpo-report study=...`: runs of studies -> tables and figures over seeds and data sets."""
 
-import sys
 from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
-import hydra
 import pandas as pd
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from rich.console import Console
 
-from etpo.config import CONF, check_overrides, exit_on_bad_input
+from etpo.console import console_script
 from etpo.errors import ConfigError
 from etpo.reporting.figures import bars, learning_curves, save
 from etpo.reporting.page import to_html
@@ -141,17 +139,10 @@ def print_report(done: Report) -> None:
     )
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="report")
-def hydra_main(cfg: DictConfig) -> None:
-    with exit_on_bad_input():
-        print_report(report(cfg))
-
-
-def main() -> None:
+@console_script("report")
+def main(cfg: DictConfig) -> None:
     """Console script: `etpo-report study=... [key=value ...]`."""
-    with exit_on_bad_input():
-        check_overrides("report", sys.argv[1:])
-    hydra_main()
+    print_report(report(cfg))
 
 
 if __name__ == "__main__":

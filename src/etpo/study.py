@@ -19,24 +19,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from etpo.callbacks.metrics_csv import rows_before
-from etpo.config import error_line
-from etpo.errors import ConfigError, OutputError, UnknownMetric
-from etpo.files import write_text
+from etpo.config import IGNORED_KEYS
+from etpo.errors import ConfigError, OutputError, UnknownMetric, error_line
+from etpo.files import read_rows, write_text
 from etpo.run_folder import claimed, is_main_process, save_config
-
-# of a cell's configuration: what may change between the sessions of a study
-CHANGEABLE = (
-    "ckpt_path",
-    "study",
-    "optimized_metric",
-    "paths.log_dir",
-    "environment.data_dir",
-    "environment.path",
-    "environment.score_cache",
-    "environment.score_cache_entries",
-    "environment.sandbox.workers",
-)
 
 
 def run_cell(cfg: DictConfig, run: Callable[[DictConfig], float | None]) -> float | None:
@@ -86,7 +72,7 @@ def run_cell(cfg: DictConfig, run: Callable[[DictConfig], float | None]) -> floa
 def check_unchanged(folder: Path, cfg: DictConfig) -> None:
     """Raises ConfigError where the cell was begun with another configuration."""
     kept = OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
-    for key in CHANGEABLE:
+    for key in IGNORED_KEYS:
         OmegaConf.update(kept, key, None, force_add=True)
     present = OmegaConf.to_container(kept, resolve=False)
     file = folder / "cell.json"
@@ -128,7 +114,7 @@ def shortcoming(cell: Path) -> str | None:
 
 def last_metric(folder: Path, name: str) -> float | None:
     """A metric of the last iteration, from `metrics.csv`, else from `summary.json`."""
-    rows = rows_before(folder / "metrics.csv", sys.maxsize)
+    rows = read_rows(folder / "metrics.csv")
     if rows:
         value = rows[-1].get(name)
     else:

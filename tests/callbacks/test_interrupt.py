@@ -1,7 +1,6 @@
 import signal
 
 import pytest
-
 from etpo.callbacks.interrupt import InterruptGuard
 
 

@@ -6,9 +6,9 @@ import re
 import pytest
 
 from etpo.callbacks.start import StartReport, short
+from etpo.config import tiny_checkpoint
 from etpo.models.fresh import fresh_llama, save_checkpoint
 from etpo.models.loading import load_tokenizer
-from etpo.models.policy import tiny_checkpoint
 
 MIB = {"MiB": 1, "GiB": 1024}
 

@@ -1,8 +1,8 @@
-"""What is printed before the first iteration: what is trained, on what, and what it will take."""
+"""The block that is printed before the first iteration: device, sizes, expected memory."""
 
 import resource
+import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -13,16 +13,17 @@ from torch import nn
 
 from etpo.algorithms.base import OnPolicyAlgorithm
 from etpo.callbacks.summary import peak_memory_mib
+from etpo.checkpoints import saved_state
+from etpo.config import algorithm_name
 
 MIB = 2**20
-# Floats per token that a training step holds beside the annotated actions: for every entry of the
-# vocabulary, and in every layer by hidden and by intermediate size. Fitted to the measurements of
-# docs/benchmarks.md.
+# Floats per token that a training step holds in addition to the stored actions: per entry of the
+# vocabulary, and in each layer per hidden and intermediate unit. Fitted to docs/benchmarks.md.
 STEP_VOCABULARY, STEP_HIDDEN, STEP_INTERMEDIATE = 18, 16, 6
 
 
 class StartReport(Callback):
-    """Prints on rank zero, when the models are on their device.
+    """Print the block on rank zero, when the models are on their device.
 
     folder: of the run. environment, model: their names.
     """
@@ -42,16 +43,27 @@ class StartReport(Callback):
         ]
         if not trainer.is_global_zero:
             return
+        task = getattr(trainer.datamodule.environment, "task_name", self.environment)
+        if self.model == "tiny" and task != "data_science":
+            print(embedded_model_warning(task), file=sys.stderr)
         console = Console(soft_wrap=True, highlight=False)
-        algorithm = type(pl_module).__name__.lower()
+        algorithm = algorithm_name(type(pl_module).__name__)
         names = escape(f"{self.environment}, {self.model}")
         console.print(f"[bold]{algorithm}[/bold] on {names}")
         for label, text in rows:
             console.print(f"  {label:<18}{text}", markup=False)
 
 
+def embedded_model_warning(task: str) -> str:
+    """Return the warning about a run that is unlikely to learn."""
+    return (
+        f"warning: the embedded model (model=tiny) writes scikit-learn programs, not {task}; "
+        "model=causal_lm model.name_or_path=<id or folder> takes another model"
+    )
+
+
 def device_line(trainer: Trainer, module: LightningModule) -> str:
-    """Kind of device, precision, processes; threads on a CPU."""
+    """Return kind of device, precision, processes; threads on a CPU."""
     parts = [str(module.device), str(trainer.precision)]
     if module.device.type == "cuda":
         parts[0] += f" ({torch.cuda.get_device_name(module.device)})"
@@ -63,17 +75,15 @@ def device_line(trainer: Trainer, module: LightningModule) -> str:
 
 
 def parameters_line(module: nn.Module) -> str:
-    """Trained parameters, and all with critics and reference; shared ones count once."""
-    return f"{short(count(module, trained=True))} trained of {short(count(module))} in all"
-
-
-def count(module: nn.Module, *, trained: bool = False) -> int:
-    """Parameters of a module; with `trained` those that are trained."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+    """Return the number of trained and of all parameters, critics and reference included."""
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return (
+        f"{short(trained)} trained of {short(sum(p.numel() for p in module.parameters()))} in all"
+    )
 
 
 def short(number: int) -> str:
-    """1234567 -> 1.2M."""
+    """Format a number of parameters: 1234567 -> 1.23M."""
     for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if number >= unit:
             return f"{number / unit:.3g}{letter}"
@@ -81,12 +91,12 @@ def short(number: int) -> str:
 
 
 def size(mib: float) -> str:
-    """Mebibytes in a readable unit."""
+    """Format mebibytes."""
     return f"{mib / 1024:.1f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"
 
 
 def iterations_line(trainer: Trainer) -> str:
-    """How many there are, and what each costs."""
+    """Return the number of iterations and the size of each."""
     data = trainer.datamodule
     actions, tokens = data.actions_per_iteration, data.max_new_tokens
     return (
@@ -96,7 +106,7 @@ def iterations_line(trainer: Trainer) -> str:
 
 
 def checkpoint_lines(trainer: Trainer, module: LightningModule) -> list[str]:
-    """The sizes of the files that are written, one line; none without checkpoints."""
+    """Return the expected sizes of the checkpoints in one line; none without checkpoints."""
     callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     files = [
         f"{c.filename} about {size(checkpoint_mib(module, optimizer=not c.save_weights_only))}"
@@ -106,22 +116,19 @@ def checkpoint_lines(trainer: Trainer, module: LightningModule) -> list[str]:
 
 
 def checkpoint_mib(module: LightningModule, *, optimizer: bool) -> float:
-    """A checkpoint's weights, and AdamW's two moments of what is trained."""
-    content: dict[str, Any] = {"state_dict": module.state_dict(keep_vars=True)}
-    if optimizer:  # the module may keep less beside none
-        content["optimizer_states"] = []
-    module.on_save_checkpoint(content)
-    weights = {id(tensor): tensor.nbytes for tensor in content["state_dict"].values()}  # tied: once
-    moments = 2 * trained_bytes(module) if optimizer else 0
-    return (sum(weights.values()) + moments) / MIB
+    """Return the size of a checkpoint's weights and of AdamW's two moments of the trained ones."""
+    state = saved_state(module, optimizer=optimizer)
+    weights = {id(tensor): tensor.nbytes for tensor in state.values()}  # tied: once
+    return (sum(weights.values()) + (2 * trained_bytes(module) if optimizer else 0)) / MIB
 
 
 def trained_bytes(module: nn.Module) -> int:
+    """Return the size of the trained parameters."""
     return sum(p.nbytes for p in module.parameters() if p.requires_grad)
 
 
 def memory_line(trainer: Trainer, module: LightningModule) -> str:
-    """The expected peak of a process, and what it is for."""
+    """Return the expected peak memory of a process."""
     if not isinstance(module, OnPolicyAlgorithm):
         return f"{size(held_mib(module.device))} so far"
     peak, prompts = memory(trainer, module)
@@ -132,10 +139,10 @@ def memory_line(trainer: Trainer, module: LightningModule) -> str:
 
 
 def memory(trainer: Trainer, module: OnPolicyAlgorithm) -> tuple[float, float]:
-    """Expected peak of a process in MiB, without prompts, and what 100 tokens of them add.
+    """Return the expected peak of a process in MiB without prompts, and of 100 prompt tokens.
 
-    It is what is held now, gradients, the optimizer's moments, annotated actions and a training
-    step. Equal prompts are computed once and count as none.
+    Sum of present memory, gradients, the optimizer's moments, stored actions and a training step.
+    Equal prompts are computed once and count as none.
     """
     now = held_mib(module.device)
     data, policy = trainer.datamodule, module.policy
@@ -144,7 +151,7 @@ def memory(trainer: Trainer, module: OnPolicyAlgorithm) -> tuple[float, float]:
     chunk = module.logits_chunk_size
     actions = data.actions_per_rank * data.max_new_tokens  # tokens of an iteration
     step = data.minibatch_size * data.max_new_tokens  # of a training step
-    width = module.annotated_width()  # floats of an annotated token
+    width = module.annotated_width()  # floats per stored token
     inner = getattr(config, "intermediate_size", None)
     inner = inner if isinstance(inner, int) else 4 * hidden
     layer = STEP_HIDDEN * hidden + STEP_INTERMEDIATE * inner
@@ -160,7 +167,7 @@ def memory(trainer: Trainer, module: OnPolicyAlgorithm) -> tuple[float, float]:
 
 
 def held_mib(device: torch.device) -> float:
-    """What is held now: of this process on a CPU, of its tensors on a GPU."""
+    """Return the present memory: of this process on a CPU, of its tensors on a GPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / MIB
     pages = Path("/proc/self/statm")
@@ -170,7 +177,7 @@ def held_mib(device: torch.device) -> float:
 
 
 def trained_trunks(module: OnPolicyAlgorithm) -> int:
-    """Language models that a training step goes back through: the policy, and a critic's own."""
+    """Count the language models with gradients in a training step: policy, and perhaps critic."""
     critic = module.critic
     own = critic is not None and any(
         p.requires_grad for name, p in critic.named_parameters() if not name.startswith("head")

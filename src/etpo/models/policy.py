@@ -6,7 +6,6 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -53,11 +52,6 @@ class PromptBatch(NamedTuple):
     mask: Tensor
     dropped: int
     rests: tuple[str, ...] = ()
-
-
-def tiny_checkpoint() -> str:
-    """The folder of the embedded base model."""
-    return str(Path(__file__).parent / "tiny" / "checkpoint")
 
 
 class LanguageModelPolicy(nn.Module):

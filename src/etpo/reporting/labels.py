@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from etpo.study import CHANGEABLE
+from etpo.config import IGNORED_KEYS
 
 # overrides that never tell methods apart: they name the seed, the data or the algorithm itself
-APART = {*CHANGEABLE, "seed", "environment.dataset", "environment.target", "algorithm"}
+APART = {*IGNORED_KEYS, "seed", "algorithm"}
+APART |= {"environment.dataset", "environment.path", "environment.target"}
 
 
 Choices = tuple[str, dict[str, str]]  # a run's algorithm and overrides
