@@ -143,7 +143,7 @@ def test_archer_credits_q_less_v(build_baseline, monkeypatch):
     )
     v = torch.tensor([0.6, 0.6, 0.7, 0.6])
     q = torch.tensor([0.3 + 0.64, 0.6 + 0.25, 0.7 + 0.81, 0.4 + 0.04])
-    advantages = (q - v - (q - v).mean()) / ((q - v).std(doubly_robust=0) + 1e-4)
+    advantages = (q - v - (q - v).mean()) / ((q - v).std(correction=0) + 1e-4)
     torch.testing.assert_close(batch.advantages, advantages[:, None].expand(4, 2))
     torch.testing.assert_close(batch.utterance_q, q)
     # r + gamma V(o') at pi = pi_ref
@@ -203,7 +203,7 @@ def test_standardised_advantages_do_not_count_what_is_masked(build_baseline, mon
     values = 3 + 5 * torch.randn(MASK.shape, generator=torch.Generator().manual_seed(0))
     standardised = module.standardised(values.where(MASK, 1e3), MASK)[MASK]
     assert standardised.mean().item() == pytest.approx(0, abs=1e-5)
-    assert standardised.std(doubly_robust=0).item() == pytest.approx(1, abs=1e-4)
+    assert standardised.std(correction=0).item() == pytest.approx(1, abs=1e-4)
     assert torch.equal(standardised.argsort(), values[MASK].argsort())
     assert module.standardised(torch.full(MASK.shape, -0.9), MASK).abs().max() < 0.01
 
