@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from etpo import train
-from etpo.run_folder import RunFolder, claimed, make, make_unique, remove_made
+from etpo.run_folder import RunFolder, claimed, make, remove_made
 
 
 @pytest.fixture
@@ -25,28 +25,22 @@ def content(folder: Path) -> dict[str, bytes | None]:
 
 
 def test_runs_of_one_second_get_folders_of_their_own(tmp_path):
-    names = [make_unique(tmp_path / "runs" / "2026").name for _ in range(3)]
-    assert names == ["2026", "2026-2", "2026-3"]
+    folder = tmp_path / "runs" / "2026"
+    assert [make(folder, unique=True).name for _ in range(3)] == ["2026", "2026-2", "2026-3"]
+    remove_made()
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["2026", "2026-2"]
 
 
 def test_a_folder_that_another_process_made_is_not_removed(tmp_path):
-    assert make(tmp_path / "run")
-    assert not make(tmp_path / "run")
+    (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.csv").touch()
-    RunFolder.made = None
-    remove_made(tmp_path / "run")
+    RunFolder.made = ()
+    assert make(tmp_path / "run", unique=False) == tmp_path / "run"
+    remove_made()
     assert (tmp_path / "run" / "metrics.csv").exists()
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError):
-        make(tmp_path / "file")
-
-
-def test_a_second_run_of_a_second_is_removed_without_the_first(tmp_path):
-    first = make_unique(tmp_path / "runs" / "2026")
-    RunFolder.made = second = make_unique(tmp_path / "runs" / "2026")
-    remove_made(second)
-    assert first.is_dir()
-    assert not second.exists()
+        make(tmp_path / "file", unique=False)
 
 
 @pytest.mark.parametrize(

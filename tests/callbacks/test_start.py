@@ -67,6 +67,18 @@ def test_without_checkpoints_none_are_expected(tmp_path, fit, capsys):
     assert not re.search("^  checkpoints ", out, re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    ("task", "model", "warned"),
+    [("household", "tiny", 1), ("data_science", "tiny", 0), ("household", "Qwen3-0.6B", 0)],
+)
+def test_the_embedded_model_in_another_task_is_warned_of(
+    task, model, warned, tmp_path, fit, script_environment, capsys
+):
+    script_environment.task_name = task
+    fit([StartReport(str(tmp_path), task, model)], 1, environment=script_environment)
+    assert capsys.readouterr().err.count("model.name_or_path") == warned
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["algorithm=grpo"], ["algorithm.logits_chunk_size=64"]])
 def test_a_larger_model_takes_what_is_expected(options, start_train, tmp_path):
