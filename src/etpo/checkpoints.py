@@ -92,8 +92,9 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], ckpt_path: str) ->
         raise ConfigError(f"ckpt_path={ckpt_path}: the model has no weight {strange[0]}")
 
 
-def check_resumable(content: dict[str, Any], ckpt_path: str, max_epochs: int) -> None:
-    """Raise ConfigError if a checkpoint has weights alone, or more iterations than the run."""
+def load_resumable(ckpt_path: str, max_epochs: int) -> dict[str, Any]:
+    """Load a checkpoint. Raises ConfigError for weights alone or more iterations than the run."""
+    content = load_checkpoint(ckpt_path)
     if "optimizer_states" not in content:
         raise ConfigError(
             f"ckpt_path={ckpt_path}: it holds the policy's weights alone; allowed is the run's "
@@ -105,6 +106,7 @@ def check_resumable(content: dict[str, Any], ckpt_path: str, max_epochs: int) ->
             f"trainer.max_epochs={max_epochs}: {ckpt_path} has {done} iterations; allowed is "
             f"{done} or more"
         )
+    return content
 
 
 def saved_state(module: LightningModule, *, optimizer: bool) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Process settings of the console scripts: memory, signals, warnings, names of environment variables."""
+"""Process settings of the console scripts: memory, signals, warnings."""
 
 import ctypes
 import logging

@@ -15,7 +15,7 @@ from etpo.config import check_config
 from etpo.console import console_script
 from etpo.resume import resume_arguments
 from etpo.run_folder import held
-from etpo.runtime import INTERRUPTED, TERMINATED
+from etpo.runtime import INTERRUPTED, TERMINATED, silence_libraries
 
 if TYPE_CHECKING:  # imported late, so that bad input is refused before PyTorch is loaded
     from lightning import Trainer
@@ -28,9 +28,10 @@ def build(cfg: DictConfig, environment: Any) -> tuple["Trainer", dict[str, Any]]
 
     from etpo.callbacks.run_start import build_callbacks
     from etpo.callbacks.tracking import start_tracking
-    from etpo.checkpoints import check_fits, load_checkpoint
+    from etpo.checkpoints import check_fits, load_resumable
 
-    content = None if cfg.ckpt_path is None else load_checkpoint(cfg.ckpt_path, cfg.trainer)
+    silence_libraries()  # again: Lightning sets its log level when it is imported
+    content = None if cfg.ckpt_path is None else load_resumable(cfg.ckpt_path, cfg.trainer.max_epochs)
     seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.rollout, environment=environment)
     loggers = [instantiate(logger) for logger in (cfg.get("logger") or {}).values()]
@@ -53,7 +54,7 @@ def is_multirun() -> bool:
 
 
 def fit(trainer: "Trainer", arguments: dict[str, Any]) -> str:
-    """Train to the end, Ctrl-C or SIGTERM; return finished, stopped (see `train`) or interrupted."""
+    """Train to the end, Ctrl-C or SIGTERM; return the status, see `train`."""
     if trainer.world_size > 1:  # Lightning ends all processes at the same batch
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
@@ -64,9 +65,7 @@ def fit(trainer: "Trainer", arguments: dict[str, Any]) -> str:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning left it ignored
         return "interrupted"
     except Exception:
-        if (
-            trainer.strategy.launcher is not None
-        ):  # a process waiting for its environment would stay
+        if trainer.strategy.launcher is not None:  # ends processes that wait for an environment
             trainer.strategy.launcher.kill(signal.SIGKILL)
         raise
     whole = isinstance(trainer.limit_train_batches, float) and trainer.limit_train_batches == 1.0

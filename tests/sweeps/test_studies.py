@@ -55,11 +55,11 @@ def test_each_value_of_a_study_composes_and_changes_something(study):
         interval = sweep.is_interval_sweep()
         ends = (sweep.value().start, sweep.value().end) if interval else ()
         texts = ends or sweep.sweep_string_iterator()
-        composed = [composed("train", [f"sweep={study}", f"{key}={v}"]) for v in texts]
-        for one in composed:
+        cfgs = [composed("train", [f"sweep={study}", f"{key}={v}"]) for v in texts]
+        for one in cfgs:
             del one.hydra
-        assert len(composed) > 1
-        assert all(a != b for a, b in pairwise(composed))
+        assert len(cfgs) > 1
+        assert all(a != b for a, b in pairwise(cfgs))
 
 
 def test_every_study_is_run_here():
