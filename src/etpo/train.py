@@ -31,7 +31,9 @@ def build(cfg: DictConfig, environment: Any) -> tuple["Trainer", dict[str, Any]]
     from etpo.checkpoints import check_fits, load_resumable
 
     silence_libraries()  # again: Lightning sets its log level when it is imported
-    content = None if cfg.ckpt_path is None else load_resumable(cfg.ckpt_path, cfg.trainer.max_epochs)
+    content = (
+        None if cfg.ckpt_path is None else load_resumable(cfg.ckpt_path, cfg.trainer.max_epochs)
+    )
     seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.rollout, environment=environment)
     loggers = [instantiate(logger) for logger in (cfg.get("logger") or {}).values()]
