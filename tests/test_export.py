@@ -177,7 +177,7 @@ def test_the_folder_is_the_policy(trained, merge, tied, checkpoint, tmp_path, mo
     prompt, action = ids.split([4, 5], dim=1)
     with torch.no_grad():
         expected = policy(prompt, torch.ones_like(prompt).bool(), action).log_kept
-        policy = policy.model(input_ids=ids).logits
+        policy_logits = policy.model(input_ids=ids).logits
     text = [{"role": "user", "content": "Go. <|im_end|>"}]
     said = policy.tokenizer.apply_chat_template(text, tokenize=False)
     export.write(policy, tmp_path / "out", merge)
@@ -188,7 +188,7 @@ def test_the_folder_is_the_policy(trained, merge, tied, checkpoint, tmp_path, mo
         model = PeftModel.from_pretrained(base, tmp_path / "out")
     with torch.no_grad():
         logits = model.eval()(input_ids=ids).logits
-    torch.testing.assert_close(logits, policy, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, policy_logits, rtol=1e-4, atol=1e-4)
     # min_p, temperature and the ids that no token has, as `generate` applies them
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.apply_chat_template(text, tokenize=False) == said

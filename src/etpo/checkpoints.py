@@ -136,8 +136,8 @@ def check_fits(module: LightningModule, content: dict[str, Any], ckpt_path: str)
         return
     optimizer: Optimizer = configured["optimizer"]
     for group, old in zip(optimizer.param_groups, states[0]["param_groups"], strict=False):
-        options = set(group) | set(old)
-        changed = {k for k in options if group.get(k, ...) != old.get(k, ...)} - CHANGEABLE_OPTIONS
+        options = (set(group) | set(old)) - CHANGEABLE_OPTIONS
+        changed = {k for k in options if group.get(k, ...) != old.get(k, ...)}
         if changed:
             raise ConfigError(
                 f"algorithm.optimizer={type(optimizer).__name__}: the checkpoint has the state of "

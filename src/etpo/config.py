@@ -52,11 +52,8 @@ def renamed(text: str) -> str | None:
     package = re.search(r"full_key: (\S+)", text)
     found = f"'{package[1]}.{keyword[1]}'" if keyword and package else ""
     for old, new in RENAMED.items():
-        if f"'{old}'" in text + found or f"'{old.replace('=', '/')}'" in text:
-            return (
-                f"{old} is now {new}; version 0.1 knew the old name, which a resumed run reads from "
-                "its .hydra folder"
-            )
+        if f"'{old.replace('=', '/')}'" in text + found:
+            return f"{old} is now {new} (a resumed run reads old names from its .hydra folder)"
     return None
 
 

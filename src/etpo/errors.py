@@ -21,7 +21,7 @@ class EnvironmentFailure(ConfigError):
 
 
 class UnknownMetric(ConfigError):
-    """`optimized_metric` names a metric that no iteration logs, so no run of a study can have it."""
+    """`optimized_metric` names a metric that no iteration logs."""
 
 
 class OutputError(RuntimeError):
@@ -39,7 +39,7 @@ def first_cause(error: BaseException) -> BaseException:
 
 
 def error_line(error: BaseException) -> str:
-    """Describe an exception in one line: a ConfigError in full, else OmegaConf's key and one line."""
+    """Return a ConfigError in one line, of other exceptions OmegaConf's key and the first line."""
     cause = first_cause(error)
     if isinstance(cause, ConfigError | OutputError):
         return " ".join(str(cause).splitlines())

@@ -122,7 +122,7 @@ def write(policy: LanguageModelPolicy, folder: Path, merge: bool) -> None:
     if not distance <= limit:
         raise ConfigError(
             f"merge={str(merge).lower()}: log-probabilities of the folder differ from the model's "
-            f"by {float(distance):.2g} on average; allowed is a model that transformers saves and loads unchanged"
+            f"by {float(distance):.2g} on average; allowed is a model that loads as saved"
         )
 
 

@@ -26,7 +26,7 @@ class CheckpointInConfig(BaseException):
 
 
 def checkpoint_file(ckpt_path: object) -> Path:
-    """Return the absolute path of a checkpoint; of a folder, its last.ckpt or checkpoints/last.ckpt.
+    """Return the absolute path of a checkpoint file, or of last.ckpt in a folder or run folder.
 
     Raises ConfigError if it does not exist.
     """
@@ -42,7 +42,7 @@ def checkpoint_file(ckpt_path: object) -> Path:
 
 
 def run_folder(file: Path) -> Path | None:
-    """Return the folder of the run that wrote the checkpoint `file`; None for a moved checkpoint."""
+    """Return the folder of the run that wrote a checkpoint; None if the file was moved."""
     folders = (path.parent.parent for path in (file.absolute(), file.resolve()))
     return next((f for f in folders if (f / ".hydra" / "overrides.yaml").is_file()), None)
 

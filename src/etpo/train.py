@@ -24,30 +24,27 @@ if TYPE_CHECKING:  # imported late, so that bad input is refused before PyTorch 
 def build(cfg: DictConfig, environment: Any) -> tuple["Trainer", dict[str, Any]]:
     """Return the trainer and the arguments of its `fit`; the model is loaded last."""
     from lightning import seed_everything
-    from lightning.pytorch.callbacks import Checkpoint
 
-    from etpo.callbacks.run_start import build_callbacks
+    from etpo.callbacks.run_start import build_callbacks, has_checkpoints
     from etpo.callbacks.tracking import start_tracking
     from etpo.checkpoints import check_fits, load_resumable
 
     silence_libraries()  # again: Lightning sets its log level when it is imported
-    content = (
-        None if cfg.ckpt_path is None else load_resumable(cfg.ckpt_path, cfg.trainer.max_epochs)
-    )
+    path, limits = cfg.ckpt_path, {}
+    content = None if path is None else load_resumable(path, cfg.trainer.max_epochs)
     seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.rollout, environment=environment)
     loggers = [instantiate(logger) for logger in (cfg.get("logger") or {}).values()]
     callbacks = build_callbacks(cfg, environment, multirun=is_multirun())
-    limits = {}
-    if not any(isinstance(callback, Checkpoint) for callback in callbacks):
+    if not has_checkpoints(callbacks):
         limits["enable_checkpointing"] = False  # else Lightning adds a callback
     trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks, **limits)
     datamodule.check(trainer.world_size)
     start_tracking(trainer.loggers)
     module = instantiate(cfg.algorithm, policy=instantiate(cfg.model))
     if content is not None:
-        check_fits(module, content, cfg.ckpt_path)
-    return trainer, {"model": module, "datamodule": datamodule, "ckpt_path": cfg.ckpt_path}
+        check_fits(module, content, path)
+    return trainer, {"model": module, "datamodule": datamodule, "ckpt_path": path}
 
 
 def is_multirun() -> bool:
@@ -56,7 +53,7 @@ def is_multirun() -> bool:
 
 
 def fit(trainer: "Trainer", arguments: dict[str, Any]) -> str:
-    """Train to the end, Ctrl-C or SIGTERM; return the status, see `train`."""
+    """Train to the end, Ctrl-C or SIGTERM; return finished, interrupted, or stopped by a limit."""
     if trainer.world_size > 1:  # Lightning ends all processes at the same batch
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
@@ -77,12 +74,7 @@ def fit(trainer: "Trainer", arguments: dict[str, Any]) -> str:
 
 
 def train(cfg: DictConfig) -> tuple[dict[str, Any], "Trainer"]:
-    """Train with the configuration `cfg`; return the summary and the trainer.
-
-    The summary's status is finished; stopped, if a limit (`trainer.max_time`, `max_steps`,
-    `limit_train_batches`, `fast_dev_run`) or a callback ended the run early; or interrupted, after
-    Ctrl-C or SIGTERM.
-    """
+    """Train with the configuration `cfg`; return the summary and the trainer."""
     check_config(cfg)
     random.seed(cfg.seed)
     np.random.seed(cfg.seed)
@@ -102,10 +94,8 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], "Trainer"]:
 def train_and_judge(cfg: DictConfig) -> float | None:
     """Train; return `cfg.optimized_metric`. Exits if the run was interrupted."""
     summary, trainer = train(cfg)
-    if trainer.received_sigterm:
-        sys.exit(TERMINATED)
-    if summary.get("status") == "interrupted":
-        sys.exit(INTERRUPTED)
+    if trainer.received_sigterm or summary["status"] == "interrupted":
+        sys.exit(TERMINATED if trainer.received_sigterm else INTERRUPTED)
     metric = trainer.callback_metrics.get(cfg.optimized_metric)
     return None if metric is None else float(metric)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig, OmegaConf
 
 from etpo.callbacks.same_rewards import SameRewards
@@ -23,6 +24,11 @@ def build_callbacks(cfg: DictConfig, environment: Any, *, multirun: bool) -> lis
     configured = [instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()]
     last = [KnownMetric(str(cfg.optimized_metric))] if multirun else []
     return [RunStart(cfg), SameRewards(key), *configured, *last]
+
+
+def has_checkpoints(callbacks: list[Callback]) -> bool:
+    """Return whether a callback writes checkpoints."""
+    return any(isinstance(callback, Checkpoint) for callback in callbacks)
 
 
 class RunStart(Callback):
