@@ -72,12 +72,21 @@ def compose_and_run(config_name: str, arguments: Arguments, task: Callable[..., 
         sys.argv.append(found.override)
         set_variable(TRACEBACK, shown)
         compose_and_run(config_name, arguments, task)
+    except OSError as error:
+        raise ConfigError(
+            f"hydra.run.dir, study: {error.filename}: {error.strerror}; allowed is a folder that "
+            "this process may make or write to"
+        ) from error
     except HydraException as error:
         raise ConfigError(composition_error(error)) from error
     except ValueError as error:
         if "No trials are completed" not in str(error):
             raise
+        from etpo.run_folder import RunFolder
+        from etpo.study import StudyReport
+
         print("error: no trial of the search has a result", file=sys.stderr)
+        StudyReport().on_multirun_end(RunFolder.multirun)
         sys.exit(1)
     finally:
         set_variable(TRACEBACK, shown)
@@ -95,8 +104,12 @@ def composition_error(error: Exception) -> str:
     """Return Hydra's message about a configuration in one line, without links."""
     text = str(error).partition("Config search path:")[0]
     lines = [line.strip() for line in text.splitlines() if "See https://" not in line]
-    override = f"{error.override}:" if isinstance(error, OverrideParseException) else ""
-    return renamed(text) or " ".join(filter(None, [override, *lines]))
+    if isinstance(error, OverrideParseException):
+        lines.insert(0, f"{error.override}:")
+    if "INTERVAL_SWEEP" in text:
+        key = next(argument for argument in sys.argv if "interval(" in argument)
+        return f"{key}: allowed is a list, or an interval with hydra/sweeper=tpe"
+    return renamed(text) or " ".join(lines)
 
 
 @contextmanager

@@ -27,6 +27,10 @@ from etpo.rollout.types import Record
 from etpo.run_folder import remove_made
 
 Episodes = list[list[Record]]
+STATISTICS = (
+    *("episodes", "mean_actions", "valid_rate", "mean_return", "standard_error", "interval"),
+    *("success_rate", "success_interval"),
+)
 
 
 def play(
@@ -67,15 +71,19 @@ def play(
                 observations[env] = answer.observations[row]
                 if not playing[env]:
                     continue
-                prompt = str(policy.tokenizer.decode(prompts.ids[row][prompts.mask[row]]))
-                number, error = len(wave[env]) + 1, answer.errors[row]
-                reward, known = answer.rewards[row], answer.cached[row]
-                limited = bool(taken.length_limited[row])
-                wave[env].append(
-                    Record(int(env), number, prompt, texts[row], reward, error, known, limited)
+                record = Record(
+                    env=int(env),
+                    attempt=len(wave[env]) + 1,
+                    prompt=str(policy.tokenizer.decode(prompts.ids[row][prompts.mask[row]])),
+                    action=texts[row],
+                    reward=answer.rewards[row],
+                    error=answer.errors[row],
+                    cached=answer.cached[row],
+                    length_limited=bool(taken.length_limited[row]),
                 )
+                wave[env].append(record)
                 ended = answer.terminated[row] or answer.truncated[row]
-                playing[env] = not (ended or number == max_actions)
+                playing[env] = not (ended or record.attempt == max_actions)
         episodes += wave
     return episodes
 
@@ -94,35 +102,18 @@ def statistics(episodes: Episodes, *, has_success: bool) -> dict[str, Any]:
     returns = returns_of(episodes)
     actions = [record for episode in episodes for record in episode]
     count, mean = len(returns), fmean(returns)
-    error = interval = rate = rate_interval = None
+    row: dict[str, Any] = dict.fromkeys(STATISTICS)
+    row |= {"episodes": count, "mean_actions": len(actions) / count, "mean_return": mean}
+    row["valid_rate"] = fmean(record.error is None for record in actions)
     if count > 1:
-        error = stdev(returns) / count**0.5
+        row["standard_error"] = error = stdev(returns) / count**0.5
         half = float(stats.t.ppf(0.975, count - 1)) * error
-        interval = [mean - half, mean + half]
+        row["interval"] = [mean - half, mean + half]
     if has_success:
         found = stats.binomtest(returns.count(1.0), count)
-        rate = float(found.statistic)
-        rate_interval = [*map(float, found.proportion_ci(method="wilson"))]
-    return {
-        "episodes": count,
-        "mean_actions": len(actions) / count,
-        "valid_rate": fmean(record.error is None for record in actions),
-        "mean_return": mean,
-        "standard_error": error,
-        "interval": interval,
-        "success_rate": rate,
-        "success_interval": rate_interval,
-    }
-
-
-def check_arguments(cfg: DictConfig) -> None:
-    """Raise ConfigError for a missing or impossible value."""
-    check_missing(cfg)
-    check_integer("samples", cfg.samples, 1)
-    check_integer("max_actions", cfg.max_actions, 1)
-    check_integer("seed", cfg.seed, 0, MAX_SEED)
-    if not OmegaConf.is_list(cfg.overrides):
-        raise ConfigError(f"overrides={cfg.overrides}: allowed is a list, ['key=value', ...]")
+        row["success_rate"] = float(found.statistic)
+        row["success_interval"] = [*map(float, found.proportion_ci(method="wilson"))]
+    return row
 
 
 def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Episodes]]:
@@ -131,7 +122,12 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Episodes]]:
     success_rate is defined if every return of both policies is -1, 0 or 1. In the data-science task
     only first attempts are played, which are also scored on the held-out rows.
     """
-    check_arguments(cfg)
+    check_missing(cfg)
+    for key in ("samples", "max_actions"):
+        check_integer(key, cfg[key], 1)
+    check_integer("seed", cfg.seed, 0, MAX_SEED)
+    if not OmegaConf.is_list(cfg.overrides):
+        raise ConfigError(f"overrides={cfg.overrides}: allowed is a list, ['key=value', ...]")
     state = load_checkpoint(cfg.ckpt_path)["state_dict"]
     run = saved_config(str(cfg.ckpt_path), [str(override) for override in cfg.overrides])
     run.rollout.num_envs = min(run.rollout.num_envs, cfg.samples)
@@ -187,22 +183,17 @@ def evaluation(
 def result_table(result: dict[str, Any]) -> Table:
     """Return one row per policy; a failure counts as a held-out reward of -1."""
     programs = "greedy_program" in result
-    table = Table()
-    for column in ("policy", "episodes", "actions", "valid", "mean return", "95% interval"):
-        table.add_column(column)
-    table.add_column("mean held-out reward" if programs else "success")
+    last, form = ("mean held-out reward", ".4f") if programs else ("success", ".0%")
+    columns = ("policy", "episodes", "actions", "valid", "mean return", "95% interval", last)
+    table = Table(*columns)
     for policy in ("greedy", "sampled"):
         row = result[policy]
-        interval = row["interval"] and "{:.4f} to {:.4f}".format(*row["interval"])
-        last = row["held_out_reward"] if programs else row["success_rate"]
+        value = row["held_out_reward"] if programs else row["success_rate"]
         table.add_row(
-            policy,
-            str(row["episodes"]),
-            f"{row['mean_actions']:.1f}",
-            f"{row['valid_rate']:.0%}",
-            f"{row['mean_return']:.4f}",
-            interval or "-",
-            "-" if last is None else f"{last:.4f}" if programs else f"{last:.0%}",
+            *(policy, str(row["episodes"]), f"{row['mean_actions']:.1f}"),
+            *(f"{row['valid_rate']:.0%}", f"{row['mean_return']:.4f}"),
+            "{:.4f} to {:.4f}".format(*row["interval"]) if row["interval"] else "-",
+            "-" if value is None else f"{value:{form}}",
         )
     return table
 

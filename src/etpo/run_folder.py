@@ -1,7 +1,6 @@
-"""The folder of a run: created atomically, locked by one process, removed if the run is refused."""
+"""The folder of a run: locked by one process, removed if the run is refused."""
 
 import fcntl
-import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, read_write
 
 from etpo.config import short_hash
-from etpo.console import exit_on_bad_input
 from etpo.errors import ConfigError
 from etpo.files import output_errors, write_text
 from etpo.resume import CheckpointInConfig, check_same_run, run_folder
@@ -29,65 +26,30 @@ RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK", "GROUP_RANK")
 
 
 class RunFolder(Callback):
-    """Hydra callback that creates a run's folder before Hydra does, and names a study.
+    """Hydra callback that notes which folders a run creates, and names a study.
 
-    A folder named after the time gets a number if the name is taken: mkdir is atomic, also for
-    several machines with a common file system. The default name of a study is a hash of its
-    overrides in any order, except for the launcher's.
+    A study without a name gets a hash of its overrides in any order, except for the launcher's.
     """
 
-    made: tuple[Path, ...] = ()  # folders created by this process for the run, the deepest first
+    multirun: DictConfig | None = None  # the configuration of the study
+    made: tuple[Path, ...] = ()  # folders that Hydra creates for the run, the deepest first
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        RunFolder.made = ()
         given = " ".join(config.hydra.overrides.task)
         if config.get("task_name") == "train" and config.ckpt_path and "ckpt_path=" not in given:
             raise CheckpointInConfig(str(config.ckpt_path))
-        if not is_main_process():
-            return
-        folder = Path(str(config.hydra.run.dir))
-        timed = "${now:" in str(OmegaConf.to_container(config.hydra.run)["dir"])
-        with exit_if_refused("hydra.run.dir", folder):
-            folder = make(folder, unique=timed)
-            with read_write(config.hydra), open_dict(config.hydra):
-                config.hydra.run.dir = str(folder).replace("${", "\\${")
+        folder = Path(config.hydra.run.dir).absolute()
+        missing = (path for path in (folder, *folder.parents) if not path.exists())
+        RunFolder.made = tuple(missing) if is_main_process() else ()
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        task = config.hydra.overrides.task
-        with exit_on_bad_input():
-            check_sweeps(task, config.hydra.sweeper._target_)
-        if "study" in config and config.study is None:
-            own = [o for o in config.hydra.overrides.hydra if not o.startswith("hydra.mode")]
-            own = [o for o in own if not o.startswith(("hydra/launcher", "hydra.launcher"))]
+        RunFolder.multirun, task = config, config.hydra.overrides.task
+        if config.get("study", "") is None:
+            other = ("hydra.mode", "hydra/launcher", "hydra.launcher")
+            own = [o for o in config.hydra.overrides.hydra if not o.startswith(other)]
             config.study = short_hash(*sorted([*task, *own]))
             with read_write(config.hydra):
                 task.append(f"study={config.study}")
-        folder = Path(str(config.hydra.sweep.dir))
-        with exit_if_refused("study", folder):
-            folder.mkdir(parents=True, exist_ok=True)
-
-
-@contextmanager
-def exit_if_refused(key: str, folder: Path) -> Iterator[None]:
-    """Exit with one line if the operating system refuses a folder."""
-    with exit_on_bad_input():
-        try:
-            yield
-        except OSError as error:
-            remove_made()
-            raise ConfigError(
-                f"{key}={folder}: {error.strerror}; allowed is a folder that this process may make "
-                "or write to"
-            ) from error
-
-
-def check_sweeps(overrides: list[str], sweeper: str) -> None:
-    """Raise ConfigError for an interval that Hydra's basic sweeper cannot sweep."""
-    for given in OverridesParser.create().parse_overrides(list(overrides)):
-        if given.is_interval_sweep() and "BasicSweeper" in sweeper:
-            raise ConfigError(
-                f"{given.input_line}: allowed is a list, or an interval with hydra/sweeper=tpe"
-            )
 
 
 def is_main_process() -> bool:
@@ -95,26 +57,8 @@ def is_main_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in RANKS)
 
 
-def make(folder: Path, *, unique: bool) -> Path:
-    """Create `folder`; with `unique` the first free one of `folder`, `folder-2`, `folder-3`, ..."""
-    missing = [path for path in folder.absolute().parents if not path.exists()]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for number in itertools.count(1):
-        path = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
-        try:
-            path.mkdir()
-        except FileExistsError:
-            if unique:
-                continue
-            if not path.is_dir():
-                raise
-            return path
-        RunFolder.made = (path.absolute(), *missing)
-        return path
-
-
 def remove_made() -> None:
-    """Remove the folder that this process created for the run, and its parents while empty."""
+    """Remove the folder that was created for the run, and its new parents while empty."""
     made, RunFolder.made = RunFolder.made, ()
     for folder in made[:1]:
         shutil.rmtree(folder, ignore_errors=True)
@@ -131,7 +75,7 @@ def held(cfg: DictConfig) -> Iterator[None]:
     """
     folder = Path(cfg.paths.output_dir)
     new_lock = not (folder / "lock").exists()
-    accepted = mine = False
+    accepted = False
     try:
         with claimed(folder) as mine:
             if not mine:
@@ -146,7 +90,7 @@ def held(cfg: DictConfig) -> Iterator[None]:
         started = (folder / ".hydra").exists()
         if is_main_process() and new_lock and not (accepted and started):
             (folder / "lock").unlink(missing_ok=True)
-        if mine and not started:
+        if not started:
             remove_made()
 
 
