@@ -72,13 +72,13 @@ def compose_and_run(config_name: str, arguments: Arguments, task: Callable[..., 
         sys.argv.append(found.override)
         set_variable(TRACEBACK, shown)
         compose_and_run(config_name, arguments, task)
-    except OSError as error:
+    except HydraException as error:
+        raise ConfigError(composition_error(error)) from error
+    except OSError as error:  # of the run's folder
         raise ConfigError(
             f"hydra.run.dir, study: {error.filename}: {error.strerror}; allowed is a folder that "
             "this process may make or write to"
         ) from error
-    except HydraException as error:
-        raise ConfigError(composition_error(error)) from error
     except ValueError as error:
         if "No trials are completed" not in str(error):
             raise

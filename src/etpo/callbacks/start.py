@@ -1,8 +1,6 @@
 """The block that is printed before the first iteration: device, sizes, expected memory."""
 
-import resource
 import sys
-from pathlib import Path
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -29,37 +27,33 @@ class StartReport(Callback):
     """
 
     def __init__(self, folder: str, environment: str, model: str) -> None:
-        self.folder, self.environment, self.model = Path(folder), environment, model
+        self.folder, self.environment, self.model = folder, environment, model
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # on all ranks: reading sharded weights is a collective
-        rows = [
-            ("device", device_line(trainer, pl_module)),
-            ("parameters", parameters_line(pl_module)),
-            ("iterations", iterations_line(trainer)),
-            ("memory", memory_line(trainer, pl_module)),
-            *(("checkpoints", line) for line in checkpoint_lines(trainer, pl_module)),
-            ("folder", str(self.folder)),
-        ]
+        rows = {
+            "device": device_line(trainer, pl_module),
+            "parameters": parameters_line(pl_module),
+            "iterations": iterations_line(trainer),
+            "memory": memory_line(trainer, pl_module),
+            "checkpoints": checkpoint_line(trainer, pl_module),
+            "folder": self.folder,
+        }
         if not trainer.is_global_zero:
             return
         task = getattr(trainer.datamodule.environment, "task_name", self.environment)
         if self.model == "tiny" and task != "data_science":
-            print(embedded_model_warning(task), file=sys.stderr)
+            print(
+                f"warning: the embedded model (model=tiny) writes scikit-learn programs, not {task}"
+                "; model=causal_lm model.name_or_path=<id or folder> takes another model",
+                file=sys.stderr,
+            )
         console = Console(soft_wrap=True, highlight=False)
-        algorithm = algorithm_name(type(pl_module).__name__)
         names = escape(f"{self.environment}, {self.model}")
-        console.print(f"[bold]{algorithm}[/bold] on {names}")
-        for label, text in rows:
-            console.print(f"  {label:<18}{text}", markup=False)
-
-
-def embedded_model_warning(task: str) -> str:
-    """Return the warning about a run that is unlikely to learn."""
-    return (
-        f"warning: the embedded model (model=tiny) writes scikit-learn programs, not {task}; "
-        "model=causal_lm model.name_or_path=<id or folder> takes another model"
-    )
+        console.print(f"[bold]{algorithm_name(type(pl_module).__name__)}[/bold] on {names}")
+        for label, text in rows.items():
+            if text:
+                console.print(f"  {label:<18}{text}", markup=False)
 
 
 def device_line(trainer: Trainer, module: LightningModule) -> str:
@@ -105,21 +99,17 @@ def iterations_line(trainer: Trainer) -> str:
     )
 
 
-def checkpoint_lines(trainer: Trainer, module: LightningModule) -> list[str]:
-    """Return the expected sizes of the checkpoints in one line; none without checkpoints."""
-    callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-    files = [
-        f"{c.filename} about {size(checkpoint_mib(module, optimizer=not c.save_weights_only))}"
-        for c in callbacks
-    ]
-    return [", ".join(files)] if files and not trainer.fast_dev_run else []
-
-
-def checkpoint_mib(module: LightningModule, *, optimizer: bool) -> float:
-    """Return the size of a checkpoint's weights and of AdamW's two moments of the trained ones."""
-    state = saved_state(module, optimizer=optimizer)
-    weights = {id(tensor): tensor.nbytes for tensor in state.values()}  # tied: once
-    return (sum(weights.values()) + (2 * trained_bytes(module) if optimizer else 0)) / MIB
+def checkpoint_line(trainer: Trainer, module: LightningModule) -> str:
+    """Return the expected sizes of the checkpoints: weights, and AdamW's two moments."""
+    sizes = []
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and not trainer.fast_dev_run:
+            optimizer = not callback.save_weights_only
+            state = saved_state(module, optimizer=optimizer).values()
+            weights = {id(tensor): tensor.nbytes for tensor in state}  # tied: once
+            total = sum(weights.values()) + 2 * optimizer * trained_bytes(module)
+            sizes.append(f"{callback.filename} about {size(total / MIB)}")
+    return ", ".join(sizes)
 
 
 def trained_bytes(module: nn.Module) -> int:
@@ -130,7 +120,7 @@ def trained_bytes(module: nn.Module) -> int:
 def memory_line(trainer: Trainer, module: LightningModule) -> str:
     """Return the expected peak memory of a process."""
     if not isinstance(module, OnPolicyAlgorithm):
-        return f"{size(held_mib(module.device))} so far"
+        return f"{size(peak_memory_mib(module.device))} so far"
     peak, prompts = memory(trainer, module)
     return (
         f"about {size(peak)} if actions have the greatest length, "
@@ -141,45 +131,24 @@ def memory_line(trainer: Trainer, module: LightningModule) -> str:
 def memory(trainer: Trainer, module: OnPolicyAlgorithm) -> tuple[float, float]:
     """Return the expected peak of a process in MiB without prompts, and of 100 prompt tokens.
 
-    Sum of present memory, gradients, the optimizer's moments, stored actions and a training step.
+    Sum of the memory so far, gradients, optimizer moments, stored actions and a training step.
     Equal prompts are computed once and count as none.
     """
-    now = held_mib(module.device)
-    data, policy = trainer.datamodule, module.policy
+    data, policy, critic = trainer.datamodule, module.policy, module.critic
     config = policy.model.config.get_text_config()
     hidden, layers = policy.hidden_size, getattr(config, "num_hidden_layers", 1)
-    chunk = module.logits_chunk_size
-    actions = data.actions_per_rank * data.max_new_tokens  # tokens of an iteration
-    step = data.minibatch_size * data.max_new_tokens  # of a training step
-    width = module.annotated_width()  # floats per stored token
     inner = getattr(config, "intermediate_size", None)
     inner = inner if isinstance(inner, int) else 4 * hidden
-    layer = STEP_HIDDEN * hidden + STEP_INTERMEDIATE * inner
-    trunks = trained_trunks(module)
-    if policy.checkpointed:
-        activations = trunks * layers * hidden + layer
-    else:
-        activations = trunks * layers * layer
-    distributions = STEP_VOCABULARY * policy.vocabulary_size * min(step, chunk or step)
-    floats = actions * width + step * activations + distributions
-    peak = now + (3 * trained_bytes(module) + 4 * floats) / MIB
-    return peak, 100 * data.minibatch_size * activations * 4 / MIB
-
-
-def held_mib(device: torch.device) -> float:
-    """Return the present memory: of this process on a CPU, of its tensors on a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device) / MIB
-    pages = Path("/proc/self/statm")
-    if not pages.exists():  # not Linux
-        return peak_memory_mib(device)
-    return int(pages.read_text().split()[1]) * resource.getpagesize() / MIB
-
-
-def trained_trunks(module: OnPolicyAlgorithm) -> int:
-    """Count the language models with gradients in a training step: policy, and perhaps critic."""
-    critic = module.critic
-    own = critic is not None and any(
-        p.requires_grad for name, p in critic.named_parameters() if not name.startswith("head")
+    # language models with gradients: the policy, and a critic that is more than a head
+    trunks = 1 + any(
+        p.requires_grad and not name.startswith("head")
+        for name, p in (critic.named_parameters() if critic is not None else ())
     )
-    return 1 + own
+    layer = STEP_HIDDEN * hidden + STEP_INTERMEDIATE * inner
+    stored = trunks * layers * hidden + layer if policy.checkpointed else trunks * layers * layer
+    step = data.minibatch_size * data.max_new_tokens  # tokens of a training step
+    chunk = min(step, module.logits_chunk_size or step)
+    floats = data.actions_per_rank * data.max_new_tokens * module.annotated_width()
+    floats += step * stored + STEP_VOCABULARY * policy.vocabulary_size * chunk
+    peak = peak_memory_mib(module.device) + (3 * trained_bytes(module) + 4 * floats) / MIB
+    return peak, 100 * data.minibatch_size * stored * 4 / MIB
