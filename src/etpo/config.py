@@ -91,7 +91,8 @@ def algorithm_name(class_name: str) -> str:
 
 def run_name(algorithm: DictConfig, environment: DictConfig, model: DictConfig, seed: int) -> str:
     """Return the name of a run in W&B."""
-    names = algorithm_name(algorithm._target_.rpartition(".")[2]), environment_name(environment)
+    class_name = algorithm._target_.removesuffix(".from_config").rpartition(".")[2]
+    names = algorithm_name(class_name), environment_name(environment)
     return " ".join([*names, model_name(model.name_or_path), f"seed {seed}"])
 
 

@@ -1,4 +1,4 @@
-"""Sharded weights (PyTorch's FSDP2), and DeepSpeed if it is installed."""
+"""Weights in shards over all processes (PyTorch's FSDP2), and DeepSpeed where it is installed."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -13,10 +13,10 @@ from etpo.errors import ConfigError, check_integer
 
 
 def deepspeed_strategy(stage: int = 2, **settings: Any) -> Strategy:
-    """Return DeepSpeed's ZeRO: optimizer moments (1, 2) and gradients (2) in shards.
+    """DeepSpeed's ZeRO: gradients (2) and the optimizer's moments (1, 2) in shards.
 
     settings: further arguments of `DeepSpeedStrategy`. Raises ConfigError without the package, and
-    for stage 3, whose sharded weights cannot be sampled from.
+    for stage 3, whose sharded weights could not be sampled from.
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
@@ -28,10 +28,10 @@ def deepspeed_strategy(stage: int = 2, **settings: Any) -> Strategy:
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Shard weights, gradients and optimizer moments over all processes.
+    """Every process holds a shard of all weights, gradients and moments of the optimizer.
 
     The module applies `shard` in its `configure_model`. Checkpoints are single files with whole
-    weights. settings: arguments of `ModelParallelStrategy`.
+    weights, as those of other strategies. settings: arguments of `ModelParallelStrategy`.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -44,9 +44,10 @@ class ShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def shard(self, *modules: nn.Module) -> None:
-        """Shard the weights of each module as one unit: a backward pass reduces gradients once.
+        """Shards each module's weights; they are gathered together, and freed together.
 
-        Raises ConfigError if two modules share weights.
+        One unit per module: a backward pass reduces its gradients once, however often each process
+        has called it. Raises ConfigError where two modules share weights.
         """
         weights = [id(weight) for module in modules for weight in module.parameters()]
         if len(weights) > len(set(weights)):
@@ -61,7 +62,10 @@ class ShardedStrategy(ModelParallelStrategy):
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Give every process the whole weights; all processes must enter and leave together."""
+    """Inside, every process has the whole weights, and calls of them wait for no other process.
+
+    Nothing where no weights are sharded. All processes must enter and leave together.
+    """
     sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
     for part in sharded:
         part.unshard()

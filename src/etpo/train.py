@@ -25,20 +25,18 @@ def build(cfg: DictConfig, environment: Any) -> tuple["Trainer", dict[str, Any]]
     """Return the trainer and the arguments of its `fit`; the model is loaded last."""
     from lightning import seed_everything
 
-    from etpo.callbacks.run_start import build_callbacks, has_checkpoints
+    from etpo.callbacks.run_start import callback_options
     from etpo.callbacks.tracking import start_tracking
     from etpo.checkpoints import check_fits, load_resumable
 
     silence_libraries()  # again: Lightning sets its log level when it is imported
-    path, limits = cfg.ckpt_path, {}
+    path = cfg.ckpt_path
     content = None if path is None else load_resumable(path, cfg.trainer.max_epochs)
     seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.rollout, environment=environment)
     loggers = [instantiate(logger) for logger in (cfg.get("logger") or {}).values()]
-    callbacks = build_callbacks(cfg, environment, multirun=is_multirun())
-    if not has_checkpoints(callbacks):
-        limits["enable_checkpointing"] = False  # else Lightning adds a callback
-    trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks, **limits)
+    callbacks = callback_options(cfg, environment, multirun=is_multirun())
+    trainer = instantiate(cfg.trainer, logger=loggers, **callbacks)
     datamodule.check(trainer.world_size)
     start_tracking(trainer.loggers)
     module = instantiate(cfg.algorithm, policy=instantiate(cfg.model))
@@ -67,10 +65,10 @@ def fit(trainer: "Trainer", arguments: dict[str, Any]) -> str:
         if trainer.strategy.launcher is not None:  # ends processes that wait for an environment
             trainer.strategy.launcher.kill(signal.SIGKILL)
         raise
-    whole = isinstance(trainer.limit_train_batches, float) and trainer.limit_train_batches == 1.0
+    limit = trainer.limit_train_batches
+    whole = isinstance(limit, float) and limit == 1.0 and not trainer.fast_dev_run
     whole = whole and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-    complete = trainer.current_epoch >= trainer.max_epochs and whole and not trainer.fast_dev_run
-    return "finished" if complete else "stopped"
+    return "finished" if whole and trainer.current_epoch >= trainer.max_epochs else "stopped"
 
 
 def train(cfg: DictConfig) -> tuple[dict[str, Any], "Trainer"]:

@@ -15,20 +15,18 @@ from etpo.errors import UnknownMetric
 from etpo.run_folder import save_config
 
 
-def build_callbacks(cfg: DictConfig, environment: Any, *, multirun: bool) -> list[Callback]:
-    """Return the callbacks of `cfg` and those of every run."""
+def callback_options(cfg: DictConfig, environment: Any, *, multirun: bool) -> dict[str, Any]:
+    """Return the Trainer's arguments for the callbacks of `cfg` and of every run."""
     settings = OmegaConf.to_container(cfg.environment, resolve=True)
     settings.pop("num_envs", None)
     key = getattr(environment, "reward_key", None)
     key = key or short_hash(json.dumps(settings, sort_keys=True, default=str))
     configured = [instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()]
     last = [KnownMetric(str(cfg.optimized_metric))] if multirun else []
-    return [RunStart(cfg), SameRewards(key), *configured, *last]
-
-
-def has_checkpoints(callbacks: list[Callback]) -> bool:
-    """Return whether a callback writes checkpoints."""
-    return any(isinstance(callback, Checkpoint) for callback in callbacks)
+    options: dict[str, Any] = {"callbacks": [RunStart(cfg), SameRewards(key), *configured, *last]}
+    if not any(isinstance(callback, Checkpoint) for callback in configured):
+        options["enable_checkpointing"] = False  # else Lightning adds a callback
+    return options
 
 
 class RunStart(Callback):
