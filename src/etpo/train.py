@@ -35,7 +35,7 @@ def build(cfg: DictConfig, environment: Any) -> tuple["Trainer", dict[str, Any]]
     seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.rollout, environment=environment)
     loggers = [instantiate(logger) for logger in (cfg.get("logger") or {}).values()]
-    callbacks = callback_options(cfg, environment, multirun=is_multirun())
+    callbacks = callback_options(cfg, environment)
     trainer = instantiate(cfg.trainer, logger=loggers, **callbacks)
     datamodule.check(trainer.world_size)
     start_tracking(trainer.loggers)
@@ -43,11 +43,6 @@ def build(cfg: DictConfig, environment: Any) -> tuple["Trainer", dict[str, Any]]
     if content is not None:
         check_fits(module, content, path)
     return trainer, {"model": module, "datamodule": datamodule, "ckpt_path": path}
-
-
-def is_multirun() -> bool:
-    """Return whether Hydra runs several jobs."""
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def fit(trainer: "Trainer", arguments: dict[str, Any]) -> str:
@@ -79,10 +74,9 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], "Trainer"]:
     environment = instantiate(cfg.environment)  # checks its input before Lightning is loaded
     try:
         trainer, arguments = build(cfg, environment)
-        status = fit(trainer, arguments)
         from etpo.callbacks.summary import close
 
-        return close(trainer, cfg, status), trainer
+        return close(trainer, cfg, fit(trainer, arguments)), trainer
     finally:
         environment.close()
         if "wandb" in sys.modules:  # the next run of a multirun gets its own
@@ -101,7 +95,7 @@ def train_and_judge(cfg: DictConfig) -> float | None:
 @console_script("train", resume_arguments)
 def main(cfg: DictConfig) -> float | None:
     """Console script: `etpo-train [key=value ...]`."""
-    if is_multirun():
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
         from etpo.study import run_cell
 
         return run_cell(cfg, train_and_judge)

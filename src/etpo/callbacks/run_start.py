@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -15,13 +17,14 @@ from etpo.errors import UnknownMetric
 from etpo.run_folder import save_config
 
 
-def callback_options(cfg: DictConfig, environment: Any, *, multirun: bool) -> dict[str, Any]:
+def callback_options(cfg: DictConfig, environment: Any) -> dict[str, Any]:
     """Return the Trainer's arguments for the callbacks of `cfg` and of every run."""
     settings = OmegaConf.to_container(cfg.environment, resolve=True)
     settings.pop("num_envs", None)
     key = getattr(environment, "reward_key", None)
     key = key or short_hash(json.dumps(settings, sort_keys=True, default=str))
     configured = [instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()]
+    multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
     last = [KnownMetric(str(cfg.optimized_metric))] if multirun else []
     options: dict[str, Any] = {"callbacks": [RunStart(cfg), SameRewards(key), *configured, *last]}
     if not any(isinstance(callback, Checkpoint) for callback in configured):
