@@ -138,7 +138,7 @@ def test_a_line_per_iteration_is_printed_and_logged(finished_run):
         assert {"valid", "KL", "tokens/s"} <= set(words)
     logged = (finished_run.folder / "train.log").read_text().splitlines()
     # a record starts with date and time
-    assert [line.split(" ", 2)[2] for line in logged if "iteration " in line] == printed
+    assert [line.split(" ", 2)[2] for line in logged if " iteration " in line] == printed
 
 
 def test_the_closing_says_where_things_are(finished_run):

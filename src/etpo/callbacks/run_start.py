@@ -1,6 +1,7 @@
 """Callbacks of every run: its configuration on disk, the metric of a study, comparable rewards."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class RunStart(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             save_config(Path(self.cfg.paths.output_dir), self.cfg)
+            logging.getLogger("etpo").info(f"started, {trainer.max_epochs} iterations")
         for logger in trainer.loggers:
             logger.log_hyperparams(OmegaConf.to_container(self.cfg, resolve=True))
 
