@@ -26,7 +26,7 @@ def wait_after_signal(number: int, finaliser: bool) -> None:
     watch = weakref.ref(thing, lambda _: finaliser or signal.raise_signal(number))
     del thing
     deadline = time.monotonic() + 5
-    while watch() is None and time.monotonic() < deadline:
+    while watch and time.monotonic() < deadline:
         time.sleep(0.01)
 
 
