@@ -15,10 +15,10 @@ from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
 
-from etpo.config import CONF
+from etpo.config import CONF, tiny_checkpoint
 from etpo.environments.text_env import TextObservation, TextVectorEnv
 from etpo.models.loading import load_tokenizer
-from etpo.models.policy import LanguageModelPolicy, tiny_checkpoint
+from etpo.models.policy import LanguageModelPolicy
 from etpo.models.random_init import random_llama, save_checkpoint
 from etpo.rollout.datamodule import RolloutDataModule
 

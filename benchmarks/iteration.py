@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from etpo.train import keep_freed_memory
+from etpo.runtime import keep_freed_memory
 
 COMPLETIONS, PROMPT_TOKENS, NEW_TOKENS = 64, 165, 120
 

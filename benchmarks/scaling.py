@@ -26,7 +26,7 @@ from common import RESULTS, Iterations, prompt_of, save_model, write
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from etpo.train import keep_freed_memory
+from etpo.runtime import keep_freed_memory
 
 PROMPT_TOKENS = 165
 DEFAULTS = {"length": 64, "batch": 64, "vocabulary": 1024}

@@ -6,8 +6,8 @@ import re
 import pytest
 
 from etpo.callbacks.start import StartReport, short
+from etpo.config import tiny_checkpoint
 from etpo.models.loading import load_tokenizer
-from etpo.models.policy import tiny_checkpoint
 from etpo.models.random_init import random_llama, save_checkpoint
 
 MIB = {"MiB": 1, "GiB": 1024}
@@ -65,6 +65,18 @@ def test_without_checkpoints_none_are_expected(tmp_path, fit, capsys):
     out = capsys.readouterr().out
     assert "some model" in out
     assert not re.search("^  checkpoints ", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "warned"),
+    [("household", "tiny", 1), ("data_science", "tiny", 0), ("household", "Qwen3-0.6B", 0)],
+)
+def test_the_embedded_model_in_another_task_is_warned_of(
+    task, model, warned, tmp_path, fit, script_environment, capsys
+):
+    script_environment.task_name = task
+    fit([StartReport(str(tmp_path), task, model)], 1, environment=script_environment)
+    assert capsys.readouterr().err.count("model.name_or_path") == warned
 
 
 @pytest.mark.slow

@@ -19,24 +19,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from etpo.config import error_line
-from etpo.errors import ConfigError, OutputError, UnknownMetric
+from etpo.config import IGNORED_KEYS
+from etpo.errors import ConfigError, OutputError, UnknownMetric, error_line
 from etpo.files import write_text
 from etpo.run_folder import claimed, is_main_process, save_config
 
 CONFIG_FILE = "study_config.json"  # the configuration with which a study began a run
-# Config keys that do not identify a run: they may change between the sessions of a study.
-IGNORED_KEYS = (
-    "ckpt_path",
-    "study",
-    "optimized_metric",
-    "paths.log_dir",
-    "environment.data_dir",
-    "environment.path",
-    "environment.score_cache",
-    "environment.score_cache_entries",
-    "environment.sandbox.workers",
-)
 
 
 def run_in_study(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> float | None:

@@ -3,7 +3,7 @@ import resource
 import pytest
 import torch
 
-from etpo.callbacks.checkpoint_io import AtomicCheckpointIO
+from etpo.checkpoints import AtomicCheckpointIO
 from etpo.errors import OutputError
 
 
