@@ -9,11 +9,11 @@ from etpo.algorithms.returns import (
     expectation,
     kl_divergence,
     lambda_returns,
-    one_step_targets,
-    soft_lambda_returns,
     soft_value,
 )
 from etpo.environments.token_mdp import TokenMDP
+
+from .kl_returns import kl_lambda_returns
 
 BETA = 0.3
 
@@ -61,7 +61,6 @@ def test_dtype_is_kept(dtype):
     true = torch.ones(2, 3, dtype=torch.bool)
     assert soft_value(x.log_softmax(-1), x.log_softmax(-1), x, BETA).dtype == dtype
     assert lambda_returns(x, x, x, x, 0.5, true).dtype == dtype
-    assert soft_lambda_returns(x, x, x, x, 0.5, BETA, true).dtype == dtype
 
 
 # Two actions over three tokens; pi and pi_ref as above at every prefix, beta = 1/2, gamma = 0.9.
@@ -75,7 +74,7 @@ Q_NEXT = f64([1, 2, 4], [4, 0, -4], [2, 2, 2])
 
 
 def example(terminated):
-    """rewards, discounts, next_values, next_q_taken, continues, next KL: [1, 5]
+    """rewards, discounts, next_values, next_q_taken, continues: [1, 5]
 
     A second episode (one token, reward 100, terminated) and one padding token follow in the row.
     """
@@ -84,17 +83,16 @@ def example(terminated):
     discounts = f64(1, 0.9, 0.0 if terminated else 0.9, 0, 0)
     continues = torch.tensor([True, True, False, False, False])
     q_taken = f64(4, 0, nan, nan, nan)  # never read where the episode does not go on
-    kl = kl_divergence(PI.log(), REF.log()).repeat(5)
-    rows = (rewards, discounts, torch.cat([values, f64(7, 7)]), q_taken, continues, kl)
+    rows = (rewards, discounts, torch.cat([values, f64(7, 7)]), q_taken, continues)
     return tuple(row.unsqueeze(0) for row in rows)
 
 
-def test_one_step_targets_by_hand():
+def test_returns_at_lambda_zero_by_hand():
     # y_1 = V_2 = 2 - c;  y_2 = -1 + 0.9 (1 - c);  y_3 = 3, or 3 + 0.9 (2 - c) if truncated
     for terminated, last in ((True, 3), (False, 4.8 - 0.9 * C)):
-        rewards, discounts, values, *_ = example(terminated)
+        *rows, continues = example(terminated)
         expected = f64([2 - C, -0.1 - 0.9 * C, last, 100, 0])
-        torch.testing.assert_close(one_step_targets(rewards, discounts, values), expected)
+        torch.testing.assert_close(lambda_returns(*rows, 0.0, continues), expected)
 
 
 def test_lambda_returns_by_hand():
@@ -111,27 +109,9 @@ def test_lambda_returns_by_hand():
         False: f64([1.03 - 1.6525 * C, 2.06 - 1.305 * C, 4.8 - 0.9 * C, 100, 0]),
     }
     for terminated in (True, False):
-        rewards, discounts, values, q_taken, continues, _ = example(terminated)
-        returns = lambda_returns(rewards, discounts, values, q_taken, 0.5, continues)
+        *rows, continues = example(terminated)
+        returns = lambda_returns(*rows, 0.5, continues)
         torch.testing.assert_close(returns, expected[terminated])
-        one_step = lambda_returns(rewards, discounts, values, q_taken, 0.0, continues)
-        torch.testing.assert_close(one_step, one_step_targets(rewards, discounts, values))
-
-
-def test_soft_lambda_returns_by_hand():
-    # lambda = 1/2, terminated:
-    #   G_3 = 3
-    #   G_2 = -1 + 0.9 [1/2 (1 - c) + 1/2 (3 - c)] = 0.8 - 0.9 c
-    #   G_1 = 1/2 (2 - c) + 1/2 (0.8 - 0.9 c - c) = 1.4 - 1.45 c
-    # lambda = 1, truncated:
-    #   G_3 = 4.8 - 0.9 c,  G_2 = -1 + 0.9 (4.8 - 1.9 c) = 3.32 - 1.71 c,  G_1 = 3.32 - 2.71 c
-    rewards, discounts, values, _, continues, kl = example(terminated=True)
-    returns = soft_lambda_returns(rewards, discounts, values, kl, 0.5, 0.5, continues)
-    torch.testing.assert_close(returns, f64([1.4 - 1.45 * C, 0.8 - 0.9 * C, 3, 100, 0]))
-    rewards, discounts, values, _, continues, kl = example(terminated=False)
-    returns = soft_lambda_returns(rewards, discounts, values, kl, 1.0, 0.5, continues)
-    expected = f64([3.32 - 2.71 * C, 3.32 - 1.71 * C, 4.8 - 0.9 * C, 100, 0])
-    torch.testing.assert_close(returns, expected)
 
 
 class Enumerated:
@@ -153,7 +133,7 @@ class Enumerated:
             q_taken = q[e.next_state, e.next_prefix, e.next_token]
             return lambda_returns(e.rewards, e.discounts, v, q_taken, lambda_, e.continues)
         kl = kl_divergence(self.log_pi, self.log_ref)[e.next_state, e.next_prefix]
-        return soft_lambda_returns(e.rewards, e.discounts, v, kl, lambda_, BETA, e.continues)
+        return kl_lambda_returns(e.rewards, e.discounts, v, kl, lambda_, BETA, e.continues)
 
     def mean(self, values):
         total, mass = torch.zeros(2, *self.log_pi.shape, dtype=torch.float64)
