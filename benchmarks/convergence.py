@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 METRICS = ("oracle/kl", "oracle/kl_max", "oracle/value_error", "oracle/value")
 BOUND = 0.02
-# of Okabe and Ito's palette, told apart by their dashes too
+# of Okabe and Ito's palette, with different dashes
 STYLES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":"))
 
 Points = list[tuple[int, dict[str, float]]]  # environment steps, METRICS
@@ -61,7 +61,7 @@ def figure(runs: dict[int, Points]) -> Figure:
         axes.set_yscale("log")
         axes.set_ylabel(label)
         axes.axhline(BOUND, color="black", linewidth=0.8)
-        axes.compute_targets(
+        axes.annotate(
             f"{BOUND}", (0.995, BOUND), xycoords=("axes fraction", "data"), ha="right", va="bottom"
         )
         axes.spines[["top", "right"]].set_visible(False)
@@ -79,7 +79,9 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for the figure and the raw numbers")
     arguments = parser.parse_args()
     finished = read_runs(arguments.multirun)
-    runs = {seed: measured(rows, told["env_steps"]) for seed, (rows, told) in finished.items()}
+    runs = {
+        seed: measured(rows, summary["env_steps"]) for seed, (rows, summary) in finished.items()
+    }
     with (arguments.out / "convergence.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["seed", "env_steps", *METRICS])

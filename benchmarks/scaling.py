@@ -38,7 +38,7 @@ POINTS = {
 MIB = 1024  # ru_maxrss is in KiB on Linux
 
 
-def run_point(sizes: dict[str, int], steps: int, chunk: int | None) -> dict[str, float]:
+def run_point(sizes: dict[str, int], steps: int, chunk: int) -> dict[str, float]:
     """Median seconds of an iteration and peak memory in MiB, in this process."""
     warnings.filterwarnings("ignore")
     keep_freed_memory()
@@ -51,23 +51,21 @@ def run_point(sizes: dict[str, int], steps: int, chunk: int | None) -> dict[str,
             prompt,
             sizes["batch"],
             sizes["length"],
-            f"algorithm.logits_chunk_size={'null' if chunk is None else chunk}",
+            f"algorithm.logits_chunk_size={chunk}",
         )
         seconds = statistics.median(iterations.run(steps))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"seconds": seconds, "mib": (peak - before) / MIB}
 
 
-def measure(names: Sequence[str], steps: int, chunk: int | None) -> pd.DataFrame:
+def measure(names: Sequence[str], steps: int, chunk: int) -> pd.DataFrame:
     """Every point: columns varied, size, seconds, mib."""
     rows = []
     for name in names:
         for size in POINTS[name]:
             sizes = DEFAULTS | {name: size}
             command = [sys.executable, __file__, "--point", json.dumps(sizes)]
-            command += ["--steps", str(steps)]
-            if chunk is not None:
-                command += ["--chunk", str(chunk)]
+            command += ["--steps", str(steps), "--chunk", str(chunk)]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             point = json.loads(output.splitlines()[-1])
             rows.append({"varied": name, "size": size} | point)
@@ -115,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", choices=list(POINTS), default=list(POINTS))
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--chunk", type=int, help="algorithm.logits_chunk_size")
+    parser.add_argument("--chunk", type=int, default=4096, help="algorithm.logits_chunk_size")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args()
