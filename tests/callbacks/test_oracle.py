@@ -1,13 +1,12 @@
 """The distance to the optimum against a plain forward and the action-level solver."""
 
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from etpo.algorithms.etpo import ETPO
+from etpo.algorithms.etpo import ETPO, ETPOSettings
 from etpo.algorithms.returns import kl_divergence
 from etpo.callbacks.oracle import OracleDistance, prefix_tokens, tables
 from etpo.environments.token_mdp_env import TokenMDPEnv, random_mdp
@@ -25,30 +24,17 @@ def environment():
 
 @pytest.fixture
 def module(tmp_path):
-    """What the callback reads of an ETPO module; its critic says 0.3 everywhere."""
+    """ETPO on a random model with a critic that is 0.3 everywhere."""
     policy = letter_backbone(
         str(tmp_path / "model"), CompletionTemplate(), vocabulary_size=4, init_seed=0
     )
     critic = HeadCritic(policy, hidden_size=8)
     torch.nn.init.constant_(critic.head.value.bias, 0.3)
-    module = SimpleNamespace(
-        policy=policy,
-        target_critic=critic,
-        beta=BETA,
-        gamma=GAMMA,
-        pessimism_threshold=0.0,
-        logits_chunk_size=None,
-        device=torch.device("cpu"),
-        logged={},
-    )
-    for name in ("evaluate_prefixes", "token_numbers", "q_of", "values_of", "heads_of"):
-        setattr(module, name, partial(getattr(ETPO, name), module))
-    module.log = module.logged.__setitem__
-    return module
+    return ETPO(policy, critic, ETPOSettings(beta=BETA, gamma=GAMMA, pessimism_threshold=0.0))
 
 
 def move(policy):
-    """Another policy, so that policy and reference can be told apart."""
+    """Move the policy away from its reference."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -56,7 +42,7 @@ def move(policy):
 
 
 @torch.no_grad()
-def test_tables_are_what_the_models_say_at_every_prefix(environment, module):
+def test_tables_equal_plain_forwards_at_every_prefix(environment, module):
     move(module.policy.model)
     log_pi, log_ref, value = tables(environment, module)
     mdp = environment.mdp
@@ -82,16 +68,18 @@ def test_prefixes_spell_the_paths_of_the_actions(environment):
             assert written[prefix] == [token for _, token in path[:number]]
 
 
-def test_numbers_agree_with_the_optimum_over_whole_actions(environment, module):
+def test_metrics_agree_with_the_optimum_over_whole_actions(environment, module, monkeypatch):
     move(module.policy.model)
     trainer = SimpleNamespace(datamodule=SimpleNamespace(environment=environment))
+    numbers = {}
+    monkeypatch.setattr(module, "log", numbers.__setitem__)
     OracleDistance().on_validation_epoch_end(trainer, module)
     mdp = replace(environment.mdp, gamma=GAMMA)
     with torch.no_grad():
         log_pi, log_ref, value = tables(environment, module)
     log_optimum, optimum = mdp.solve_actions(log_ref, BETA)
     kl = kl_divergence(mdp.action_log_probs(log_pi), log_optimum)
-    logged = {name: number.item() for name, number in module.logged.items()}
+    logged = {name: number.item() for name, number in numbers.items()}
     assert logged["oracle/kl_max"] == pytest.approx(kl.max().item(), rel=1e-5)
     assert logged["oracle/value_error"] == pytest.approx((value - optimum).abs().max().item())
     assert logged["oracle/value"] == pytest.approx((mdp.start @ optimum).item())
