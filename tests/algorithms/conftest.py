@@ -171,9 +171,9 @@ def paid():
 
 
 class MostTokens(TorchDispatchMode):
-    """Watches, in `tokens`, for how many tokens at once a tensor over the vocabulary is computed.
+    """Record the largest number of tokens in a tensor over the vocabulary.
 
-    weights: shapes that have the vocabulary too, and no token.
+    weights: shapes of the weights, which have the vocabulary but no tokens.
     """
 
     def __init__(self, vocabulary, weights):
@@ -183,9 +183,12 @@ class MostTokens(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         outputs = function(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(outputs):
-            shape = tuple(getattr(tensor, "shape", ()))
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            shape = tuple(tensor.shape)
             weight = {shape, shape[::-1]} & self.weights
-            if self.vocabulary in shape and len(shape) > 1 and not weight:
+            expanded = tensor.nbytes > tensor.untyped_storage().nbytes()  # a weight's view
+            if self.vocabulary in shape and len(shape) > 1 and not weight and not expanded:
                 self.tokens = max(self.tokens, tensor.numel() // self.vocabulary)
         return outputs
 

@@ -310,17 +310,6 @@ def test_target_critic_follows_once_per_iteration(build_etpo, letter_env, fit):
     assert any(p.any() for p in module.target_critic.head.value.parameters())
 
 
-def test_checkpoints_leave_out_the_frozen_reference(build_etpo, letter_env, fit):
-    module = build_etpo()
-    saved = {"state_dict": module.state_dict(), "optimizer_states": []}
-    module.on_save_checkpoint(saved)
-    keys = saved["state_dict"]
-    assert not any(key.startswith("policy.reference_model.") for key in keys)
-    trained = {f"policy.model.{n}" for n, _ in module.policy.model.named_parameters()}
-    assert trained <= set(keys)
-    assert any(key.startswith("target_critic.") for key in keys)
-
-
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [

@@ -6,9 +6,15 @@ import pytest
 import torch
 
 from etpo.algorithms.returns import (
+    discounted_returns,
     expectation,
+    generalized_advantages,
+    group_mean_of_others,
+    group_standardized,
     kl_divergence,
+    kl_penalized_rewards,
     lambda_returns,
+    prompt_groups,
     soft_value,
 )
 from etpo.environments.token_mdp import TokenMDP
@@ -210,3 +216,50 @@ def test_truncation_bootstraps_at_the_true_next_observation(lambda_, form):
 
 def test_expectation_ignores_tokens_of_zero_probability():
     assert expectation(f64(0.25, 0.75, 0).log(), f64(4, 8, nan)).item() == pytest.approx(7)
+
+
+def test_kl_penalized_rewards_leave_padding_at_zero():
+    rewards = kl_penalized_rewards(
+        torch.tensor([[0.0, 1.0, 5.0]]),
+        torch.tensor([[-1.0, -2.0, 3.0]]),
+        torch.tensor([[-1.5, -1.0, 0.0]]),
+        0.5,
+        torch.tensor([[True, True, False]]),
+    )
+    assert rewards.tolist() == [[-0.25, 1.5, 0.0]]
+
+
+def test_generalized_advantages_at_lambda_one_are_returns_less_values():
+    random = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, 3, 6, generator=random, dtype=torch.float64)
+    following = torch.nn.functional.pad(values[:, 1:], (0, 1), value=0.7)
+    discounts = torch.full_like(rewards, 0.9)
+    continues = torch.arange(6).expand(3, 6) < 5
+    advantages = generalized_advantages(rewards, discounts, values, following, 1.0, continues)
+    powers = 0.9 ** torch.arange(6, dtype=torch.float64)
+    for k in range(6):
+        returns = rewards[:, k:] @ powers[: 6 - k] + 0.9 ** (6 - k) * 0.7
+        torch.testing.assert_close(advantages[:, k], returns - values[:, k])
+
+
+def test_equal_prompts_form_a_group_for_any_padding():
+    ids = torch.tensor([[0, 5], [9, 5], [4, 5], [9, 6], [8, 8]])
+    mask = torch.tensor([[0, 1], [0, 1], [1, 1], [0, 1], [1, 1]]).bool()
+    group = prompt_groups(ids, mask).tolist()
+    assert group[0] == group[1]
+    assert group[2] == group[3] == group[4] != group[0]
+
+
+def test_a_group_of_one_has_no_advantage():
+    returns, group = torch.tensor([1.0, 2.0, 6.0, 5.0]), torch.tensor([0, 0, 0, 1])
+    assert group_mean_of_others(returns, group).tolist() == [4.0, 3.5, 1.5, 5.0]
+    standardized = group_standardized(returns, group, epsilon=0.0)
+    assert standardized[:3].tolist() == pytest.approx([-2 / 7**0.5, -1 / 7**0.5, 3 / 7**0.5])
+    assert group_standardized(returns, group)[3] == 0
+
+
+def test_discounted_returns_by_hand():
+    rewards, discounts = f64([1, 2, 3, 9]), f64([0.5, 0.5, 0, 0.5])
+    continues = torch.tensor([[True, True, False, False]])
+    returns = discounted_returns(rewards, discounts, continues)
+    assert returns.tolist() == [[1 + 0.5 * 3.5, 2 + 0.5 * 3, 3, 9]]
