@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from etpo.algorithms.evaluation import TokenEvaluation, evaluate_tokens, taken_log_probs
+from etpo.algorithms import evaluation
+from etpo.algorithms.evaluation import TokenEvaluation, TokenValues
 from etpo.algorithms.optimization import apply_configured_options, clip_gradients, trained_state
 from etpo.algorithms.policy_check import check_policy
 from etpo.algorithms.settings import Settings
@@ -25,13 +26,6 @@ from etpo.sharding import configure_strategy
 LENGTH_GROUPS = 2  # parts of a minibatch with similar action lengths, computed separately
 PARAMETER_GROUPS = ("policy", "critic")
 Metrics = dict[str, tuple[Tensor | float, int]]  # mean and the number of samples that it is over
-
-
-class TokenValues(NamedTuple):
-    """Critic outputs at prefixes; None where the algorithm has no such output."""
-
-    value: Tensor | None = None  # float32 [B, L], NaN at prefixes that the critic is not trained at
-    q: Tensor | None = None  # float32 [B, L, V]
 
 
 class OnPolicyAlgorithm(LightningModule):
@@ -140,7 +134,7 @@ class OnPolicyAlgorithm(LightningModule):
         """
         inputs = prompt_ids, prompt_mask, action_ids
         chunk = self.settings.logits_chunk_size
-        taken = evaluate_tokens(self.policy, *inputs, old_hidden, chunk)
+        taken = evaluation.evaluate_tokens(self.policy, *inputs, old_hidden, chunk)
         if self.critic is None:
             return taken
         return taken._replace(value=self.prefix_values(*inputs, taken.ref_hidden))
@@ -155,18 +149,7 @@ class OnPolicyAlgorithm(LightningModule):
 
     def map_microbatches(self, function: Callable[..., NamedTuple], *inputs: Tensor) -> Any:
         """Apply `function` to `forward_batch_size` rows at a time and concatenate its outputs."""
-        size = self.settings.forward_batch_size
-        parts: list[Any] = [
-            function(*part)
-            for part in zip(*(torch.split(each, size) for each in inputs), strict=True)
-        ]
-        kind, columns = type(parts[0]), list(zip(*parts, strict=True))
-        del parts  # free the parts of a field before the next field is concatenated
-        joined = []
-        while columns:
-            column = columns.pop(0)
-            joined.append(None if column[0] is None else torch.cat(column))
-        return kind(*joined)
+        return evaluation.map_rows(function, self.settings.forward_batch_size, *inputs)
 
     def bootstrap_values(self, rollout: Rollout) -> Tensor:
         """Value of the true next prompt of truncated actions, 0 for the others: [B].
@@ -197,7 +180,7 @@ class OnPolicyAlgorithm(LightningModule):
     def taken_log_probs(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """log pi of the taken tokens and log of the softmax's mass on the support: [B, L] each."""
         chunk = self.settings.logits_chunk_size
-        return taken_log_probs(self.policy, self.old_lm_head, batch, chunk)
+        return evaluation.taken_log_probs(self.policy, self.old_lm_head, batch, chunk)
 
     def token_values(
         self,
@@ -314,11 +297,3 @@ class OnPolicyAlgorithm(LightningModule):
     def mean_over_tokens(self, values: Tensor, mask: Tensor) -> Tensor:
         """Mean of `values` [B, L] where `mask` [B, L] is true, over all ranks: []."""
         return self.mean_over_ranks(values[mask].sum()) / self.mean_over_ranks(mask.sum())
-
-    def all_gather_padded(self, rows: Tensor) -> Tensor:
-        """Gather [N, K] of every rank, padded with 0 to the widest: [ranks * N, K], by rank."""
-        widths: Any = self.all_gather(torch.tensor(rows.shape[1], device=rows.device))
-        width = int(widths.max())
-        gathered: Any = self.all_gather(nn.functional.pad(rows, (0, width - rows.shape[1])))
-        joined: Tensor = gathered.reshape(-1, width)
-        return joined

@@ -25,10 +25,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from etpo.algorithms import losses, returns
-from etpo.algorithms.base import Metrics, OnPolicyAlgorithm, TokenValues
-from etpo.algorithms.evaluation import TokenEvaluation, evaluate_tokens
+from etpo.algorithms.base import Metrics, OnPolicyAlgorithm
+from etpo.algorithms.evaluation import TokenEvaluation, TokenValues, evaluate_tokens
 from etpo.algorithms.returns import gather_tokens
 from etpo.algorithms.settings import Settings, bounded, one_of
 from etpo.models.chunked_logits import in_chunks, reduce_in_chunks
@@ -277,6 +278,14 @@ class ETPO(OnPolicyAlgorithm):
         )
         q = self.pessimistic_q(critic_hidden, log_pi)
         return TokenValues(returns.soft_value(log_pi, log_ref, q, self.beta), q)
+
+    def all_gather_padded(self, rows: Tensor) -> Tensor:
+        """Gather [N, K] of every rank, padded with 0 to the widest: [ranks * N, K], by rank."""
+        widths: Any = self.all_gather(torch.tensor(rows.shape[1], device=rows.device))
+        width = int(widths.max())
+        gathered: Any = self.all_gather(pad(rows, (0, width - rows.shape[1])))
+        joined: Tensor = gathered.reshape(-1, width)
+        return joined
 
     def sampled_advantages(self, batch: TokenBatch) -> Tensor | None:
         return batch.advantages if self.settings.doubly_robust else None

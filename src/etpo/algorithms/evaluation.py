@@ -1,6 +1,7 @@
 """Quantities of the taken tokens, computed from hidden states `chunk` tokens at a time."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,13 @@ class TokenEvaluation(NamedTuple):
     value: Tensor  # of the prefix; 0 without a critic
     q_taken: Tensor | None = None  # Q of the taken token
     critic_hidden: Tensor | None = None  # [B, L, C], of the target critic
+
+
+class TokenValues(NamedTuple):
+    """Critic outputs at prefixes; None where the algorithm has no such output."""
+
+    value: Tensor | None = None  # float32 [B, L], NaN at prefixes that the critic is not trained at
+    q: Tensor | None = None  # float32 [B, L, V]
 
 
 def evaluate_tokens(
@@ -78,3 +86,17 @@ def taken_log_probs(
     log_pi, log_mass = in_chunks(of_hidden, chunk, hidden, batch.action_ids, batch.old_hidden)
     mask = batch.action_mask
     return torch.where(mask, log_pi, 0.0), torch.where(mask, log_mass, 0.0)
+
+
+def map_rows(function: Callable[..., NamedTuple], size: int, *inputs: Tensor) -> Any:
+    """Apply `function` to `size` rows of the inputs at a time and concatenate its outputs."""
+    parts: list[Any] = [
+        function(*rows) for rows in zip(*(torch.split(x, size) for x in inputs), strict=True)
+    ]
+    kind, columns = type(parts[0]), list(zip(*parts, strict=True))
+    del parts  # free the parts of a field before the next field is concatenated
+    joined = []
+    while columns:
+        column = columns.pop(0)
+        joined.append(None if column[0] is None else torch.cat(column))
+    return kind(*joined)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from etpo.algorithms import losses, returns
-from etpo.algorithms.base import Metrics, OnPolicyAlgorithm, TokenValues
+from etpo.algorithms.base import Metrics, OnPolicyAlgorithm
+from etpo.algorithms.evaluation import TokenValues
 from etpo.algorithms.policy_gradient import (
     policy_gradient_batch,
     standardized,
