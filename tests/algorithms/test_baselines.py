@@ -31,7 +31,7 @@ ACTIONS = Actions(
     truncated=torch.tensor([False, False, False, True]),
     step=torch.tensor([0, 0, 1, 0]),
 )
-# what lies beyond an action's end must not matter
+# values on padding must not matter
 LOG_PI = torch.tensor([[-1.0, -1.0], [-1.0, 7.0], [-1.0, 7.0], [-1.0, -1.0]])
 EVALUATION = TokenEvaluation(
     old_hidden=torch.zeros(4, 2, 32),

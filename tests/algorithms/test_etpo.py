@@ -195,6 +195,13 @@ def test_the_step_is_the_doubly_robust_gradient_of_the_rollout(
     loss, _ = module.policy_loss(batch)
     assert_same_gradient(loss, expected, module.policy.trainable_parameters(), 1e-3, 1e-6)
 
+    value, scores = module.critic(*inputs, ref_hidden)
+    q_taken = taken(value[..., None] + scores) - (log_old.exp() * scores).sum(-1)
+    size = (q_taken - batch.returns)[mask].abs()
+    expected = torch.where(size < 1, size.square() / 2, size - 0.5).mean()
+    loss, _ = module.critic_loss(batch)
+    assert_same_gradient(loss, expected, list(module.critic.parameters()), 1e-3, 1e-6)
+
 
 def test_scaling_keeps_the_direction_of_the_whole_objective(build_etpo, letter_env, fit, paid):
     module = build_etpo(normalize_by_advantage_rms=True)

@@ -60,7 +60,7 @@ def rows_of(folder):
 
 @pytest.fixture
 def recorded(tmp_path, fit, letter_env, paid):
-    """recorded(module): lines per iteration, those of followed actions, and what `Kept` has."""
+    """recorded(module): lines per iteration, lines of followed actions, and `Kept.seen`."""
 
     def run(module, iterations=2):
         kept = Kept()
