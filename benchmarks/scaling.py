@@ -1,12 +1,12 @@
-"""Time and memory of whole ETPO iterations against action length, batch and vocabulary.
+"""Measure time and memory of ETPO iterations over action length, batch and vocabulary.
 
-    python benchmarks/scaling.py [--sizes length batch vocabulary] [--steps 2]
+    python benchmarks/scaling.py [--sizes length batch vocabulary] [--steps 2] [--chunk TOKENS]
 
 One size varies at a time around 64 actions of 64 tokens on a prompt of 165, with the 0.9M Llama in
-float32, critic=full and one update per iteration. Every point is a process of its own: median
-seconds of its iterations after the first, and the largest resident memory above that of a process
-that has imported everything. `exponent` is the slope of log seconds over log size, by least
-squares: 1 is linear growth. Writes `scaling.csv` and `scaling.png`.
+float32, critic=full and one update per iteration. Every point runs in a new process: median seconds
+of the iterations after the first, and peak resident memory above the memory after imports.
+`exponent` is the least-squares slope of log seconds over log size; 1 is linear growth. The script
+writes `scaling.csv` and `scaling.png`.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from common import RESULTS, Iterations, prompt_of, save_model, write
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from etpo.train import keep_freed_memory
+from etpo.runtime import keep_freed_memory
 
 PROMPT_TOKENS = 165
 DEFAULTS = {"length": 64, "batch": 64, "vocabulary": 1024}
@@ -38,34 +38,31 @@ POINTS = {
 MIB = 1024  # ru_maxrss is in KiB on Linux
 
 
-def run_point(sizes: dict[str, int], steps: int, chunk: int) -> dict[str, float]:
-    """Median seconds of an iteration and peak memory in MiB, in this process."""
+def run_point(sizes: dict[str, int], steps: int, chunk: int | None) -> dict[str, float]:
+    """Return median seconds of an iteration and peak memory in MiB of this process."""
     warnings.filterwarnings("ignore")
     keep_freed_memory()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     prompt = prompt_of(PROMPT_TOKENS)
     with tempfile.TemporaryDirectory() as parent:
         folder = save_model(Path(parent) / "model", "0.9M", vocabulary=sizes["vocabulary"])
-        iterations = Iterations(
-            folder,
-            prompt,
-            sizes["batch"],
-            sizes["length"],
-            f"algorithm.logits_chunk_size={chunk}",
-        )
+        overrides = [] if chunk is None else [f"algorithm.logits_chunk_size={chunk}"]
+        iterations = Iterations(folder, prompt, sizes["batch"], sizes["length"], *overrides)
         seconds = statistics.median(iterations.run(steps))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"seconds": seconds, "mib": (peak - before) / MIB}
 
 
-def measure(names: Sequence[str], steps: int, chunk: int) -> pd.DataFrame:
-    """Every point: columns varied, size, seconds, mib."""
+def measure(names: Sequence[str], steps: int, chunk: int | None) -> pd.DataFrame:
+    """Measure every point; columns varied, size, seconds, mib."""
     rows = []
     for name in names:
         for size in POINTS[name]:
             sizes = DEFAULTS | {name: size}
             command = [sys.executable, __file__, "--point", json.dumps(sizes)]
-            command += ["--steps", str(steps), "--chunk", str(chunk)]
+            command += ["--steps", str(steps)]
+            if chunk is not None:
+                command += ["--chunk", str(chunk)]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             point = json.loads(output.splitlines()[-1])
             rows.append({"varied": name, "size": size} | point)
@@ -74,18 +71,18 @@ def measure(names: Sequence[str], steps: int, chunk: int) -> pd.DataFrame:
 
 
 def exponent(own: pd.DataFrame) -> float:
-    """Slope of log seconds over log size."""
+    """Return the slope of log seconds over log size."""
     return float(np.polyfit(np.log(own["size"]), np.log(own["seconds"]), 1)[0])
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
-    """The points, and each varied size's exponent."""
+    """Add the exponent of each varied size."""
     exponents = {name: exponent(own) for name, own in rows.groupby("varied")}
     return rows.assign(exponent=rows["varied"].map(exponents))
 
 
 def figure(rows: pd.DataFrame) -> Figure:
-    """Seconds above memory, one column per varied size."""
+    """Plot seconds and memory, one column per varied size."""
     names = list(dict.fromkeys(rows["varied"]))
     drawing = Figure(figsize=(3.2 * len(names), 5), layout="constrained")
     panels = drawing.subplots(2, len(names), squeeze=False, sharex="col")
@@ -113,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", choices=list(POINTS), default=list(POINTS))
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--chunk", type=int, default=4096, help="algorithm.logits_chunk_size")
+    parser.add_argument("--chunk", type=int, help="algorithm.logits_chunk_size")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args()

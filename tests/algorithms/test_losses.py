@@ -25,8 +25,8 @@ from etpo.algorithms.returns import (
     leave_one_out_baseline,
     soft_value,
 )
-from etpo.environments.token_mdp import TokenMDP
 
+from ..token_mdp_oracle import TokenMDP
 from .kl_returns import kl_lambda_returns
 
 BETA = 0.3

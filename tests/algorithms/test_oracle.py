@@ -10,8 +10,8 @@ from etpo.algorithms.losses import (
     policy_objective,
 )
 from etpo.algorithms.returns import kl_divergence, lambda_returns, soft_value
-from etpo.environments.token_mdp import TokenMDP
 
+from ..token_mdp_oracle import TokenMDP
 from .kl_returns import kl_lambda_returns
 
 BETA = 0.3

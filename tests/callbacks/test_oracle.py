@@ -10,9 +10,11 @@ from etpo.algorithms.etpo import ETPO, ETPOSettings
 from etpo.algorithms.returns import kl_divergence
 from etpo.callbacks.oracle import OracleDistance, prefix_tokens, tables
 from etpo.environments.token_mdp_env import TokenMDPEnv, random_mdp
+from etpo.models.char_lm import build_char_lm
 from etpo.models.critics import HeadCritic
-from etpo.models.letters import letter_backbone
 from etpo.models.prompting import CompletionTemplate
+
+from ..token_mdp_oracle import TokenMDP
 
 BETA, GAMMA = 0.5, 0.8
 
@@ -24,8 +26,8 @@ def environment():
 
 @pytest.fixture
 def module(tmp_path):
-    """ETPO on a random model with a critic that is 0.3 everywhere."""
-    policy = letter_backbone(
+    """Return ETPO with a critic that is 0.3 everywhere."""
+    policy = build_char_lm(
         str(tmp_path / "model"), CompletionTemplate(), vocabulary_size=4, init_seed=0
     )
     critic = HeadCritic(policy, hidden_size=8)
@@ -34,7 +36,7 @@ def module(tmp_path):
 
 
 def move(policy):
-    """Move the policy away from its reference."""
+    """Change the policy, so that it differs from the reference."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -42,7 +44,7 @@ def move(policy):
 
 
 @torch.no_grad()
-def test_tables_equal_plain_forwards_at_every_prefix(environment, module):
+def test_tables_hold_the_models_outputs_at_every_prefix(environment, module):
     move(module.policy.model)
     log_pi, log_ref, value = tables(environment, module)
     mdp = environment.mdp
@@ -68,13 +70,13 @@ def test_prefixes_spell_the_paths_of_the_actions(environment):
             assert written[prefix] == [token for _, token in path[:number]]
 
 
-def test_metrics_agree_with_the_optimum_over_whole_actions(environment, module, monkeypatch):
+def test_numbers_agree_with_the_optimum_over_whole_actions(environment, module, monkeypatch):
     move(module.policy.model)
     trainer = SimpleNamespace(datamodule=SimpleNamespace(environment=environment))
     numbers = {}
     monkeypatch.setattr(module, "log", numbers.__setitem__)
     OracleDistance().on_validation_epoch_end(trainer, module)
-    mdp = replace(environment.mdp, gamma=GAMMA)
+    mdp = TokenMDP.of(replace(environment.mdp, gamma=GAMMA))
     with torch.no_grad():
         log_pi, log_ref, value = tables(environment, module)
     log_optimum, optimum = mdp.solve_actions(log_ref, BETA)

@@ -16,8 +16,8 @@ from torch.multiprocessing import start_processes
 
 from etpo.algorithms.etpo import ETPO
 from etpo.algorithms.ppo import PPO
-from etpo.config import CONF, error_line
-from etpo.errors import ConfigError
+from etpo.config import CONF
+from etpo.errors import ConfigError, error_line
 from etpo.models.critics import HeadCritic, LoraCritic, TrunkCritic
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate

@@ -5,7 +5,6 @@ import copy
 import functools
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -42,11 +41,6 @@ class PromptBatch(NamedTuple):
     mask: Tensor
     dropped: int
     rests: tuple[str, ...] = ()
-
-
-def tiny_checkpoint() -> str:
-    """The folder of the embedded base model."""
-    return str(Path(__file__).parent / "tiny" / "checkpoint")
 
 
 class LanguageModelPolicy(nn.Module):

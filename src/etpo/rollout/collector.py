@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from etpo.environments import plain
+from etpo.environments import validation
 from etpo.environments.text_env import TextObservation, TextVectorEnv
 from etpo.environments.threads import DaemonThread
 from etpo.generation.sampler import Sample, decode_actions, generate
@@ -19,7 +19,7 @@ from etpo.rollout.types import Actions, Record, Rollout, pad_stack
 OnProgress = Callable[[str, int, int], None]
 
 
-class StepResult(NamedTuple):
+class GroupStep(NamedTuple):
     """Outcome of one step of a group of environments."""
 
     prompts: PromptBatch
@@ -39,7 +39,7 @@ class EnvGroup:
         self.envs = envs
         self.observations = [observations[env] for env in envs]
         self.step = torch.zeros(len(envs), dtype=torch.long)
-        self.results: list[StepResult] = []
+        self.results: list[GroupStep] = []
         self.prompts: PromptBatch
         self.sample: Sample
         self.texts: list[str]
@@ -53,7 +53,9 @@ class EnvGroup:
         self.texts = decode_actions(policy, self.prompts, self.sample)
         return self.texts
 
-    def record_step(self, policy: LanguageModelPolicy, answer: plain.Answer, last: bool) -> None:
+    def record_step(
+        self, policy: LanguageModelPolicy, answer: validation.StepResult, last: bool
+    ) -> None:
         """Store the outcome of the actions; `last`: truncate episodes that are open."""
         terminated = torch.tensor(answer.terminated)
         truncated = ~terminated if last else torch.tensor(answer.truncated) & ~terminated
@@ -62,7 +64,7 @@ class EnvGroup:
             final = answer.final_obs[row]
             following.append(answer.observations[row] if final is None else final)
         self.results.append(
-            StepResult(
+            GroupStep(
                 self.prompts,
                 self.sample,
                 torch.tensor(answer.rewards, dtype=torch.float32),
@@ -76,7 +78,9 @@ class EnvGroup:
         self.step = torch.where(terminated | truncated, 0, self.step + 1)
         self.observations = answer.observations
 
-    def to_records(self, policy: LanguageModelPolicy, answer: plain.Answer) -> list[Record]:
+    def to_records(
+        self, policy: LanguageModelPolicy, answer: validation.StepResult
+    ) -> list[Record]:
         """Return the actions in readable form."""
         return [
             Record(
@@ -115,12 +119,12 @@ def collect(
         on_progress: called with ("rollout", rounds done, rounds).
 
     Raises:
-        ConfigError: the environment returns an invalid value (`etpo.environments.plain`).
+        ConfigError: the environment returns an invalid value (`etpo.environments.validation`).
     """
     first, _ = environment.reset(seed=seed, options={"evaluation": generator is None})
     source = f"environment {environment.task_name}"
-    with plain.sent_by(source):
-        observations = plain.observations(first, environment.num_envs)
+    with validation.error_prefix(source):
+        observations = validation.observations(first, environment.num_envs)
     groups = [
         EnvGroup(envs, observations)
         for envs in np.array_split(np.arange(environment.num_envs), pipeline_groups)
@@ -134,8 +138,8 @@ def collect(
                 start = time.perf_counter()
                 if number > 0:
                     returned = answers[index]()
-                    with plain.sent_by(source):
-                        answer = plain.answer(returned, len(group.envs))
+                    with validation.error_prefix(source):
+                        answer = validation.step_result(returned, len(group.envs))
                     group.record_step(policy, answer, last=number == rounds)
                 answered = time.perf_counter()
                 if number < rounds:
@@ -168,7 +172,7 @@ def collect(
     )
 
 
-def stack(steps: list[StepResult], pad_id: int) -> Actions:
+def stack(steps: list[GroupStep], pad_id: int) -> Actions:
     """Concatenate the steps to one batch, in their order."""
     samples = [step.sample for step in steps]
     return Actions(
