@@ -24,9 +24,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import linear
 
-from etpo.algorithms import losses as objectives
-from etpo.algorithms import returns as soft_bellman
-from etpo.algorithms.returns import at_taken
+from etpo.algorithms import losses, returns
+from etpo.algorithms.returns import gather_tokens
 from etpo.models.chunked_logits import in_chunks, reduce_in_chunks
 
 MIB = 2**20
@@ -51,40 +50,39 @@ def log_probs(x: Tensor, head: Tensor) -> Tensor:
 
 
 def expected_q(heads: Heads, x: Tensor, taken: Tensor) -> Tensor:
-    return soft_bellman.expectation(log_probs(x, heads.policy), linear(x, heads.critic))
+    return returns.expectation(log_probs(x, heads.policy), linear(x, heads.critic))
 
 
 def kl_divergence(heads: Heads, x: Tensor, taken: Tensor) -> Tensor:
     log_ref = log_probs(x.detach(), heads.ref)
-    return soft_bellman.kl_divergence(log_probs(x, heads.policy), log_ref)
+    return returns.kl_divergence(log_probs(x, heads.policy), log_ref)
 
 
 def log_pi_taken(heads: Heads, x: Tensor, taken: Tensor) -> Tensor:
-    return at_taken(log_probs(x, heads.policy), taken)
+    return gather_tokens(log_probs(x, heads.policy), taken)
 
 
 def q_taken(heads: Heads, x: Tensor, taken: Tensor) -> Tensor:
-    return at_taken(linear(x, heads.critic), taken)
+    return gather_tokens(linear(x, heads.critic), taken)
 
 
 def entropy(heads: Heads, x: Tensor, taken: Tensor) -> Tensor:
-    log_pi = log_probs(x, heads.policy)
-    return soft_bellman.expectation(log_pi, -log_pi)
+    return returns.entropy(log_probs(x, heads.policy))
 
 
 def policy_objective(heads: Heads, x: Tensor, taken: Tensor) -> Tensor:
-    """ETPO's: doubly robust and pessimistic, against a pi_old that is not pi."""
+    """Doubly robust objective with a pessimistic Q and pi_old != pi."""
     with torch.no_grad():
         log_old, log_ref = log_probs(x.roll(1, -1), heads.policy), log_probs(x, heads.ref)
         scores = linear(x, heads.critic)
         value = torch.zeros_like(scores[..., 0])
-        q = objectives.dueling_q(value, scores, log_old)
-        q = objectives.pessimistic_q(q, value, log_old, 1.0)
-        q = objectives.rebased_q(q, log_ref, log_old, BETA)
+        q = losses.dueling_q(value, scores, log_old)
+        q = losses.pessimistic_q(q, value, log_old, 1.0)
+        advantages = gather_tokens(q, taken)
     log_pi = log_probs(x, heads.policy)
-    losses = objectives.policy_objective(log_pi, log_old, None, q, BETA + ETA)
-    sampled = (at_taken(field, taken) for field in (log_pi, log_old, q))
-    return losses + objectives.taken_token_correction(*sampled, CLIP, CLIP)
+    return losses.doubly_robust_objective(
+        log_pi, log_ref, log_old, q, taken, advantages, BETA, ETA, CLIP
+    )
 
 
 # what it computes, the heads that it trains, whether any loss may follow

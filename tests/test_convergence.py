@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from etpo import train
-from etpo.algorithms import etpo
-from etpo.algorithms import losses as objectives
+from etpo.algorithms import etpo, losses
 
 SMALL = (
     "environment=token_mdp",
@@ -78,26 +77,31 @@ def test_oracle_real_training_comes_near_the_exact_optimum(run):
 
 
 def gamma_inside_actions(monkeypatch):
-    right = etpo.episode_steps
+    right = etpo.trajectory_steps
 
     def wrong(actions, mask, num_envs, gamma):
         return right(actions, mask, num_envs, gamma, token_discount=gamma)
 
-    monkeypatch.setattr(etpo, "episode_steps", wrong)
+    monkeypatch.setattr(etpo, "trajectory_steps", wrong)
 
 
 def bootstrap_through_termination(monkeypatch):
-    right = etpo.episode_steps
+    right = etpo.trajectory_steps
 
     def wrong(actions, mask, num_envs, gamma):
         never = torch.zeros_like(actions.terminated)
         return right(actions._replace(terminated=never), mask, num_envs, gamma)
 
-    monkeypatch.setattr(etpo, "episode_steps", wrong)
+    monkeypatch.setattr(etpo, "trajectory_steps", wrong)
 
 
 def reference_dropped(monkeypatch):
-    monkeypatch.setattr(objectives, "rebased_q", lambda q, log_ref, log_old, beta: q)
+    right = losses.doubly_robust_objective
+
+    def wrong(log_pi, log_ref, log_old, *others):
+        return right(log_pi, log_old, log_old, *others)
+
+    monkeypatch.setattr(losses, "doubly_robust_objective", wrong)
 
 
 @pytest.mark.slow

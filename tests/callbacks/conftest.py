@@ -47,7 +47,7 @@ def rollout(iteration: int, rank: int = 0) -> Rollout:
     reward = torch.tensor([row.reward for row in rows])
     step = torch.tensor([row.attempt - 1 for row in rows])
     states = torch.zeros(4, 5, 1)
-    actions = Actions(ids, mask, ids, mask, states[..., 0], states, reward, flags, ~flags, step)
+    actions = Actions(ids, mask, ids, mask, states, reward, flags, ~flags, step)
     return Rollout(actions, ids, mask, rows, 2, 0, generate_seconds=2.0, score_seconds=0.5)
 
 
@@ -80,7 +80,7 @@ class Batches(IterableDataset):
             data.on_progress("rollout", 2, 2)
         if data.environment.on_score is not None:
             data.environment.on_score(1, 4)
-        data.trainer.lightning_module.rollout_metrics = rollout_metrics(data.rollout) | {
+        data.trainer.lightning_module.iteration_metrics = rollout_metrics(data.rollout) | {
             "rollout/kl_to_reference": 0.125
         }
         yield from torch.ones(2, 1)
@@ -113,7 +113,7 @@ class Module(LightningModule):
         torch.nn.init.ones_(self.layer.weight)
         torch.nn.init.ones_(self.layer.bias)
         self.fails_at, self.failure = fails_at, failure
-        self.rollout_metrics: dict[str, float] = {}
+        self.iteration_metrics: dict[str, float] = {}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -123,7 +123,7 @@ class Module(LightningModule):
             raise self.failure
         if batch_idx == 0:
             self.log_dict(
-                self.rollout_metrics, on_step=False, on_epoch=True, sync_dist=True, batch_size=1
+                self.iteration_metrics, on_step=False, on_epoch=True, sync_dist=True, batch_size=1
             )
         loss = self.layer(batch).pow(2).mean()
         self.log("train/critic_loss", loss, on_step=False, on_epoch=True, batch_size=1)

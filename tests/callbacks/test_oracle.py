@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from etpo.algorithms.evaluation import TokenValues
+from etpo.algorithms.etpo import ETPO, ETPOSettings
 from etpo.algorithms.returns import kl_divergence
 from etpo.callbacks.oracle import OracleDistance, prefix_tokens, tables
 from etpo.environments.token_mdp_env import TokenMDPEnv, random_mdp
 from etpo.models.char_lm import build_char_lm
+from etpo.models.critics import HeadCritic
 from etpo.models.prompting import CompletionTemplate
 
 from ..token_mdp_oracle import TokenMDP
@@ -25,24 +26,13 @@ def environment():
 
 @pytest.fixture
 def module(tmp_path):
-    """Return a stand-in for ETPO with E_pi[Q] = 0.3 everywhere."""
+    """Return ETPO with a critic that is 0.3 everywhere."""
     policy = build_char_lm(
         str(tmp_path / "model"), CompletionTemplate(), vocabulary_size=4, init_seed=0
     )
-
-    def token_values(prompt_ids, prompt_mask, action_ids, hidden_states, log_pi, log_ref):
-        return TokenValues(0.3 - BETA * kl_divergence(log_pi, log_ref))
-
-    logged = {}
-    return SimpleNamespace(
-        policy=policy,
-        token_values=token_values,
-        beta=BETA,
-        settings=SimpleNamespace(gamma=GAMMA),
-        device=torch.device("cpu"),
-        logged=logged,
-        log=logged.__setitem__,
-    )
+    critic = HeadCritic(policy, hidden_size=8)
+    torch.nn.init.constant_(critic.head.value.bias, 0.3)
+    return ETPO(policy, critic, ETPOSettings(beta=BETA, gamma=GAMMA, pessimism_threshold=0.0))
 
 
 def move(policy):
@@ -80,16 +70,18 @@ def test_prefixes_spell_the_paths_of_the_actions(environment):
             assert written[prefix] == [token for _, token in path[:number]]
 
 
-def test_numbers_agree_with_the_optimum_over_whole_actions(environment, module):
+def test_numbers_agree_with_the_optimum_over_whole_actions(environment, module, monkeypatch):
     move(module.policy.model)
     trainer = SimpleNamespace(datamodule=SimpleNamespace(environment=environment))
+    numbers = {}
+    monkeypatch.setattr(module, "log", numbers.__setitem__)
     OracleDistance().on_validation_epoch_end(trainer, module)
     mdp = TokenMDP.of(replace(environment.mdp, gamma=GAMMA))
     with torch.no_grad():
         log_pi, log_ref, value = tables(environment, module)
     log_optimum, optimum = mdp.solve_actions(log_ref, BETA)
     kl = kl_divergence(mdp.action_log_probs(log_pi), log_optimum)
-    logged = {name: number.item() for name, number in module.logged.items()}
+    logged = {name: number.item() for name, number in numbers.items()}
     assert logged["oracle/kl_max"] == pytest.approx(kl.max().item(), rel=1e-5)
     assert logged["oracle/value_error"] == pytest.approx((value - optimum).abs().max().item())
     assert logged["oracle/value"] == pytest.approx((mdp.start @ optimum).item())

@@ -3,7 +3,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from etpo.rollout.buffer import by_length
+from etpo.rollout.buffer import split_by_length
 
 
 class Batch(NamedTuple):
@@ -12,6 +12,7 @@ class Batch(NamedTuple):
     action_mask: Tensor
     q: Tensor
     weights: Tensor
+    absent: Tensor | None = None
 
 
 def test_parts_hold_every_action_once_and_no_common_padding():
@@ -21,7 +22,8 @@ def test_parts_hold_every_action_once_and_no_common_padding():
     batch = Batch(
         torch.arange(35).view(5, 7), prompt_mask, action_mask, torch.rand(5, 8, 3), torch.arange(5)
     )
-    parts = by_length(batch, 2)
+    parts = split_by_length(batch, 2)
+    assert all(part.absent is None for part in parts)
     assert [part.weights.tolist() for part in parts] == [[0, 2, 4], [1, 3]]
     assert [part.action_mask.shape[1] for part in parts] == [3, 6]
     assert [part.prompt_mask.shape[1] for part in parts] == [5, 4]
@@ -35,5 +37,5 @@ def test_parts_hold_every_action_once_and_no_common_padding():
 
 def test_few_actions_make_few_parts():
     mask = torch.ones(1, 2, dtype=torch.bool)
-    (part,) = by_length(Batch(mask.long(), mask, mask, mask, torch.ones(1)), 4)
+    (part,) = split_by_length(Batch(mask.long(), mask, mask, mask, torch.ones(1)), 4)
     assert part.action_mask.shape == (1, 2)

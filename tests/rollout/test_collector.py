@@ -11,7 +11,8 @@ from etpo.models.prompting import CompletionTemplate
 from etpo.rollout import collector
 from etpo.rollout.collector import collect
 from etpo.rollout.metrics import rollout_metrics
-from etpo.rollout.types import episode_layout, pack, pad_stack, unpack
+from etpo.rollout.trajectories import from_trajectories, to_trajectories, trajectory_layout
+from etpo.rollout.types import pad_stack
 
 
 def rollout(folder, env, rounds=4, **settings):
@@ -41,7 +42,7 @@ def test_a_termination_in_the_last_round_needs_no_bootstrap(checkpoint, letter_e
     assert len(played.bootstrap_ids) == 0
 
 
-def test_rows_hold_what_was_sampled(checkpoint, letter_env):
+def test_rows_hold_the_sampled_actions(checkpoint, letter_env):
     played, policy = rollout(checkpoint("llama"), letter_env(3))
     actions = played.actions
     for row, record in enumerate(played.records):
@@ -58,7 +59,7 @@ def test_rows_hold_what_was_sampled(checkpoint, letter_env):
 
 @pytest.mark.parametrize("groups", [2, 3])
 def test_groups_change_the_order_of_drawing_and_nothing_else(checkpoint, letter_env, groups):
-    played, policy = rollout(checkpoint("llama"), letter_env(3), groups=groups)
+    played, policy = rollout(checkpoint("llama"), letter_env(3), pipeline_groups=groups)
     actions = played.actions
     assert actions.step.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [0] * 3
     assert [r.env for r in played.records] == [0, 1, 2] * 4
@@ -71,19 +72,20 @@ def test_groups_change_the_order_of_drawing_and_nothing_else(checkpoint, letter_
             before = "" if record.attempt == 1 else played.records[row - 3].action[:2]
             assert record.prompt == f"go{before}"
     greedy = [
-        collect(policy, letter_env(3), 4, 6, None, seed=0, groups=g).records for g in (1, groups)
+        collect(policy, letter_env(3), 4, 6, None, seed=0, pipeline_groups=g).records
+        for g in (1, groups)
     ]
     assert greedy[0] == greedy[1]
 
 
-def test_a_group_is_answered_while_the_next_one_is_generated(checkpoint, letter_env, monkeypatch):
+def test_a_group_is_scored_while_the_next_one_is_generated(checkpoint, letter_env, monkeypatch):
     generated = [Event() for _ in range(4)]  # two groups, two rounds
     started, answered = itertools.count(), itertools.count()
-    sample = collector.sample
+    generate = collector.generate
 
     def watch(*arguments):
         generated[next(started)].set()
-        return sample(*arguments)
+        return generate(*arguments)
 
     class Patient(letter_env):
         def step_part(self, actions, envs):
@@ -91,13 +93,13 @@ def test_a_group_is_answered_while_the_next_one_is_generated(checkpoint, letter_
             assert generated[following].wait(timeout=30)
             return super().step_part(actions, envs)
 
-    monkeypatch.setattr(collector, "sample", watch)
-    played, _ = rollout(checkpoint("llama"), Patient(4), rounds=2, groups=2)
+    monkeypatch.setattr(collector, "generate", watch)
+    played, _ = rollout(checkpoint("llama"), Patient(4), rounds=2, pipeline_groups=2)
     assert len(played.records) == 8
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "allowed"),
     [
         ({1: [0.0, float("nan")]}, "reward=nan: allowed is a finite number"),
         ({1: torch.tensor([1e39, 0.0], dtype=torch.float64)}, "reward="),
@@ -107,15 +109,17 @@ def test_a_group_is_answered_while_the_next_one_is_generated(checkpoint, letter_
         ({4: {}}, "infos lacks final_obs"),
     ],
 )
-def test_what_any_environment_sends_is_checked(checkpoint, letter_env, changes, words):
+def test_invalid_answers_of_an_environment_are_config_errors(
+    checkpoint, letter_env, changes, allowed
+):
     class Careless(letter_env):
         def step_part(self, actions, envs):
             answer = super().step_part(actions, envs)
             return [changes.get(place, value) for place, value in enumerate(answer)]
 
     for groups in (1, 2):
-        with pytest.raises(ConfigError, match=f"^environment letters: {words}"):
-            rollout(checkpoint("llama"), Careless(2 * groups), rounds=1, groups=groups)
+        with pytest.raises(ConfigError, match=f"^environment letters: {allowed}"):
+            rollout(checkpoint("llama"), Careless(2 * groups), rounds=1, pipeline_groups=groups)
 
 
 def test_records_are_plain_python(checkpoint, letter_env):
@@ -135,7 +139,7 @@ def test_records_are_plain_python(checkpoint, letter_env):
         assert type(record.reward) is float
 
 
-def test_a_failure_is_told_while_another_group_hangs(checkpoint, letter_env):
+def test_a_failure_ends_the_rollout_while_another_group_hangs(checkpoint, letter_env):
     released = Event()
 
     class Hanging(letter_env):
@@ -146,18 +150,18 @@ def test_a_failure_is_told_while_another_group_hangs(checkpoint, letter_env):
 
     try:
         with pytest.raises(RuntimeError, match="server gone"):
-            rollout(checkpoint("llama"), Hanging(4), groups=2)
+            rollout(checkpoint("llama"), Hanging(4), pipeline_groups=2)
     finally:
         released.set()
 
 
-def test_layout_lays_tokens_of_an_environment_in_time_order():
+def test_trajectories_order_the_tokens_of_an_environment_by_time():
     # 2 environments, 2 rounds; rows: (round 0, env 0), (0, 1), (1, 0), (1, 1)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 0, 0], [1, 1, 1]]).bool()
     values = torch.tensor([[1.0, 2, 9], [3, 9, 9], [4, 9, 9], [5, 6, 7]])
-    layout = episode_layout(mask, num_envs=2)
-    assert pack(values, layout).tolist() == [[1, 2, 4, 0], [3, 5, 6, 7]]
-    back = unpack(pack(values, layout), layout, like=values)
+    layout = trajectory_layout(mask, num_envs=2)
+    assert to_trajectories(values, layout).tolist() == [[1, 2, 4, 0], [3, 5, 6, 7]]
+    back = from_trajectories(to_trajectories(values, layout), layout, like=values)
     assert torch.equal(back, values * mask)
 
 

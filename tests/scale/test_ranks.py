@@ -1,4 +1,4 @@
-"""Two processes take the step of one process with the joined batch, whatever holds the weights."""
+"""Two processes take the step of one process with the joined batch, with every strategy."""
 
 import functools
 import importlib.util
@@ -7,7 +7,6 @@ import socket
 
 import pytest
 import torch
-from etpo.algorithms.ppo_kl import PPOKL
 from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -16,6 +15,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.multiprocessing import start_processes
 
 from etpo.algorithms.etpo import ETPO
+from etpo.algorithms.ppo import PPO
 from etpo.config import CONF
 from etpo.errors import ConfigError, error_line
 from etpo.models.critics import HeadCritic, LoraCritic, TrunkCritic
@@ -30,6 +30,7 @@ from etpo.sharding import ShardedStrategy
 ENVS, ROUNDS, TOKENS = 2, 4, 5
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 LORA_CRITIC = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+ADAPTED = functools.partial(LoraCritic, lora=LORA_CRITIC)
 SHARED = {
     "beta": 0.1,
     "beta_final_factor": 1.0,
@@ -50,19 +51,18 @@ OWN = {
         "pessimism_threshold": 0.5,
         "doubly_robust": True,
         "normalize_by_advantage_rms": True,
-        "clip_low": 0.2,
-        "clip_high": 0.2,
+        "clip": 0.2,
         "tau": 0.5,
         "critic_loss": "huber",
         "huber_delta": 1.0,
     },
-    PPOKL: {"clip": 0.2, "lambda_": 0.5},
+    PPO: {"unit": "action", "lambda_": 0.5},
 }
 
 
 def build(algorithm, folder, lora=None, critic=HeadCritic, dtype="float32", **changes):
     torch.manual_seed(0)
-    return algorithm(
+    return algorithm.from_config(
         lambda: LanguageModelPolicy(str(folder), CompletionTemplate(), lora=lora, dtype=dtype),
         functools.partial(critic, hidden_size=8),
         functools.partial(torch.optim.SGD, momentum=0.9),
@@ -71,7 +71,7 @@ def build(algorithm, folder, lora=None, critic=HeadCritic, dtype="float32", **ch
 
 
 def rollout_of(module, env, rank):
-    """What process `rank` collects, with drawn rewards; the second one's actions are longer."""
+    """The rollout of process `rank`, with random rewards; rank 1 has longer actions."""
     generator = torch.Generator().manual_seed(rank)
     rollout = collect(module.policy, env, ROUNDS, TOKENS + 3 * rank, generator, seed=rank)
     rewards = torch.rand(len(rollout.actions.rewards), generator=generator) + rank
@@ -116,7 +116,7 @@ def joined(module, one, other):
 
 
 def fitted(module, env, rollouts, minibatch, tmp_path, ckpt_path=None, **options):
-    """The trainer after its iterations, one if not told, each on `rollouts[rank]`."""
+    """Train one iteration, or `max_epochs`, on `rollouts[rank]` and return the trainer."""
     data = RolloutDataModule(
         env,
         actions_per_iteration=2 * ENVS * ROUNDS,
@@ -152,7 +152,7 @@ def process(rank, port, strategy, work):
 
 
 def in_two_processes(strategy, work):
-    """`work(devices=2, strategy=...)` in two processes of which each is a rank."""
+    """Run `work(devices=2, strategy=...)` in two processes, one per rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -167,10 +167,14 @@ UNLIMITED = {"max_grad_norm": 1e9, "policy_lr": 1e-3}  # else a factor of the lo
 CASES = [
     (ddp, ETPO, "llama", None, HeadCritic, {}),
     (ddp, ETPO, "llama", None, HeadCritic, UNLIMITED),
-    (ddp, PPOKL, "llama", None, HeadCritic, UNLIMITED),
+    (ddp, ETPO, "llama", LORA, HeadCritic, UNLIMITED),
+    (ddp, PPO, "llama", None, HeadCritic, UNLIMITED),
+    (ddp, PPO, "llama", LORA, HeadCritic, UNLIMITED),
     (ShardedStrategy, ETPO, "llama", None, TrunkCritic, {}),
     (ShardedStrategy, ETPO, "llama", LORA, HeadCritic, {}),
-    (ShardedStrategy, PPOKL, "llama", None, HeadCritic, {}),
+    (ShardedStrategy, ETPO, "llama", LORA, ADAPTED, {}),  # policy and critic share weights
+    (ShardedStrategy, PPO, "llama", None, HeadCritic, {}),
+    (ShardedStrategy, PPO, "llama", LORA, HeadCritic, {}),
     (ShardedStrategy, ETPO, "starcoder", None, HeadCritic, {}),  # its embeddings are tied
 ]
 
@@ -205,7 +209,7 @@ def test_two_processes_take_the_step_of_one(
     moved = {n for n, p in before.items() if not torch.equal(p, expected[n])}
     assert any(n.startswith("policy.model") for n in moved)
     assert any(n.startswith("critic") for n in moved)
-    for name in moved:  # the steps, not the weights that they are small beside
+    for name in moved:  # weights would hide the difference of small steps
         step, other = expected[name] - before[name], weights[name] - before[name]
         torch.testing.assert_close(other, step, rtol=1e-4, atol=1e-7)
     assert layout_of(tmp_path / "two.ckpt") == layout_of(tmp_path / "one.ckpt")
@@ -216,8 +220,8 @@ def test_two_processes_take_the_step_of_one(
 
 
 @pytest.mark.slow
-def test_a_sharded_adapter_lies_on_weights_in_bfloat16(checkpoint, letter_env, tmp_path):
-    """It stays in float32 and takes the step of one process, as far as bfloat16 lets it."""
+def test_a_sharded_adapter_of_bfloat16_weights_stays_in_float32(checkpoint, letter_env, tmp_path):
+    """It takes the step of one process, up to the rounding of bfloat16."""
     make = functools.partial(build, ETPO, checkpoint("llama"), LORA, dtype="bfloat16")
     probe = make()
     before = {n: p.detach().clone() for n, p in probe.named_parameters() if p.requires_grad}
@@ -242,8 +246,8 @@ def test_a_sharded_adapter_lies_on_weights_in_bfloat16(checkpoint, letter_env, t
 
 
 @pytest.mark.slow
-def test_a_sharded_run_goes_on_from_its_checkpoint(checkpoint, letter_env, tmp_path):
-    """With the weights, the target critic's and the optimizer's momentum of its last iteration."""
+def test_a_sharded_run_resumes_from_its_checkpoint(checkpoint, letter_env, tmp_path):
+    """With the weights, the target critic and the momentum of its last iteration."""
     make = functools.partial(build, ETPO, checkpoint("llama"), LORA)
     rollouts = [rollout_of(make(), letter_env(ENVS), rank) for rank in (0, 1)]
 
@@ -267,7 +271,7 @@ def test_a_sharded_run_goes_on_from_its_checkpoint(checkpoint, letter_env, tmp_p
 
 
 def layout_of(file):
-    """The shapes of a checkpoint's weights, by name, and of its optimizer's moments."""
+    """Shapes of the weights, by name, and of the optimizer's moments of a checkpoint."""
     saved = torch.load(file)
     moments = saved["optimizer_states"][0]["state"]
     shapes = {name: weight.shape for name, weight in saved["state_dict"].items()}
@@ -288,7 +292,7 @@ def test_accumulated_gradients_are_those_of_the_large_minibatch(checkpoint, lett
         torch.testing.assert_close(results[1][name], step, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("algorithm", [ETPO, PPOKL])
+@pytest.mark.parametrize("algorithm", [ETPO, PPO])
 def test_mixed_precision_trains(algorithm, checkpoint, letter_env, tmp_path):
     module = build(algorithm, checkpoint("llama"))
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
@@ -308,7 +312,7 @@ def test_weights_of_another_precision_are_refused(precision, checkpoint, letter_
         fitted(module, letter_env(2 * ENVS), [], ENVS * ROUNDS, tmp_path, precision=precision)
 
 
-def test_sharded_strategies_are_those_of_the_configuration():
+def test_the_configuration_selects_the_sharded_strategies():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         sharded = compose("train", ["trainer=fsdp"]).trainer.strategy
         trainer = compose("train", ["trainer=deepspeed"]).trainer
@@ -323,9 +327,3 @@ def test_sharded_strategies_are_those_of_the_configuration():
     message = error_line(caught.value)
     assert message.startswith("trainer=deepspeed: needs the package deepspeed")
     assert "\n" not in message
-
-
-def test_critics_that_share_weights_are_not_sharded(checkpoint):
-    module = build(ETPO, checkpoint("llama"), LORA, functools.partial(LoraCritic, lora=LORA_CRITIC))
-    with pytest.raises(ConfigError, match="critic=lora: allowed with trainer=fsdp are"):
-        ShardedStrategy().shard(module.policy.model, module.critic)

@@ -1,59 +1,51 @@
-"""`algorithm.logits_chunk_size`: the same annotations, losses and gradients, in bounded memory."""
+"""`algorithm.logits_chunk_size`: the same targets, losses and gradients, in bounded memory."""
 
-import functools
 import math
 
 import pytest
 import torch
-from etpo.algorithms.variants import TwinETPO, WindowETPO
 
-from etpo.algorithms.archer import ArCHer
-from etpo.algorithms.etpo import ETPO
-from etpo.algorithms.poad import POAD
-from etpo.algorithms.ppo_kl import PPOKL
-from etpo.algorithms.reinforce import GRPO
-from etpo.errors import ConfigError
 from etpo.models.critics import HeadCritic, LanguageModelCritic, LoraCritic, TrunkCritic
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 
+from ..models.architectures import ARCHITECTURES, save_architecture
+
 LORA = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
 ADAPTED = {"lora": LORA | {"target_modules": ["q_proj", "v_proj"]}}
 ADAPTED_HEAD = {"lora": LORA | {"target_modules": ["q_proj", "lm_head"]}}
-CHUNK = 7
+ONE_CHUNK, CHUNK = 4096, 7
 # algorithm, family, critic, arguments of the policy, of the algorithm
 KINDS = {
-    "full critic": (ETPO, "llama", TrunkCritic, {"min_p": 0.1}, {"pessimism_threshold": 1.0}),
-    "head critic": (ETPO, "llama", HeadCritic, {"temperature": 0.7}, {"pessimism_threshold": 0.5}),
-    "the paper's": (ETPO, "qwen", LanguageModelCritic, {}, {"doubly_robust": False}),
-    "adapters": (ETPO, "qwen", LoraCritic, ADAPTED | {"min_p": 0.1}, {}),
-    "adapter on the output layer": (ETPO, "llama", HeadCritic, ADAPTED_HEAD, {}),
-    "checkpointed": (ETPO, "starcoder", HeadCritic, {"gradient_checkpointing": True}, {}),
-    "twins": (TwinETPO, "llama", TrunkCritic, {}, {"critic_loss": "mse"}),
-    "poad": (POAD, "llama", HeadCritic, {"min_p": 0.1}, {}),
-    "ppo_kl": (PPOKL, "llama", HeadCritic, {}, {}),
-    "archer": (ArCHer, "llama", TrunkCritic, {"min_p": 0.1}, {}),
-    "grpo": (GRPO, "qwen", None, ADAPTED, {}),
+    "full critic": ("etpo", "llama", TrunkCritic, {"min_p": 0.1}, {"pessimism_threshold": 1.0}),
+    "head critic": (
+        *("etpo", "llama", HeadCritic, {"temperature": 0.7}),
+        {"pessimism_threshold": 0.5, "critic_loss": "mse"},
+    ),
+    "lm_copy": ("etpo", "qwen", LanguageModelCritic, {}, {"doubly_robust": False}),
+    "adapters": ("etpo", "qwen", LoraCritic, ADAPTED | {"min_p": 0.1}, {}),
+    "adapter on the LM head": ("etpo", "llama", HeadCritic, ADAPTED_HEAD, {}),
+    "checkpointed": ("etpo", "starcoder", HeadCritic, {"gradient_checkpointing": True}, {}),
+    "scaled logits": ("etpo", "cohere", LanguageModelCritic, {"min_p": 0.1}, {}),
+    "poad": ("poad", "llama", HeadCritic, {"min_p": 0.1}, {}),
+    "ppo_kl": ("ppo_kl", "llama", HeadCritic, {}, {}),
+    "archer": ("archer", "llama", TrunkCritic, {"min_p": 0.1}, {}),
+    "grpo": ("grpo", "qwen", None, ADAPTED, {}),
 }
 
 
 @pytest.fixture
-def pair(checkpoint, build_algorithm, letter_env, paid, fit):
-    """pair(kind): the module without and with chunks, their weights alike, and a rollout."""
+def pair(make_policy, build_algorithm, letter_env, paid, fit):
+    """pair(kind): modules with one chunk and with many, their weights alike, and a rollout."""
 
     def make(kind):
         algorithm, family, critic, model, changes = KINDS[kind]
         modules = []
-        for chunk in (None, CHUNK):
+        for chunk in (ONE_CHUNK, CHUNK):
             torch.manual_seed(0)
-            policy = functools.partial(
-                LanguageModelPolicy, str(checkpoint(family)), CompletionTemplate(), **model
-            )
-            modules.append(
-                build_algorithm(
-                    algorithm, policy, critic, logits_chunk_size=chunk, max_kl=None, **changes
-                )
-            )
+            settings = changes | {"logits_chunk_size": chunk, "max_kl": None}
+            policy = make_policy(family, **model)
+            modules.append(build_algorithm(algorithm, policy, critic, **settings))
         whole, chunked = modules
         env = paid(letter_env(4), lambda action: sum(map(ord, action)) % 7 / 7)
         rollout = fit(whole, env, 1, minibatch_size=32, update_epochs=2).rollout
@@ -63,14 +55,14 @@ def pair(checkpoint, build_algorithm, letter_env, paid, fit):
         chunked.load_state_dict(whole.state_dict())
         chunked.trainer = whole.trainer
         for module in modules:
-            module.log_mean = lambda *_: None
+            module.log_metrics = lambda metrics: None
         return whole, chunked, rollout
 
     return make
 
 
 def move(module):
-    """Takes the policy away from pi_old, the critic from its target."""
+    """Move the policy away from pi_old and the critic from its target."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -87,14 +79,14 @@ def gradients(module, loss):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_annotations_losses_and_gradients_are_the_same(kind, pair):
+def test_targets_losses_and_gradients_are_the_same(kind, pair):
     whole, chunked, rollout = pair(kind)
     batches = [module.compute_targets(rollout) for module in (whole, chunked)]
-    for name in ("returns", "advantages", "features"):
+    for name in ("returns", "advantages", "old_log_probs", "ref_hidden"):
         expected, found = (getattr(batch, name) for batch in batches)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert batches[0].advantages.abs().max() > 0.01
-    assert chunked.rollout_metrics == pytest.approx(whole.rollout_metrics, rel=1e-3, abs=1e-4)
+    assert chunked.iteration_metrics == pytest.approx(whole.iteration_metrics, rel=1e-3, abs=1e-4)
     losses, found = [], []
     for module, batch in zip((whole, chunked), batches, strict=True):
         move(module)
@@ -115,7 +107,7 @@ def test_no_more_than_a_chunk_goes_through_the_vocabulary(kind, pair, most_token
     *modules, rollout = pair(kind)
     seen = []
     for module in modules:
-        size = module.policy.output_layer.weight.shape
+        size = module.policy.lm_head.weight.shape
         hidden = {32, 16, 4}  # of the model, of the critic, of the adapters
         counted = []
         for vocabulary in {module.policy.vocabulary_size, size[0]}:
@@ -135,30 +127,52 @@ def test_it_trains_in_chunks(critic, build_etpo, letter_env, fit):
     before = [p.clone() for p in module.policy.trainable_parameters()]
     fit(module, letter_env(4), 2)
     pairs = zip(before, module.policy.trainable_parameters(), strict=True)
-    assert max((old - new).abs().max() for old, new in pairs) > module.policy_lr / 2
+    assert max((old - new).abs().max() for old, new in pairs) > module.settings.policy_lr / 2
     assert not any("old" in name for name in module.state_dict())
 
 
-@pytest.mark.parametrize("chunk", [0, -1, 1.5, True, "all"])
-def test_bad_sizes_of_a_chunk(build_etpo, chunk):
-    message = f"algorithm.logits_chunk_size={chunk}: allowed is 1 or more, an integer"
-    with pytest.raises(ConfigError, match=message):
-        build_etpo(logits_chunk_size=chunk)
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("Cohere", {"logit_scale": 0.5}),
+        ("Granite", {"logits_scaling": 2.0}),
+        ("Gemma 2", {"final_logit_softcapping": 1.0}),
+    ],
+)
+@torch.no_grad()
+def test_scaled_and_capped_logits_equal_a_forward_of_the_model(
+    name, changes, checkpoint, build_algorithm, tmp_path
+):
+    architecture = ARCHITECTURES[name]
+    architecture = architecture._replace(changes=architecture.changes | changes)
+    folder = save_architecture(tmp_path / "model", architecture, checkpoint("llama"))
 
+    def policy():
+        attention = architecture.attn_implementation
+        return LanguageModelPolicy(str(folder), CompletionTemplate(), attn_implementation=attention)
 
-def test_a_window_of_earlier_iterations_needs_whole_distributions(build_etpo):
-    message = "algorithm.logits_chunk_size=8: allowed is null beside algorithm.window"
-    with pytest.raises(ConfigError, match=message):
-        build_etpo(variant=WindowETPO, window=2, logits_chunk_size=8)
+    module = build_algorithm("etpo", policy, LanguageModelCritic, logits_chunk_size=CHUNK)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.policy.trainable_parameters():  # policy, reference and critic differ
+        parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    for parameter in module.target_critic.parameters():
+        parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    ids = torch.randint(3, 200, (3, 10), generator=generator)
+    prompts, actions = ids[:, :4], ids[:, 4:]
+    evaluation = module.evaluate(prompts, torch.ones_like(prompts).bool(), actions)
 
+    def plain(model):
+        return model(ids).logits[:, 3:-1, : module.policy.vocabulary_size]
 
-def test_a_model_that_scales_its_logits_is_refused(checkpoint, build_algorithm):
-    scaled = functools.partial(LanguageModelPolicy, str(checkpoint("cohere")), CompletionTemplate())
-    with pytest.raises(ConfigError, match="algorithm.logits_chunk_size=8: allowed is null.*cohere"):
-        build_algorithm(ETPO, scaled, HeadCritic, logits_chunk_size=8).on_fit_start()
-    build_algorithm(ETPO, scaled, HeadCritic, logits_chunk_size=None).on_fit_start()
-    ids = torch.tensor([[5, 6, 7]])
-    policy = scaled()
-    whole = policy(ids, ids > 0, ids)
-    again = policy(ids, ids > 0, ids, known_features=whole.features)
-    assert torch.equal(whole.log_probs, again.log_probs)
+    def taken(values):
+        return values.gather(-1, actions[..., None])[..., 0]
+
+    pairs = {
+        "log_pi": taken(plain(module.policy.model).log_softmax(-1)),
+        "log_ref": taken(plain(module.policy.reference_model).log_softmax(-1)),
+        "q_taken": taken(plain(module.target_critic.model)),
+    }
+    for field, expected in pairs.items():
+        torch.testing.assert_close(getattr(evaluation, field), expected, rtol=0, atol=1e-4)
+    unscaled = taken(module.policy.lm_head(evaluation.old_hidden).log_softmax(-1))
+    assert (unscaled - pairs["log_pi"]).abs().max() > 0.1
