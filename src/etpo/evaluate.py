@@ -20,7 +20,7 @@ from etpo.environments import validation
 from etpo.environments.text_env import TextVectorEnv
 from etpo.errors import MAX_SEED, ConfigError, check_integer
 from etpo.files import write_text
-from etpo.generation.sampler import action_texts, sample
+from etpo.generation.sampler import decode_actions, generate
 from etpo.models.policy import LanguageModelPolicy
 from etpo.rollout.datamodule import derived_seed
 from etpo.rollout.types import Record
@@ -62,8 +62,8 @@ def play(
         while playing.any():
             envs = np.arange(environment.num_envs) if together else np.flatnonzero(playing)
             prompts = policy.encode([observations[env] for env in envs])
-            taken = sample(policy, prompts, max_new_tokens, generator)
-            texts = action_texts(policy, prompts, taken)
+            taken = generate(policy, prompts, max_new_tokens, generator)
+            texts = decode_actions(policy, prompts, taken)
             step = environment.step(texts) if together else environment.step_part(texts, envs)
             with validation.error_prefix(source):
                 answer = validation.step_result(step, len(envs))
