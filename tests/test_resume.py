@@ -125,7 +125,7 @@ def test_a_line_tells_that_the_iteration_is_kept(start_train, small_run, tmp_pat
 SWEEP = (
     "-m",
     "seed=0,1",
-    "trainer.max_epochs=2",
+    "trainer.max_epochs=9",  # longer than any wait below
     "rollout.num_envs=2",
     "rollout.actions_per_iteration=4",
     "rollout.minibatch_size=4",
@@ -136,11 +136,11 @@ SWEEP = (
 @pytest.mark.parametrize(
     ("overrides", "line", "seconds"),
     [
-        (SWEEP, "iteration 2/2", 0),  # after the last batch of the first cell
-        (SWEEP, "iteration 1/2", 0.1),  # in a rollout
-        (SWEEP, "iteration 1/2", 1.0),
-        ((), "iteration 1/3", 0.1),
-        ((), "iteration 1/3", 1.0),
+        (SWEEP, "iteration 9/9", 0),  # after the last batch of the first cell
+        (SWEEP, "iteration 1/9", 0.1),  # in a rollout
+        (SWEEP, "iteration 1/9", 1.0),
+        (("trainer.max_epochs=9",), "iteration 1/9", 0.1),
+        (("trainer.max_epochs=9",), "iteration 1/9", 1.0),
     ],
 )
 def test_sigterm_ends_a_run_and_a_multirun(

@@ -2,7 +2,9 @@
 
 import hashlib
 import re
+from dataclasses import fields
 from pathlib import Path
+from typing import get_type_hints
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -117,6 +119,16 @@ def check_missing(cfg: DictConfig) -> None:
         raise ConfigError(f"{key}=??? needs a value: give {key}=...") from error
 
 
+def check_settings(algorithm: DictConfig) -> None:
+    """Check the settings that all algorithms share, before PyTorch is loaded."""
+    from etpo.algorithms.settings import Settings, check_value
+
+    hints = get_type_hints(Settings)
+    for each in fields(Settings):
+        if each.name in algorithm:
+            check_value(f"algorithm.{each.name}", algorithm[each.name], hints[each.name], each)
+
+
 def check_config(cfg: DictConfig) -> None:
     """Raise ConfigError for a missing or impossible value that no constructor detects in time."""
     check_missing(cfg)
@@ -128,6 +140,7 @@ def check_config(cfg: DictConfig) -> None:
         )
     check_integer("seed", cfg.seed, 0, MAX_SEED)
     check_integer("trainer.max_epochs", cfg.trainer.max_epochs, 1)
+    check_settings(cfg.algorithm)
     if "hidden_size" in (cfg.get("critic") or {}):
         check_integer("critic.hidden_size", cfg.critic.hidden_size, 1)
     limit = cfg.algorithm.get("max_grad_norm")

@@ -63,7 +63,9 @@ def compose_and_run(config_name: str, arguments: Arguments, task: Callable[..., 
     def job(cfg: DictConfig) -> Any:
         set_variable(TRACEBACK, shown)
         with exit_on_bad_input():
-            return task(cfg)
+            value = task(cfg)
+        os.environ[TRACEBACK] = "1"  # for what Hydra does after it
+        return value
 
     os.environ[TRACEBACK] = "1"  # Hydra raises its exceptions instead of printing several lines
     try:

@@ -71,7 +71,11 @@ def signals_end_process() -> Iterator[None]:
     def raise_dropped(number: int, frame: FrameType | None) -> None:
         raise dropped.pop()
 
-    handlers = {signal.SIGTERM: terminate, signal.SIGALRM: raise_dropped}
+    handlers = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: terminate,
+        signal.SIGALRM: raise_dropped,
+    }
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     sys.unraisablehook = retry
     try:
