@@ -106,7 +106,7 @@ def resident(field: str) -> int:
 
 
 def turn(
-    name: str, vocabulary: int, chunk: int | None, given: argparse.Namespace
+    name: str, vocabulary: int, chunk: int, given: argparse.Namespace
 ) -> tuple[float, list[tuple[float, float]]]:
     """MiB that the operator adds at its peak; seconds and processor's seconds of each step."""
     operator, trained, any_loss = OPERATORS[name]
@@ -122,7 +122,7 @@ def turn(
 
     def step() -> None:
         if any_loss:
-            loss = in_chunks(function, chunk, x, taken, parameters=heads.trained)[0].mean()
+            loss = in_chunks(function, chunk, x, taken)[0].mean()
         else:
             loss, _ = reduce_in_chunks(
                 function, torch.mean, chunk, x, taken, parameters=heads.trained
@@ -157,7 +157,7 @@ def measure(given: argparse.Namespace) -> pd.DataFrame:
     for vocabulary in given.vocabularies:
         for number in range(given.rounds):
             for name in given.operators:
-                for form, chunk in (("plain", None), ("chunks", given.chunk)):
+                for form, chunk in (("plain", given.tokens), ("chunks", given.chunk)):
                     with context.Pool(1) as pool:
                         mib, seconds = pool.apply(turn, (name, vocabulary, chunk, given))
                     rows += [(vocabulary, name, form, number, mib, *each) for each in seconds]

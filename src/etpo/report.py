@@ -1,13 +1,11 @@
 """`etpo-report study=...`: compare the runs of studies over seeds and data sets."""
 
-import sys
 from math import isfinite
 from pathlib import Path
 
-import hydra
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from etpo.config import CONF, check_overrides, exit_on_bad_input
+from etpo.console import console_script
 from etpo.errors import ConfigError
 from etpo.studies import figures, read, tables
 from etpo.studies.pages.report import to_html
@@ -113,17 +111,10 @@ def known_rewards(best_known: object, datasets: set[str]) -> dict[str, float]:
     return dict(best_known)
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="report")
-def hydra_main(cfg: DictConfig) -> None:
-    with exit_on_bad_input():
-        report(cfg)
-
-
-def main() -> None:
+@console_script("report")
+def main(cfg: DictConfig) -> None:
     """Console script: `etpo-report study=... [key=value ...]`."""
-    with exit_on_bad_input():
-        check_overrides("report", sys.argv[1:])
-    hydra_main()
+    report(cfg)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Weights in shards over all processes (PyTorch's FSDP2), and DeepSpeed where it is installed."""
+"""Shard weights over all processes with PyTorch's FSDP2, or use DeepSpeed if it is installed."""
 
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from lightning import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from etpo.errors import ConfigError, check_integer
 
@@ -28,10 +29,10 @@ def deepspeed_strategy(stage: int = 2, **settings: Any) -> Strategy:
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Every process holds a shard of all weights, gradients and moments of the optimizer.
+    """Every process holds a shard of all weights, gradients and optimizer moments.
 
-    The module applies `shard` in its `configure_model`. Checkpoints are single files with whole
-    weights, as those of other strategies. settings: arguments of `ModelParallelStrategy`.
+    The module calls `shard` in its `configure_model`. Checkpoints are single files with whole
+    weights, as with other strategies. settings: arguments of `ModelParallelStrategy`.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -43,28 +44,22 @@ class ShardedStrategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
-    def shard(self, *modules: nn.Module) -> None:
-        """Shards each module's weights; they are gathered together, and freed together.
+    def shard(self, module: LightningModule) -> None:
+        """Shard all weights of `module`; a training step gathers them once.
 
-        One unit per module: a backward pass reduces its gradients once, however often each process
-        has called it. Raises ConfigError where two modules share weights.
+        The training step is the forward of one FSDP unit: any part of any model may be called in
+        it, any number of times on each process, and its backward pass reduces gradients once.
         """
-        weights = [id(weight) for module in modules for weight in module.parameters()]
-        if len(weights) > len(set(weights)):
-            raise ConfigError(
-                "critic=lora: allowed with trainer=fsdp are critics that share no weights with the "
-                "policy: full, frozen_trunk, lm_copy"
-            )
-        for module in modules:
-            if not isinstance(module, FSDPModule):
-                fully_shard(module, mesh=self.device_mesh["data_parallel"])
+        if not isinstance(module, FSDPModule):
+            fully_shard(module, mesh=self.device_mesh["data_parallel"])
+            register_fsdp_forward_method(module, "training_step")
 
 
 @contextmanager
-def gathered(module: nn.Module) -> Iterator[None]:
-    """Inside, every process has the whole weights, and calls of them wait for no other process.
+def full_parameters(module: nn.Module) -> Iterator[None]:
+    """Gather the whole weights on every process, for calls that wait for no other process.
 
-    Nothing where no weights are sharded. All processes must enter and leave together.
+    Do nothing if no weights are sharded. All processes must enter and leave together.
     """
     sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
     for part in sharded:
@@ -74,3 +69,24 @@ def gathered(module: nn.Module) -> Iterator[None]:
     finally:
         for part in sharded:
             part.reshard()
+
+
+def configure_strategy(module: LightningModule) -> None:
+    """Shard the models of an algorithm where its trainer's strategy does.
+
+    Raises:
+        ConfigError: the strategy cannot train this configuration.
+    """
+    trainer, strategy = module.trainer, module.trainer.strategy
+    if isinstance(strategy, ShardedStrategy):
+        strategy.shard(module)
+    if isinstance(strategy, DeepSpeedStrategy) and trainer.precision != "32-true":
+        raise ConfigError(
+            f"trainer.precision={trainer.precision}: allowed with trainer=deepspeed is 32-true, "
+            "because DeepSpeed would round the buffer"
+        )
+    if isinstance(strategy, DeepSpeedStrategy) and module.settings.max_kl is not None:
+        raise ConfigError(
+            f"algorithm.max_kl={module.settings.max_kl}: allowed with trainer=deepspeed is null, "
+            "because DeepSpeed owns the gradients that the trust region removes"
+        )

@@ -6,12 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from etpo.algorithms.base import TokenValues
+from etpo.algorithms.evaluation import TokenValues
 from etpo.algorithms.returns import kl_divergence
 from etpo.callbacks.oracle import OracleDistance, prefix_tokens, tables
 from etpo.environments.token_mdp_env import TokenMDPEnv, random_mdp
-from etpo.models.letters import letter_backbone
+from etpo.models.char_lm import build_char_lm
 from etpo.models.prompting import CompletionTemplate
+
+from ..token_mdp_oracle import TokenMDP
 
 BETA, GAMMA = 0.5, 0.8
 
@@ -24,7 +26,7 @@ def environment():
 @pytest.fixture
 def module(tmp_path):
     """Return a stand-in for ETPO with E_pi[Q] = 0.3 everywhere."""
-    policy = letter_backbone(
+    policy = build_char_lm(
         str(tmp_path / "model"), CompletionTemplate(), vocabulary_size=4, init_seed=0
     )
 
@@ -36,7 +38,7 @@ def module(tmp_path):
         policy=policy,
         token_values=token_values,
         beta=BETA,
-        gamma=GAMMA,
+        settings=SimpleNamespace(gamma=GAMMA),
         device=torch.device("cpu"),
         logged=logged,
         log=logged.__setitem__,
@@ -82,7 +84,7 @@ def test_numbers_agree_with_the_optimum_over_whole_actions(environment, module):
     move(module.policy.model)
     trainer = SimpleNamespace(datamodule=SimpleNamespace(environment=environment))
     OracleDistance().on_validation_epoch_end(trainer, module)
-    mdp = replace(environment.mdp, gamma=GAMMA)
+    mdp = TokenMDP.of(replace(environment.mdp, gamma=GAMMA))
     with torch.no_grad():
         log_pi, log_ref, value = tables(environment, module)
     log_optimum, optimum = mdp.solve_actions(log_ref, BETA)

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 from etpo.generation.prefix_cache import ExpandedPrompts, SharedPrompts, decoding_cache
-from etpo.models.causal_lm import language_model
-from etpo.models.shared_prompt import encode_prompts, position_ids
+from etpo.models.causal_lm import last_hidden_states, trunk_of
+from etpo.models.shared_prompt import position_ids, prefill
 
 SIZES = {"vocab_size": 50, "num_hidden_layers": 2, "num_attention_heads": 4}
 # prompts of 2 to 6 tokens, padded on the left; rows 1, 3, 5 and rows 0, 4 have equal ones
@@ -42,8 +42,8 @@ def encode(model):
     width = max(map(len, PROMPTS))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in PROMPTS])
     mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in PROMPTS])
-    run = functools.partial(language_model, model)
-    return run, encode_prompts(run, model.config, ids, mask), mask
+    run = functools.partial(last_hidden_states, trunk_of(model))
+    return run, prefill(run, model.config, ids, mask), mask
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def decode(model, actions, dropped):
             rows = rows[cache.keep(left.nonzero()[:, 0])]
         seen = torch.nn.functional.pad(mask[rows], (0, step + 1), value=True)
         with cache.attention(model.config):
-            logits, _ = run(
+            states = run(
                 last=1,
                 input_ids=actions[rows, step, None],
                 attention_mask=seen.long(),
@@ -66,7 +66,7 @@ def decode(model, actions, dropped):
                 past_key_values=cache,
                 **cache.inputs,
             )
-    return rows, logits[:, 0], cache
+    return rows, model.get_output_embeddings()(states[:, 0]), cache
 
 
 @torch.no_grad()

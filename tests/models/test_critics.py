@@ -13,8 +13,8 @@ from etpo.models.critics import (
     LoraCritic,
     TrunkCritic,
     ValueHead,
+    make_target_network,
     polyak_update,
-    target_of,
 )
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
@@ -36,7 +36,12 @@ def inputs_of(policy):
     texts = [{"instruction": "", "prefix": p, "suffix": ""} for p in ("hello", "a longer prompt")]
     prompts = policy.encode(texts)
     inputs = prompts.ids, prompts.mask, torch.tensor([[5, 6, 7], [8, 9, 10]])
-    return *inputs, policy(*inputs, reference=True).features
+    return *inputs, policy.hidden_states(*inputs, reference=True)
+
+
+def log_probs(policy, inputs, reference=True):
+    hidden = policy.hidden_states(*inputs[:3], reference=reference)
+    return policy.log_probs(hidden, reference=reference).log_probs
 
 
 def ids(parameters):
@@ -62,7 +67,7 @@ def test_the_critic_of_the_paper_says_the_logits_of_the_reference_at_first(polic
     inputs = inputs_of(policy)
     value, q = critic(*inputs)
     assert value is None
-    log_ref = policy(*inputs[:3], reference=True).log_probs
+    log_ref = log_probs(policy, inputs)
     torch.testing.assert_close(q.log_softmax(-1), log_ref, rtol=0, atol=1e-5)
     assert not ids(critic.parameters()) & ids(policy.parameters())
     assert all(p.requires_grad for p in critic.parameters())
@@ -70,7 +75,7 @@ def test_the_critic_of_the_paper_says_the_logits_of_the_reference_at_first(polic
 
 def test_an_adapter_holds_the_weights_of_the_language_model_once(policy):
     critic = ADAPTED(policy, hidden_size=16)
-    target = target_of(critic)
+    target = make_target_network(critic)
     own = [name for name, p in critic.named_parameters() if p.requires_grad]
     assert own
     assert all("lora_" in name or name.startswith("head.") for name in own)
@@ -83,11 +88,11 @@ def test_an_adapter_holds_the_weights_of_the_language_model_once(policy):
 @pytest.mark.parametrize("critic_class", WITH_HEADS)
 def test_a_target_follows_what_the_critic_trains_and_nothing_else(policy, critic_class):
     critic = critic_class(policy, hidden_size=16)
-    target = target_of(critic)
+    target = make_target_network(critic)
     assert not any(p.requires_grad for p in target.parameters())
     before = [p.clone() for p in target.parameters()]
     inputs = inputs_of(policy)
-    reference = policy(*inputs[:3], reference=True).log_probs
+    reference = log_probs(policy, inputs)
     with torch.no_grad():
         for parameter in critic.parameters():
             if parameter.requires_grad:
@@ -96,13 +101,13 @@ def test_a_target_follows_what_the_critic_trains_and_nothing_else(policy, critic
     for old, now, source in zip(before, target.parameters(), critic.parameters(), strict=True):
         torch.testing.assert_close(now, 0.75 * old + 0.25 * source)
         assert torch.equal(old, now) == (not source.requires_grad)
-    assert torch.equal(reference, policy(*inputs[:3], reference=True).log_probs)
+    assert torch.equal(reference, log_probs(policy, inputs))
 
 
 def test_an_adapter_moves_the_critic_and_neither_policy_nor_reference(policy):
     critic = ADAPTED(policy, hidden_size=16)
     inputs = inputs_of(policy)
-    before = [policy(*inputs[:3], reference=r).log_probs for r in (False, True)]
+    before = [log_probs(policy, inputs, r) for r in (False, True)]
     for layer in (critic.head.value, critic.head.advantage):
         torch.nn.init.normal_(layer.weight)
     first = critic(*inputs)[1]
@@ -111,7 +116,7 @@ def test_an_adapter_moves_the_critic_and_neither_policy_nor_reference(policy):
             if "lora_" in name:
                 parameter.add_(0.5)
     assert (critic(*inputs)[1] - first).abs().max() > 1e-2
-    after = [policy(*inputs[:3], reference=r).log_probs for r in (False, True)]
+    after = [log_probs(policy, inputs, r) for r in (False, True)]
     assert all(map(torch.equal, before, after))
 
 

@@ -22,8 +22,13 @@ def build(folder, **settings):
 
 
 def after_prompt(policy, prompts, **options):
-    """The output for the first token after each prompt."""
-    return policy(prompts.ids, prompts.mask, prompts.ids[:, :1], **options)
+    """The distribution of the first token after each prompt."""
+    return distribution(policy, prompts.ids, prompts.mask, prompts.ids[:, :1], **options)
+
+
+def distribution(policy, prompt_ids, prompt_mask, action_ids, reference=False, **options):
+    hidden = policy.hidden_states(prompt_ids, prompt_mask, action_ids, reference=reference)
+    return policy.log_probs(hidden, action_ids, reference=reference, **options)
 
 
 @pytest.mark.parametrize("lora", [None, LORA])
@@ -47,8 +52,8 @@ def test_padding_changes_nothing(checkpoint):
     padded = policy.encode(observations("hello", "a longer prompt"))
     action = torch.tensor([[5, 6, 7]])
     torch.testing.assert_close(
-        policy(padded.ids, padded.mask, action.expand(2, -1)).log_probs[0],
-        policy(alone.ids, alone.mask, action).log_probs[0],
+        distribution(policy, padded.ids, padded.mask, action.expand(2, -1)).log_probs[0],
+        distribution(policy, alone.ids, alone.mask, action).log_probs[0],
         rtol=0,
         atol=1e-5,
     )
@@ -72,7 +77,9 @@ def test_temperature_is_part_of_the_policy(checkpoint):
 def test_min_p_leaves_the_likely_tokens_and_those_that_were_taken(checkpoint):
     whole, cut = (build(checkpoint("llama"), min_p=min_p) for min_p in (0.0, 0.2))
     prompts = whole.encode(observations("hello", "a longer prompt", "x"))
-    full = whole(prompts.ids, prompts.mask, torch.zeros(len(prompts.ids), 1).long()).log_probs
+    full = distribution(
+        whole, prompts.ids, prompts.mask, torch.zeros(len(prompts.ids), 1).long()
+    ).log_probs
     taken = full.argmin(-1)  # far below the limit
     p = full[:, 0].exp()
     kept = (p >= 0.2 * p.amax(-1, keepdim=True)).scatter(-1, taken, True)
@@ -80,14 +87,14 @@ def test_min_p_leaves_the_likely_tokens_and_those_that_were_taken(checkpoint):
     expected = torch.where(kept, p, 0.0)
     expected = expected / expected.sum(-1, keepdim=True)
     inputs = prompts.ids, prompts.mask, taken
-    torch.testing.assert_close(cut(*inputs).log_probs[:, 0].exp(), expected)
+    torch.testing.assert_close(distribution(cut, *inputs).log_probs[:, 0].exp(), expected)
     kept_mass = torch.where(kept, p, 0.0).sum(-1)
-    torch.testing.assert_close(cut(*inputs).log_kept[:, 0].exp(), kept_mass)
-    assert (whole(*inputs).log_kept == 0).all()
-    reference = cut(*inputs, reference=True).log_probs
+    torch.testing.assert_close(distribution(cut, *inputs).log_support_mass[:, 0].exp(), kept_mass)
+    assert (distribution(whole, *inputs).log_support_mass == 0).all()
+    reference = distribution(cut, *inputs, reference=True).log_probs
     torch.testing.assert_close(reference, full)
     support = torch.rand(full.shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    held = cut(*inputs, support=support).log_probs
+    held = distribution(cut, *inputs, support=support).log_probs
     assert torch.equal(held.isfinite(), support)
     held[support].sum().backward()
     assert all(p.grad.isfinite().all() for p in cut.trainable_parameters() if p.grad is not None)

@@ -5,6 +5,7 @@ import torch
 
 from etpo.errors import ConfigError
 from etpo.models import probe
+from etpo.models.causal_lm import trunk_of
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 
@@ -21,12 +22,13 @@ def test_models_that_padding_leaves_alone_pass(checkpoint, family, dtype):
 
 def broken(monkeypatch, policy, change):
     """Changes the arguments of every forward with a mask."""
-    forward = policy.model.forward
+    trunk = trunk_of(policy.model)
+    forward = trunk.forward
 
     def call(**inputs):
         return forward(**(change(inputs) if "attention_mask" in inputs else inputs))
 
-    monkeypatch.setattr(policy.model, "forward", call)
+    monkeypatch.setattr(trunk, "forward", call)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -52,7 +54,7 @@ def test_wrong_forwards_are_refused(checkpoint, monkeypatch, dtype, change, faul
 def test_weights_that_are_not_finite_are_refused(checkpoint):
     policy = build(checkpoint("llama"))
     with torch.no_grad():
-        policy.output_layer.weight[5, 3] = torch.nan
+        policy.lm_head.weight[5, 3] = torch.nan
     with pytest.raises(ConfigError, match="model.name_or_path=x: .*not finite"):
         probe.check_forwards(policy, "x")
 

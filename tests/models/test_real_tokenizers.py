@@ -13,11 +13,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from etpo.environments.data_science import prompts
 from etpo.environments.data_science.env import DataScienceEnv
 from etpo.environments.household import HouseholdEnv
-from etpo.environments.sandbox import Sandbox
+from etpo.generation import sampler
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import ChatTemplate, CompletionTemplate, InfillingTemplate
 from etpo.models.token_text import added_text, continued_ids
-from etpo.rollout import sampler
+from etpo_sandbox import Sandbox
 
 NAMES = ("llama2", "llama3_1", "gemma3", "qwen3", "deepseek_v3", "gptoss", "smollm2")
 CONTROL = ("<PRE>", "<SUF>", "<MID>")
@@ -215,8 +215,8 @@ def test_a_right_program_that_is_sampled_is_scored_as_right(policy, environment,
     for row, action in enumerate(actions):
         ids[row, : len(action)] = torch.tensor(action)
         mask[row, : len(action) + 1] = True
-    taken = sampler.Sample(ids, mask, mask.float(), mask[..., None].float(), ~mask.any(1))
-    texts = sampler.action_texts(policy, policy.encode(observations), taken)
+    taken = sampler.Sample(ids, mask, mask[..., None].float(), ~mask.any(1))
+    texts = sampler.decode_actions(policy, policy.encode(observations), taken)
     _, rewards, _, _, infos = environment.step(texts)
     assert [e for e in infos["error"] if e is not None] == []
     assert rewards.min() > 0.9

@@ -8,11 +8,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from etpo.errors import ConfigError
-from etpo.generation.sampler import sample
+from etpo.generation.sampler import generate
+from etpo.models.causal_lm import last_hidden_states, trunk_of
 from etpo.models.critics import LanguageModelCritic, TrunkCritic
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
-from etpo.models.shared_prompt import encode_prompts, forward_actions, position_ids
+from etpo.models.shared_prompt import forward_actions, position_ids, prefill
 
 OBSERVATIONS = [
     {"instruction": "", "prefix": p, "suffix": ""}
@@ -47,7 +48,11 @@ def plain_log_probs(policy, model, prompt_ids, prompt_mask, action_ids):
         position_ids=position_ids(mask),
         use_cache=False,
     )
-    return policy.normalise(output.logits[:, -action_ids.shape[1] :])
+    return output.logits[:, -action_ids.shape[1] :, : policy.vocabulary_size].log_softmax(-1)
+
+
+def log_probs_of(policy, *inputs, **side):
+    return policy.log_probs(policy.hidden_states(*inputs, **side), **side).log_probs
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -57,7 +62,7 @@ def test_log_probs_and_gradients_are_those_of_whole_sequences(checkpoint, inputs
     tensors = inputs(policy)
     expected = plain_log_probs(policy, policy.model, *tensors)
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
-    shared = policy(*tensors).log_probs
+    shared = log_probs_of(policy, *tensors)
     torch.testing.assert_close(shared, expected, rtol=0, atol=1e-5)
     gradients = torch.autograd.grad((shared * weights).sum(), parameters)
     plain = torch.autograd.grad((expected * weights).sum(), parameters)
@@ -72,13 +77,12 @@ def test_distinct_prompts_run_once(checkpoint, inputs):
 
     def run(last, **given):
         sizes.append(tuple(given["input_ids"].shape))
-        return (policy.model(**given, logits_to_keep=last).logits,)
+        return last_hidden_states(trunk_of(policy.model), last, **given)
 
-    encoded = encode_prompts(run, policy.model.config, prompt_ids, prompt_mask)
-    (logits,), cache = encoded.expanded()
+    filled = prefill(run, policy.model.config, prompt_ids, prompt_mask)
     assert sizes == [(3, prompt_ids.shape[1])]
-    assert len(logits) == len(cache.layers[0].keys) == 5
-    torch.testing.assert_close(logits[1], logits[4], rtol=0, atol=0)
+    assert len(filled.hidden_states) == len(filled.cache.layers[0].keys) == 3
+    assert filled.prompt_index[1] == filled.prompt_index[4] != filled.prompt_index[0]
 
 
 def test_rows_that_differ_in_the_last_token_alone_run_once(checkpoint, inputs):
@@ -90,21 +94,21 @@ def test_rows_that_differ_in_the_last_token_alone_run_once(checkpoint, inputs):
 
     def run(last, **given):
         sizes.append(len(given["input_ids"]))
-        return (policy.model(**given, logits_to_keep=last).logits,)
+        return last_hidden_states(trunk_of(policy.model), last, **given)
 
     tensors = prompt_ids, prompt_mask, actions
-    (logits,) = forward_actions(run, policy.model.config, *tensors)
+    states = forward_actions(run, policy.model.config, *tensors)
     assert sizes == [3, 4]
     expected = plain_log_probs(policy, policy.model, *tensors)
-    torch.testing.assert_close(policy.normalise(logits), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(policy.log_probs(states).log_probs, expected, rtol=0, atol=1e-5)
 
 
 def test_the_mask_tells_prompts_of_equal_ids_apart(checkpoint):
     policy = build(checkpoint("llama"))
     ids = torch.tensor([[9, 7, 8, 7]] * 2)
     mask = torch.tensor([[True] * 4, [False, True, True, True]])
-    first = policy(ids, mask, ids[:, :2]).log_probs
-    alone = [policy(ids[i : i + 1], mask[i : i + 1], ids[:1, :2]).log_probs for i in range(2)]
+    first = log_probs_of(policy, ids, mask, ids[:, :2])
+    alone = [log_probs_of(policy, ids[i : i + 1], mask[i : i + 1], ids[:1, :2]) for i in range(2)]
     torch.testing.assert_close(first, torch.cat(alone), rtol=0, atol=1e-5)
     assert (first[0] - first[1]).abs().max() > 1e-3
 
@@ -122,7 +126,7 @@ def test_checkpointed_layers_run_again_and_give_the_same(checkpoint, inputs, fam
             calls[policy] += 1
 
         mlp = next(m for name, m in policy.model.named_modules() if name.endswith("layers.0.mlp"))
-        log_probs = policy(*tensors).log_probs
+        log_probs = log_probs_of(policy, *tensors)
         mlp.register_forward_pre_hook(count)  # from here on: what the backward pass runs again
         weights = torch.randn(log_probs.shape, generator=torch.Generator().manual_seed(1))
         loss = (log_probs * weights).sum()
@@ -217,7 +221,7 @@ def test_nothing_is_dropped_where_layers_are_checkpointed(kind, checkpoint, inpu
             folder, gradient_checkpointing=checkpointed, attn_implementation="eager"
         ).train()
         tensors = inputs(policy)
-        log_probs = policy(*tensors).log_probs
+        log_probs = log_probs_of(policy, *tensors)
         weights = torch.randn(log_probs.shape, generator=torch.Generator().manual_seed(1))
         loss = (log_probs * weights).sum()
         gradients.append(
@@ -226,15 +230,15 @@ def test_nothing_is_dropped_where_layers_are_checkpointed(kind, checkpoint, inpu
         critic = LanguageModelCritic(policy).train()
         with torch.no_grad():
             features = torch.zeros(5, 6, policy.hidden_size)
-            said += [log_probs.detach(), policy(*tensors).log_probs]
-            said += [policy(*tensors, reference=True).log_probs]
-            said += [policy.normalise(critic(*tensors, features)[1])]
+            said += [log_probs.detach(), log_probs_of(policy, *tensors)]
+            said += [log_probs_of(policy, *tensors, reference=True)]
+            said += [critic(*tensors, features)[1].log_softmax(-1)]
         prompts = policy.encode(OBSERVATIONS)
-        taken = sample(policy, prompts, 6, torch.Generator().manual_seed(0))
+        taken = generate(policy, prompts, 6, torch.Generator().manual_seed(0))
         with torch.no_grad():
-            again = policy(prompts.ids, prompts.mask, taken.ids).log_probs
-        again = again.gather(-1, taken.ids[..., None])[..., 0]
-        torch.testing.assert_close(taken.log_probs, again * taken.mask, rtol=0, atol=1e-4)
+            again = policy.hidden_states(prompts.ids, prompts.mask, taken.ids)
+        again = again * taken.mask[..., None]
+        torch.testing.assert_close(taken.hidden_states, again, rtol=1e-3, atol=1e-3)
     for one in said:
         torch.testing.assert_close(one, said[0], rtol=0, atol=1e-4)
     largest = max(float(one.abs().max()) for one in gradients[0] if one is not None)

@@ -8,7 +8,9 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from etpo import report, train
-from etpo.config import CONF, check_overrides
+from etpo.config import CONF
+
+from ..composed import composed
 
 STUDIES = sorted(path.stem for path in (CONF / "sweep").glob("*.yaml"))
 TINY_BUDGET = (
@@ -24,7 +26,7 @@ TINY_BUDGET = (
 )
 # study -> what else makes it small
 SMALLER = {
-    "algorithms": ["environment.dataset=tic_tac_toe"],
+    "comparison": ["environment.dataset=tic_tac_toe"],
     "search": ["hydra.sweeper.n_trials=2"],
 }
 FAMILY = {
@@ -42,7 +44,7 @@ def needs(study: str) -> None:
 @pytest.mark.parametrize("study", STUDIES)
 def test_each_value_of_a_study_composes_and_changes_something(study):
     needs(study)
-    cfg = check_overrides("train", ["-m", f"sweep={study}"])
+    cfg = composed("train", ["-m", f"sweep={study}"])
     assert cfg.study == study
     for key, values in cfg.hydra.sweeper.params.items():
         if key == "seed":
@@ -51,15 +53,15 @@ def test_each_value_of_a_study_composes_and_changes_something(study):
         interval = sweep.is_interval_sweep()
         ends = (sweep.value().start, sweep.value().end) if interval else ()
         texts = ends or sweep.sweep_string_iterator()
-        composed = [check_overrides("train", [f"sweep={study}", f"{key}={v}"]) for v in texts]
-        for one in composed:
+        cfgs = [composed("train", [f"sweep={study}", f"{key}={v}"]) for v in texts]
+        for one in cfgs:
             del one.hydra
-        assert len(composed) > 1
-        assert all(a != b for a, b in pairwise(composed))
+        assert len(cfgs) > 1
+        assert all(a != b for a, b in pairwise(cfgs))
 
 
 def test_every_model_of_the_study_is_run_here():
-    swept = check_overrides("train", ["-m", "sweep=models"]).hydra.sweeper.params.model
+    swept = composed("train", ["-m", "sweep=models"]).hydra.sweeper.params.model
     assert swept.split(",") == list(FAMILY)
 
 

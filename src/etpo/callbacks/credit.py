@@ -11,7 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from etpo.algorithms.base import OnPolicyAlgorithm
-from etpo.algorithms.returns import at_taken, expectation, kl_divergence
+from etpo.algorithms.returns import expectation, gather_tokens, kl_divergence
 from etpo.callbacks.episodes import truncate_lines
 from etpo.errors import check_integer
 from etpo.files import append_lines
@@ -128,13 +128,15 @@ def token_numbers(module: LightningModule, action: SelectedAction) -> dict[str, 
         torch.tensor([ids], device=module.device) for ids in (action.prompt_ids, action.action_ids)
     )
     inputs = prompt_ids, torch.ones_like(prompt_ids, dtype=torch.bool), action_ids
-    log_pi = module.policy(*inputs).log_probs
-    log_ref, hidden_states, _ = module.policy(*inputs, reference=True)
+    policy = module.policy
+    ref_hidden = policy.hidden_states(*inputs, reference=True)
+    log_pi, _ = policy.log_probs(policy.hidden_states(*inputs), action_ids)
+    log_ref, _ = policy.log_probs(ref_hidden, action_ids, reference=True)
     without_taken = log_pi.scatter(-1, action_ids.unsqueeze(-1), float("-inf"))
     others = without_taken.topk(min(ALTERNATIVES, log_pi.shape[-1] - 1)).indices
-    log_ratio = at_taken(log_pi, action_ids) - at_taken(log_ref, action_ids)
+    log_ratio = gather_tokens(log_pi, action_ids) - gather_tokens(log_ref, action_ids)
     numbers = {
-        "probability": at_taken(log_pi, action_ids).exp(),
+        "probability": gather_tokens(log_pi, action_ids).exp(),
         "log_ratio": log_ratio,
         "entropy": expectation(log_pi, -log_pi),
         "kl": kl_divergence(log_pi, log_ref),
@@ -142,11 +144,11 @@ def token_numbers(module: LightningModule, action: SelectedAction) -> dict[str, 
         "other_probability": log_pi.gather(-1, others).exp(),
     }
     if isinstance(module, OnPolicyAlgorithm):
-        value, q = module.token_values(*inputs, hidden_states, log_pi, log_ref)
+        value, q = module.token_values(*inputs, ref_hidden, log_pi, log_ref)
         if value is not None:
             numbers["value"] = value
         if q is not None:
-            numbers |= {"q": at_taken(q, action_ids), "other_q": q.gather(-1, others)}
+            numbers |= {"q": gather_tokens(q, action_ids), "other_q": q.gather(-1, others)}
             numbers["critic_advantage"] = numbers["q"] - module.beta * log_ratio - value
     return {name: values[0].cpu() for name, values in numbers.items()}
 

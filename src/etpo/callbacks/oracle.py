@@ -28,7 +28,7 @@ class OracleDistance(Callback):
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         environment: TokenMDPEnv = trainer.datamodule.environment
-        mdp = replace(environment.mdp, gamma=pl_module.gamma)
+        mdp = replace(environment.mdp, gamma=pl_module.settings.gamma)
         log_pi, log_ref, value = tables(environment, pl_module)
         log_optimum, optimum = mdp.solve_tokens(log_ref, pl_module.beta)
         kl = kl_divergence(mdp.action_log_probs(log_pi), mdp.action_log_probs(log_optimum))
@@ -55,9 +55,11 @@ def tables(environment: TokenMDPEnv, module: LightningModule) -> tuple[Tensor, T
         prompts.mask.repeat_interleave(len(prefixes), 0).to(module.device),
         actions.repeat(states, 1).to(module.device),
     ]
-    log_pi = module.policy(*inputs).log_probs
-    log_ref, hidden_states, _ = module.policy(*inputs, reference=True)
-    value = module.token_values(*inputs, hidden_states, log_pi, log_ref).value
+    policy, action_ids = module.policy, inputs[2]
+    ref_hidden = policy.hidden_states(*inputs, reference=True)
+    log_pi, _ = policy.log_probs(policy.hidden_states(*inputs), action_ids)
+    log_ref, _ = policy.log_probs(ref_hidden, action_ids, reference=True)
+    value = module.token_values(*inputs, ref_hidden, log_pi, log_ref).value
     rows = torch.arange(len(inputs[0]))
     last = torch.tensor([len(p) for p in prefixes]).repeat(states)
     log_pi, log_ref = (

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from etpo.models.shared_prompt import Encoded, Run, position_ids
+from etpo.models.shared_prompt import Prefill, Run, position_ids
 
 ATTENTION = "etpo_shared_prompts"
 # their attention is scaled and causal, nothing else
@@ -60,14 +60,14 @@ class PreallocatedLayer(DynamicLayer):
 class ExpandedPrompts(DynamicCache):
     """Prompt and action of each of B rows; arguments and attributes as of `SharedPrompts`."""
 
-    def __init__(self, encoded: Encoded, room: int) -> None:
+    def __init__(self, filled: Prefill, room: int) -> None:
         super().__init__()
-        self.layers = encoded.cache.layers
-        self.reorder_cache(encoded.rows)  # unlike batch_select_indices, recurrent states too
+        self.layers = filled.cache.layers
+        self.reorder_cache(filled.prompt_index)  # unlike batch_select_indices, recurrent states too
         for index, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:  # sliding windows and recurrent states stay
                 self.layers[index] = PreallocatedLayer(layer.keys, layer.values, room)
-        self.order = torch.arange(len(encoded.rows), device=encoded.rows.device)
+        self.order = torch.arange(len(filled.prompt_index), device=filled.prompt_index.device)
         self.inputs: dict[str, Any] = {}
 
     def attention(self, config: PreTrainedConfig) -> AbstractContextManager[None]:
@@ -95,11 +95,11 @@ class SharedPrompts(DynamicCache):
     `attention`.
     """
 
-    def __init__(self, encoded: Encoded, room: int) -> None:
+    def __init__(self, filled: Prefill, room: int) -> None:
         super().__init__()
-        self.mask = encoded.mask
-        self.prompts = [(layer.keys, layer.values) for layer in encoded.cache.layers]
-        self.order = self.regroup(encoded.rows)
+        self.mask = filled.mask
+        self.prompts = [(layer.keys, layer.values) for layer in filled.cache.layers]
+        self.order = self.regroup(filled.prompt_index)
         none = [keys[:1, :, :0].expand(len(self.order), -1, -1, -1) for keys, _ in self.prompts]
         self.layers = [PreallocatedLayer(empty, empty, room) for empty in none]
         self.inputs = {"shared_prompts": self}
@@ -141,15 +141,15 @@ class SharedPrompts(DynamicCache):
 
 
 def decoding_cache(
-    config: PreTrainedConfig, encoded: Encoded, room: int
+    config: PreTrainedConfig, filled: Prefill, room: int
 ) -> SharedPrompts | ExpandedPrompts:
     """The cache for up to `room` tokens after the encoded prompts: shared where it can be."""
-    layers = encoded.cache.layers
-    size = encoded.mask.shape[1] + room
+    layers = filled.cache.layers
+    size = filled.mask.shape[1] + room
     windows = [x.sliding_window for x in layers if isinstance(x, DynamicSlidingWindowLayer)]
     if config.model_type in MODEL_TYPES and all(size <= window for window in windows):
-        return SharedPrompts(encoded, room)
-    return ExpandedPrompts(encoded, room)
+        return SharedPrompts(filled, room)
+    return ExpandedPrompts(filled, room)
 
 
 def run_next(
@@ -158,8 +158,8 @@ def run_next(
     cache: SharedPrompts | ExpandedPrompts,
     token: Tensor,
     mask: Tensor,
-) -> tuple[Tensor, ...]:
-    """Outputs of `run` for one more token [b] per row: tensors [b, 1, ...].
+) -> Tensor:
+    """Run one more token [b] per row; return hidden states [b, 1, D].
 
     mask: bool [b, T], of all tokens up to this one.
     """

@@ -8,27 +8,26 @@ import torch
 from torch import Tensor
 
 from etpo.generation.prefix_cache import decoding_cache, run_next
-from etpo.models.causal_lm import language_model
+from etpo.models.causal_lm import last_hidden_states, trunk_of
 from etpo.models.policy import LanguageModelPolicy, PromptBatch
-from etpo.models.shared_prompt import encode_prompts
+from etpo.models.shared_prompt import prefill
 
 
 class Sample(NamedTuple):
-    """ids int64, mask bool, log_probs float32 of the taken tokens: each [B, L].
+    """Sampled actions: ids int64 and mask bool, [B, L].
 
-    features: [B, L, D], the last hidden states that they were drawn from; 0 where `mask` is false.
-    length_limited: bool [B], cut after `max_new_tokens` tokens.
+    hidden_states: [B, L, D], the last hidden states that the tokens were drawn from, 0 where `mask`
+    is false. length_limited: bool [B], cut after `max_new_tokens` tokens.
     """
 
     ids: Tensor
     mask: Tensor
-    log_probs: Tensor
-    features: Tensor
+    hidden_states: Tensor
     length_limited: Tensor
 
 
 @torch.no_grad()
-def sample(
+def generate(
     policy: LanguageModelPolicy,
     prompts: PromptBatch,
     max_new_tokens: int,
@@ -45,22 +44,21 @@ def sample(
     device = policy.device
     mask = prompts.mask.to(device)
     stop_ids = torch.tensor(policy.stop_ids, device=device)
-    run = functools.partial(language_model, policy.model)
+    run = functools.partial(last_hidden_states, trunk_of(policy.model))
     config = policy.model.config
-    encoded = encode_prompts(run, config, prompts.ids.to(device), mask)
-    cache = decoding_cache(config, encoded, max_new_tokens)
+    filled = prefill(run, config, prompts.ids.to(device), mask)
+    cache = decoding_cache(config, filled, max_new_tokens)
     rows = cache.order  # the actions that are computed
-    logits, states = (part[encoded.rows[rows]] for part in encoded.parts)
-    del encoded  # the cache has a copy
+    states = filled.hidden_states[filled.prompt_index[rows]]
+    del filled  # the cache has a copy
     mask = mask[rows]
     size = len(rows), max_new_tokens
     ids = torch.full(size, policy.pad_id, device=device)
     masks = torch.zeros(size, dtype=torch.bool, device=device)
-    log_probs = torch.zeros(size, device=device)
-    features = states.new_zeros(*size, states.shape[-1])
+    hidden_states = states.new_zeros(*size, states.shape[-1])
     running = torch.ones_like(rows, dtype=torch.bool)
     for step in range(max_new_tokens):
-        log_pi, _ = policy.distribution(logits[:, -1])
+        log_pi = policy.log_probs(states[:, -1]).log_probs
         if generator is None:
             token = log_pi.argmax(-1)
         else:
@@ -69,8 +67,7 @@ def sample(
         token = token.where(running, policy.pad_id)
         ids[rows, step] = token
         masks[rows, step] = running
-        log_probs[rows, step] = log_pi.gather(-1, token[:, None])[:, 0].where(running, 0.0)
-        features[rows, step] = states[:, -1].where(running[:, None], 0.0)
+        hidden_states[rows, step] = states[:, -1].where(running[:, None], 0.0)
         mask = torch.cat([mask, running[:, None]], dim=1)
         running = running & ~torch.isin(token, stop_ids)
         if policy.stop_strings:
@@ -83,13 +80,11 @@ def sample(
         if remaining <= len(rows) // 2:
             kept = cache.keep(running.nonzero()[:, 0])
             rows, mask, token, running = rows[kept], mask[kept], token[kept], running[kept]
-        logits, states = run_next(run, config, cache, token, mask)
+        states = run_next(run, config, cache, token, mask)
     length_limited = torch.zeros(size[0], dtype=torch.bool, device=device)
     length_limited[rows] = running
-    ids, masks, log_probs, features = (
-        field[:, : step + 1] for field in (ids, masks, log_probs, features)
-    )
-    return Sample(ids, masks, log_probs, features, length_limited)
+    ids, masks, hidden_states = (field[:, : step + 1] for field in (ids, masks, hidden_states))
+    return Sample(ids, masks, hidden_states, length_limited)
 
 
 def inverse_cdf(log_p: Tensor, noise: Tensor) -> Tensor:
@@ -102,10 +97,10 @@ def inverse_cdf(log_p: Tensor, noise: Tensor) -> Tensor:
     return torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True)[:, 0]
 
 
-def action_texts(policy: LanguageModelPolicy, prompts: PromptBatch, taken: Sample) -> list[str]:
+def decode_actions(policy: LanguageModelPolicy, prompts: PromptBatch, sample: Sample) -> list[str]:
     """The text of every sampled action [B]."""
-    rests = prompts.rests or [""] * len(taken.ids)
-    rows = zip(taken.ids.cpu(), taken.mask.cpu(), rests, strict=True)
+    rests = prompts.rests or [""] * len(sample.ids)
+    rows = zip(sample.ids.cpu(), sample.mask.cpu(), rests, strict=True)
     return [policy.decode(ids[mask].tolist(), rest) for ids, mask, rest in rows]
 
 

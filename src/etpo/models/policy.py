@@ -3,10 +3,8 @@
 import contextlib
 import copy
 import functools
-import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +19,8 @@ from transformers import (
 from etpo.environments.text_env import TextObservation
 from etpo.errors import ConfigError, check_integer, check_range
 from etpo.models.adapters import add_adapter
-from etpo.models.causal_lm import language_model, trunk
+from etpo.models.causal_lm import last_hidden_states, trunk_of
+from etpo.models.distribution import TokenDistribution, scale_logits, token_distribution
 from etpo.models.loading import expanded, load_model, load_tokenizer
 from etpo.models.probe import check_forwards
 from etpo.models.prompting import PromptTemplate
@@ -30,17 +29,6 @@ from etpo.models.token_text import added_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ATTENTION = ("eager", "sdpa", "flash_attention_2")
-
-
-class TokenOutput(NamedTuple):
-    """log_probs: float32 [B, L, V] over the vocabulary; features: [B, L, D] last hidden states.
-
-    log_kept: float32 [B, L], log of the softmax's mass on the tokens that have probability.
-    """
-
-    log_probs: Tensor
-    features: Tensor
-    log_kept: Tensor
 
 
 class PromptBatch(NamedTuple):
@@ -53,11 +41,6 @@ class PromptBatch(NamedTuple):
     mask: Tensor
     dropped: int
     rests: tuple[str, ...] = ()
-
-
-def tiny_checkpoint() -> str:
-    """The folder of the embedded base model."""
-    return str(Path(__file__).parent / "tiny" / "checkpoint")
 
 
 class LanguageModelPolicy(nn.Module):
@@ -221,35 +204,7 @@ class LanguageModelPolicy(nn.Module):
             return False
         return any(stop in text.removeprefix(rest) for stop in self.stop_strings)
 
-    def forward(
-        self,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        action_ids: Tensor,
-        *,
-        reference: bool = False,
-        support: Tensor | None = None,
-        known_features: Tensor | None = None,
-    ) -> TokenOutput:
-        """Distributions of the tokens of action_ids [B, L], each given the prompt and those before.
-
-        Prompts [B, P] are padded on the left, actions on the right. No gradient reaches the
-        reference. Equal prompts are computed once, unless activations are checkpointed. `support`
-        (bool [B, L, V]): the tokens that may have probability, in place of what `min_p` leaves now.
-        The token that was taken always may. `known_features` ([B, L, D]): what the policy's last
-        hidden states are, so that its layers need not run.
-        """
-        if known_features is not None and self.linear_output:
-            log_probs, log_kept = self.head(
-                known_features, action_ids, reference=reference, support=support
-            )
-            return TokenOutput(log_probs, known_features, log_kept)
-        inputs = prompt_ids, prompt_mask, action_ids
-        logits, features = self.run(language_model, *inputs, reference=reference)
-        log_probs, log_kept = self.distribution(logits, action_ids, reference, support)
-        return TokenOutput(log_probs, features, log_kept)
-
-    def features(
+    def hidden_states(
         self,
         prompt_ids: Tensor,
         prompt_mask: Tensor,
@@ -257,118 +212,75 @@ class LanguageModelPolicy(nn.Module):
         *,
         reference: bool = False,
     ) -> Tensor:
-        """The last hidden states [B, L, D] of `forward`, without what the output layer makes."""
-        inputs = prompt_ids, prompt_mask, action_ids
-        (features,) = self.run(trunk, *inputs, reference=reference)
-        return features
+        """Compute the last hidden states [B, L, D] at the L prefixes of action_ids [B, L].
 
-    def head(
-        self,
-        features: Tensor,
-        action_ids: Tensor,
-        *,
-        reference: bool = False,
-        support: Tensor | None = None,
-        layer: nn.Module | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """`log_probs` [..., V] and `log_kept` [...] of `forward`, of features [..., D].
-
-        action_ids: int64 [...], the tokens that were taken. `layer`: an output layer in place of
-        the policy's own. No gradient reaches the reference.
+        Prefix l is the prompt and the l tokens before token l. Prompts [B, P] are padded on the
+        left, actions on the right. Equal rows are computed once, unless activations are
+        checkpointed. No gradient reaches the reference.
         """
-        with self.side(reference) as model:
-            logits = (model.get_output_embeddings() if layer is None else layer)(features)
-        return self.distribution(logits, action_ids, reference, support)
-
-    @property
-    def output_layer(self) -> nn.Module:
-        """What makes the policy's logits of its features."""
-        layer: nn.Module = self.model.get_output_embeddings()
-        return layer
-
-    def head_parameters(self) -> list[nn.Parameter]:
-        """The trained parameters of `output_layer`."""
-        return [p for p in self.output_layer.parameters() if p.requires_grad]
-
-    @functools.cached_property
-    @torch.no_grad()
-    def linear_output(self) -> bool:
-        """Whether logits are the output layer's of the features, neither scaled nor capped."""
-        ids = torch.arange(min(8, self.vocabulary_size), device=self.device)[None]
-        inputs = ids, torch.ones_like(ids, dtype=torch.bool), ids
-        logits, _ = self.run(language_model, *inputs)
-        own = self.output_layer(self.features(*inputs))
-        near = max(1e-3, 4 * torch.finfo(logits.dtype).eps)  # scales and caps change far more
-        return own.shape == logits.shape and torch.allclose(
-            own, logits, rtol=near, atol=near * float(logits.abs().max())
-        )
-
-    def check_output_layer(self, key: str) -> None:
-        """ConfigError, naming `key`, unless `linear_output`."""
-        if not self.linear_output:
-            kind = self.model.config.model_type
-            raise ConfigError(f"{key}: allowed is null, since {kind} scales or caps its logits")
-
-    @contextlib.contextmanager
-    def side(self, reference: bool) -> Iterator[nn.Module]:
-        """The policy, or the reference without gradient."""
-        with contextlib.ExitStack() as stack:
-            if reference:
-                stack.enter_context(torch.no_grad())
-            if reference and self.reference_model is None:
-                stack.enter_context(self.model.disable_adapter())
-            yield (
-                self.reference_model
-                if reference and self.reference_model is not None
-                else self.model
-            )
-
-    def run(
-        self,
-        what: Callable[..., tuple[Tensor, ...]],
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        action_ids: Tensor,
-        *,
-        reference: bool = False,
-    ) -> tuple[Tensor, ...]:
-        """What `what`, `language_model` or `trunk`, says at the L prefixes of action_ids [B, L]."""
-        inputs = prompt_ids, prompt_mask, action_ids
-        with self.side(reference) as model:
-            run = functools.partial(what, model)
+        with self._weights(reference) as model:
+            run = functools.partial(last_hidden_states, trunk_of(model))
+            inputs = prompt_ids, prompt_mask, action_ids
             return forward_actions(run, self.model.config, *inputs, self.checkpointed)
 
-    def distribution(
+    def logits(
+        self, hidden: Tensor, *, reference: bool = False, lm_head: nn.Module | None = None
+    ) -> Tensor:
+        """Compute the model's logits [..., V] of its last hidden states [..., D]."""
+        with self._weights(reference) as model:
+            head = model.get_output_embeddings() if lm_head is None else lm_head
+            logits: Tensor = head(hidden)[..., : self.vocabulary_size]
+        return scale_logits(logits, self.model.config)
+
+    def log_probs(
         self,
-        logits: Tensor,
+        hidden: Tensor,
         action_ids: Tensor | None = None,
+        *,
         reference: bool = False,
         support: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """`log_probs` [..., V] and `log_kept` [...] of raw logits [..., >= V]; as `forward`.
+        lm_head: nn.Module | None = None,
+    ) -> TokenDistribution:
+        """Compute the distribution over the vocabulary at last hidden states [..., D].
 
-        action_ids: [...], None where no token is taken yet.
+        Args:
+            hidden: As `hidden_states` returns them, or any selection of them.
+            action_ids: int64 [...], the taken tokens, which `min_p` always keeps.
+            reference: Use the reference's LM head, without gradient; it keeps all tokens.
+            support: bool [..., V], the tokens to keep in place of those that `min_p` selects.
+            lm_head: Use this LM head in place of the policy's current one.
         """
-        log_probs = self.normalise(logits)
-        if reference or self.min_p == 0:
-            return log_probs, torch.zeros_like(log_probs[..., 0])
-        if support is None:
-            support = self.supported(log_probs)
-            if action_ids is not None:  # the sampler's rounding may have been another
-                support = support.scatter(-1, action_ids.unsqueeze(-1), True)
-        kept = log_probs.masked_fill(~support, float("-inf"))
-        return kept.log_softmax(-1), kept.logsumexp(-1)
+        logits = self.logits(hidden, reference=reference, lm_head=lm_head)
+        return token_distribution(
+            logits,
+            self.temperature,
+            0.0 if reference else self.min_p,
+            support=support,
+            action_ids=action_ids,
+        )
 
-    def normalise(self, logits: Tensor) -> Tensor:
-        """float32 log-probabilities [..., V] of raw logits [..., >= V], over all tokens."""
-        logits = logits[..., : self.vocabulary_size]
-        if self.temperature != 1:
-            logits = logits.float() / self.temperature
-        return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    @property
+    def lm_head(self) -> nn.Module:
+        """The policy's LM head."""
+        head: nn.Module = self.model.get_output_embeddings()
+        return head
 
-    def supported(self, log_probs: Tensor) -> Tensor:
-        """The tokens that a positive `min_p` leaves: [..., V] -> bool [..., V]."""
-        return log_probs >= log_probs.amax(-1, keepdim=True) + math.log(self.min_p)
+    def lm_head_parameters(self) -> list[nn.Parameter]:
+        """Return the trained parameters of the LM head."""
+        return [p for p in self.lm_head.parameters() if p.requires_grad]
+
+    @contextlib.contextmanager
+    def _weights(self, reference: bool) -> Iterator[nn.Module]:
+        """Yield the policy's model, or the reference's without gradient."""
+        if not reference:
+            yield self.model
+            return
+        with torch.no_grad():
+            if self.reference_model is not None:
+                yield self.reference_model
+            else:
+                with self.model.disable_adapter():
+                    yield self.model
 
 
 def context_size(config: PreTrainedConfig) -> int | float:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from etpo.errors import ConfigError, described
 from etpo.generation.prefix_cache import decoding_cache, run_next
-from etpo.models.causal_lm import language_model
-from etpo.models.shared_prompt import Run, encode_prompts
+from etpo.models.causal_lm import last_hidden_states, trunk_of
+from etpo.models.shared_prompt import Run, prefill
 
 if TYPE_CHECKING:
     from etpo.models.policy import LanguageModelPolicy
@@ -39,24 +39,27 @@ def check_forwards(policy: "LanguageModelPolicy", name_or_path: str) -> None:
 
 
 def find_fault(policy: "LanguageModelPolicy") -> str | None:
-    """What is wrong, or None."""
+    """Return what is wrong, or None."""
     inputs = batch(policy)
-    run = functools.partial(language_model, policy.model)
+    run = functools.partial(last_hidden_states, trunk_of(policy.model))
+    same = functools.partial(close, dtype=policy.model.dtype)
     whole = [
         torch.cat([ids[mask], action[:-1]])[None] for ids, mask, action in zip(*inputs, strict=True)
     ]
-    plain = torch.cat([run(last=ACTION, input_ids=ids, use_cache=False)[0] for ids in whole])
-    same = functools.partial(close, dtype=policy.model.dtype)
+    plain = torch.cat(
+        [policy.model(input_ids=ids, use_cache=False).logits[:, -ACTION:] for ids in whole]
+    )
+    plain = plain[..., : policy.vocabulary_size]
     if not plain.isfinite().all():
         return "its logits are not finite"
-    annotated, features = policy.run(language_model, *inputs)
-    if not same(annotated, plain):
+    alone = torch.cat([run(last=ACTION, input_ids=ids, use_cache=False) for ids in whole])
+    own = policy.logits(alone)
+    if own.shape != plain.shape or not same(own, plain):
+        return "its LM head makes other logits of its last hidden states"
+    if not same(policy.logits(policy.hidden_states(*inputs)), plain):
         return "padding on the left changes its logits"
-    if not same(torch.cat(list(decoded(run, policy, *inputs)), 1), plain):
+    if not same(policy.logits(torch.cat(list(decoded(run, policy, *inputs)), 1)), plain):
         return "decoding with a cache changes its logits"
-    own = policy.features(*inputs)
-    if own.shape != features.shape or not same(own, features):
-        return "its output layer reads other states than its last hidden ones"
     return None
 
 
@@ -79,16 +82,16 @@ def decoded(
     prompt_mask: Tensor,
     action_ids: Tensor,
 ) -> Iterator[Tensor]:
-    """Logits [2, 1, V] before each token of the actions, as the sampler decodes."""
+    """Yield hidden states [2, 1, D] before each token of the actions, as the sampler decodes."""
     config = policy.model.config
-    encoded = encode_prompts(run, config, prompt_ids, prompt_mask)
-    cache = decoding_cache(config, encoded, ACTION)
+    filled = prefill(run, config, prompt_ids, prompt_mask)
+    cache = decoding_cache(config, filled, ACTION)
     rows, mask = cache.order, prompt_mask[cache.order]
     back = rows.argsort()
-    yield encoded.parts[0][encoded.rows]
+    yield filled.hidden_states[filled.prompt_index]
     for token in action_ids[rows, :-1].unbind(1):
         mask = torch.nn.functional.pad(mask, (0, 1), value=True)
-        yield run_next(run, config, cache, token, mask)[0][back]
+        yield run_next(run, config, cache, token, mask)[back]
 
 
 def close(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:

@@ -16,8 +16,8 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-# run(last=n, input_ids=..., ...) -> tensors [b, n, ...] over the last n positions; 0: over all
-Run = Callable[..., tuple[Tensor, ...]]
+# run(last=n, input_ids=..., ...) -> hidden states [b, n, D] at the last n positions; 0: at all
+Run = Callable[..., Tensor]
 
 
 def position_ids(mask: Tensor) -> Tensor:
@@ -25,32 +25,25 @@ def position_ids(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-class Encoded(NamedTuple):
-    """What a forward says after each of G distinct prompts, and where rows find theirs.
+class Prefill(NamedTuple):
+    """Hidden states [G, 1, D] after each of G distinct prompts, their cache and mask [G, P].
 
-    parts: tensors [G, 1, ...]. cache: of G prompts. mask: bool [G, P]. rows: int64 [B].
+    prompt_index: int64 [B], the distinct prompt of each row.
     """
 
-    parts: tuple[Tensor, ...]
+    hidden_states: Tensor
     cache: DynamicCache
     mask: Tensor
-    rows: Tensor
-
-    def expanded(self) -> tuple[tuple[Tensor, ...], DynamicCache]:
-        """The parts [B, 1, ...] and the cache of all B rows."""
-        self.cache.reorder_cache(self.rows)
-        return tuple(part[self.rows] for part in self.parts), self.cache
+    prompt_index: Tensor
 
 
-def encode_prompts(
-    run: Run, config: PreTrainedConfig, prompt_ids: Tensor, prompt_mask: Tensor
-) -> Encoded:
-    """Runs each of the distinct prompts among [B, P], padded on the left, once."""
+def prefill(run: Run, config: PreTrainedConfig, prompt_ids: Tensor, prompt_mask: Tensor) -> Prefill:
+    """Run each distinct prompt of [B, P], padded on the left, once."""
     both = torch.cat([prompt_ids, prompt_mask.long()], dim=1)
-    distinct, rows = torch.unique(both, dim=0, return_inverse=True)
+    distinct, prompt_index = torch.unique(both, dim=0, return_inverse=True)
     ids, mask = distinct.chunk(2, dim=1)
     cache = DynamicCache(config=config)
-    parts = run(
+    states = run(
         last=1,
         input_ids=ids,
         attention_mask=mask,
@@ -58,7 +51,7 @@ def encode_prompts(
         past_key_values=cache,
         use_cache=True,
     )
-    return Encoded(parts, cache, mask.bool(), rows)
+    return Prefill(states, cache, mask.bool(), prompt_index)
 
 
 def forward_actions(
@@ -68,8 +61,8 @@ def forward_actions(
     prompt_mask: Tensor,
     action_ids: Tensor,
     checkpointed: bool = False,
-) -> tuple[Tensor, ...]:
-    """What `run` says at the L prefixes of action_ids [B, L]: tensors [B, L, ...].
+) -> Tensor:
+    """Compute hidden states [B, L, D] at the L prefixes of action_ids [B, L].
 
     The first prefix is the prompt; the last one lacks the last token, which is not read. Prompts
     [B, P] are padded on the left, actions on the right, so that no prefix sees padding. Each of
@@ -82,7 +75,9 @@ def forward_actions(
     read = torch.cat([prompt_ids, prompt_mask.long(), action_ids[:, :-1]], dim=1)
     distinct, rows = torch.unique(read, dim=0, return_inverse=True)
     ids, mask, action_ids = distinct.tensor_split([size, 2 * size], dim=1)
-    parts, cache = encode_prompts(run, config, ids, mask).expanded()
+    filled = prefill(run, config, ids, mask)
+    cache, states = filled.cache, filled.hidden_states[filled.prompt_index]
+    cache.reorder_cache(filled.prompt_index)
     length = action_ids.shape[1]
     if length > 0:
         mask = torch.nn.functional.pad(mask, (0, length), value=1)
@@ -94,13 +89,11 @@ def forward_actions(
             past_key_values=cache,
             use_cache=True,
         )
-        parts = tuple(torch.cat(pair, dim=1) for pair in zip(parts, following, strict=True))
-    return tuple(part.index_select(0, rows) for part in parts)
+        states = torch.cat([states, following], dim=1)
+    return states.index_select(0, rows)
 
 
-def forward_whole(
-    run: Run, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor
-) -> tuple[Tensor, ...]:
+def forward_whole(run: Run, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor) -> Tensor:
     """As `forward_actions`, prompt and action in one sequence per row."""
     length = action_ids.shape[1]
     mask = torch.nn.functional.pad(prompt_mask, (0, length - 1), value=True)

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import pandas as pd
 from omegaconf import OmegaConf
 
+from etpo.config import IGNORED_KEYS
 from etpo.errors import ConfigError
-from etpo.studies.multirun import IGNORED_KEYS, incomplete_reason
+from etpo.studies.multirun import incomplete_reason
 
 METRICS = (
     "rollout/reward",

@@ -1,0 +1,69 @@
+"""Distributions over the vocabulary from logits: temperature, min-p truncation and log-mass."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+class TokenDistribution(NamedTuple):
+    """log_probs: float32 [..., V]; log_support_mass: float32 [...].
+
+    log_support_mass: log of the mass that the whole softmax has on the tokens with probability.
+    """
+
+    log_probs: Tensor
+    log_support_mass: Tensor
+
+
+def scale_logits(logits: Tensor, config: PreTrainedConfig) -> Tensor:
+    """Scale and cap the LM head's output [..., V] as the model of this configuration does.
+
+    Cohere multiplies, Granite divides, Gemma caps with tanh; most models do neither.
+    """
+    factor = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
+    scaling = getattr(config, "logits_scaling", None)
+    if factor:
+        logits = logits * factor
+    if scaling:
+        logits = logits * scaling if config.model_type == "hyperclovax" else logits / scaling
+    for cap in (getattr(config, name, None) for name in SOFT_CAPS):
+        if cap:
+            logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def token_distribution(
+    logits: Tensor,
+    temperature: float = 1.0,
+    min_p: float = 0.0,
+    *,
+    support: Tensor | None = None,
+    action_ids: Tensor | None = None,
+) -> TokenDistribution:
+    """Compute softmax(logits / temperature) [..., V], restricted to the tokens that `min_p` keeps.
+
+    Args:
+        logits: Of all V tokens.
+        temperature: Divides the logits.
+        min_p: Tokens below this share of the likeliest token's probability get none
+            (arXiv 2407.01082).
+        support: bool [..., V], the tokens to keep in place of those that `min_p` selects.
+        action_ids: int64 [...], tokens that are always kept: rounding may differ from that of
+            the sampler which drew them.
+    """
+    if temperature != 1:
+        logits = logits.float() / temperature
+    log_probs = logits.log_softmax(-1, dtype=torch.float32)
+    if min_p == 0:
+        return TokenDistribution(log_probs, torch.zeros_like(log_probs[..., 0]))
+    if support is None:
+        support = log_probs >= log_probs.amax(-1, keepdim=True) + math.log(min_p)
+        if action_ids is not None:
+            support = support.scatter(-1, action_ids.unsqueeze(-1), True)
+    kept = log_probs.masked_fill(~support, float("-inf"))
+    return TokenDistribution(kept.log_softmax(-1), kept.logsumexp(-1))
