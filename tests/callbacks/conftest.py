@@ -47,7 +47,7 @@ def rollout(iteration: int, rank: int = 0) -> Rollout:
     reward = torch.tensor([row.reward for row in rows])
     step = torch.tensor([row.attempt - 1 for row in rows])
     states = torch.zeros(4, 5, 1)
-    actions = Actions(ids, mask, ids, mask, states[..., 0], states, reward, flags, ~flags, step)
+    actions = Actions(ids, mask, ids, mask, states, reward, flags, ~flags, step)
     return Rollout(actions, ids, mask, rows, 2, 0, generate_seconds=2.0, score_seconds=0.5)
 
 
