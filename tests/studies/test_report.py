@@ -1,6 +1,8 @@
 """`etpo-report`: tables and figures of a study, and errors of bad input."""
 
 import csv
+import subprocess
+import sys
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -282,3 +284,9 @@ def test_bad_input_is_one_line(command, study, tmp_path, arguments, words):
     assert ended.err.count("\n") == 1
     assert words.format(**places) in ended.err
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_report_does_not_import_torch(study, tmp_path):
+    code = "import sys; from etpo.report import main; main(); sys.exit('torch' in sys.modules)"
+    arguments = [f"study={study}", f"out={tmp_path / 'report'}"]
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True)

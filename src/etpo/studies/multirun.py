@@ -4,7 +4,6 @@ The same command again continues a study. Several processes, also on several mac
 shared folder, may run the same command: each run is trained by the process that locks its folder.
 """
 
-import csv
 import json
 import math
 import shutil
@@ -21,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from etpo.config import IGNORED_KEYS
 from etpo.errors import ConfigError, OutputError, UnknownMetric, error_line
-from etpo.files import write_text
+from etpo.files import read_rows, write_text
 from etpo.run_folder import claimed, is_main_process, save_config
 
 CONFIG_FILE = "study_config.json"  # the configuration with which a study began a run
@@ -114,15 +113,12 @@ def incomplete_reason(folder: Path) -> str | None:
 
 def last_metric(folder: Path, name: str) -> float | None:
     """Return a metric of the last iteration, from `metrics.csv` or else `summary.json`."""
-    file = folder / "metrics.csv"
-    if file.exists():
-        with file.open(newline="") as lines:
-            metrics = list(csv.DictReader(lines))[-1]
-    else:
+    rows = read_rows(folder / "metrics.csv")
+    if not rows:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        metrics = summary.get("last_metrics", {})
-    value = metrics.get(name)
-    return None if value in (None, "") else float(value)
+        rows = [summary.get("last_metrics", {})]
+    value = rows[-1].get(name)
+    return None if value is None else float(value)
 
 
 def finite(value: float | None) -> float | None:
