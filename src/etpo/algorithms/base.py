@@ -15,7 +15,7 @@ from etpo.algorithms import evaluation
 from etpo.algorithms.evaluation import TokenEvaluation, TokenValues
 from etpo.algorithms.optimization import apply_configured_options, clip_gradients, trained_state
 from etpo.algorithms.policy_check import check_policy
-from etpo.algorithms.settings import Settings
+from etpo.algorithms.settings import Settings, build_settings
 from etpo.errors import ConfigError
 from etpo.models.critics import Critic, copy_sharing_frozen
 from etpo.models.policy import LanguageModelPolicy
@@ -81,10 +81,9 @@ class OnPolicyAlgorithm(LightningModule):
         Raises:
             ConfigError: a setting is unknown or out of range, or the critic does not fit.
         """
-        try:
-            checked = cls.settings_class(**settings)
-        except TypeError as error:
-            raise ConfigError(f"algorithm: {error}") from error
+        checked = build_settings(cls.settings_class, settings)
+        if critic is None and cls.critic_head is not None:
+            raise ConfigError("critic=null: allowed is a critic, which this algorithm needs")
         model = policy()
         built = None if critic is None else critic(model, head=cls.critic_head)
         return cls(model, built, checked, optimizer, scheduler)

@@ -15,7 +15,7 @@ from lightning import LightningModule
 from torch import Tensor
 
 from etpo.algorithms.policy_check import check_policy
-from etpo.algorithms.settings import BatchSettings
+from etpo.algorithms.settings import BatchSettings, build_settings
 from etpo.models.chunked_logits import in_chunks
 from etpo.models.policy import LanguageModelPolicy
 from etpo.rollout.metrics import rollout_metrics
@@ -48,7 +48,7 @@ class NoUpdate(LightningModule):
     @classmethod
     def from_config(cls, policy: Callable[[], LanguageModelPolicy], **settings: Any) -> Self:
         """Check the settings, then build policy and module."""
-        checked = cls.settings_class(**settings)
+        checked = build_settings(cls.settings_class, settings)
         return cls(policy(), checked)
 
     def setup(self, stage: str) -> None:

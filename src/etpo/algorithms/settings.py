@@ -1,7 +1,7 @@
 """Typed, frozen settings of the algorithms; `conf/algorithm` mirrors their defaults."""
 
 from dataclasses import dataclass, field, fields
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from etpo.errors import ConfigError, check_integer, check_range
 
@@ -80,6 +80,17 @@ def check_value(key: str, value: Any, hint: Any, setting: Any) -> None:
         check_integer(key, value, limits["low"], None if high == float("inf") else high)
     elif float in types:
         check_range(key, value, limits["low"], limits["high"], above=limits["above"])
+
+
+Kind = TypeVar("Kind", bound=BatchSettings)
+
+
+def build_settings(kind: type[Kind], values: dict[str, Any]) -> Kind:
+    """Build settings from config values; raise ConfigError for an unknown key or a bad value."""
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ConfigError(f"algorithm: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

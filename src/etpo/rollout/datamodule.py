@@ -85,8 +85,8 @@ class RolloutDataModule(LightningDataModule):
                 f"{self.environment.num_envs}"
             )
         check_integer("rollout.pipeline_groups", self.pipeline_groups, 1, self.num_envs)
-        whole = type(self.environment).step_part is TextVectorEnv.step_part
-        if self.pipeline_groups > 1 and whole:
+        step_part = getattr(type(self.environment), "step_part", TextVectorEnv.step_part)
+        if self.pipeline_groups > 1 and step_part is TextVectorEnv.step_part:
             raise ConfigError(
                 f"rollout.pipeline_groups={self.pipeline_groups}: allowed is 1, because "
                 f"{self.environment.task_name} steps all environments together"
