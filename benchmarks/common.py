@@ -19,8 +19,8 @@ from etpo.config import CONF, tiny_checkpoint
 from etpo.environments.text_env import TextObservation, TextVectorEnv
 from etpo.models.loading import load_tokenizer
 from etpo.models.policy import LanguageModelPolicy
-from etpo.models.random_init import random_llama, save_checkpoint
 from etpo.rollout.datamodule import RolloutDataModule
+from etpo_tasks.random_init import random_llama, save_checkpoint
 
 RESULTS = Path("benchmarks/results")
 MODELS = {

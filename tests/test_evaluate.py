@@ -267,7 +267,7 @@ def test_statistics_that_are_not_defined():
 RUNS = {
     "gymnasium": (
         "environment=gymnasium",
-        "environment.id=etpo.environments.household:etpo/Household-v0",
+        "environment.id=etpo_tasks.household:etpo/Household-v0",
         "environment.max_episode_steps=2",
         "model.lora={r:2,target_modules:[q_proj],task_type:CAUSAL_LM}",
     ),

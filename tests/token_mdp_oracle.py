@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from etpo.environments import token_mdp
-from etpo.environments.token_mdp import fixed_point
+from etpo_tasks import token_mdp
+from etpo_tasks.token_mdp import fixed_point
 
 
 class Episodes(NamedTuple):

@@ -8,7 +8,7 @@ import pytest
 from etpo.callbacks.start import StartReport, short
 from etpo.config import tiny_checkpoint
 from etpo.models.loading import load_tokenizer
-from etpo.models.random_init import random_llama, save_checkpoint
+from etpo_tasks.random_init import random_llama, save_checkpoint
 
 MIB = {"MiB": 1, "GiB": 1024}
 

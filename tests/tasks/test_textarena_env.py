@@ -25,7 +25,7 @@ MOVES = {
 
 def copies(game, num_envs=2, **options):
     return GymnasiumEnv(
-        id="etpo.environments.textarena_env:etpo/TextArena-v0",
+        id="etpo_tasks.textarena_env:etpo/TextArena-v0",
         num_envs=num_envs,
         kwargs={"game": game, "options": options},
     )

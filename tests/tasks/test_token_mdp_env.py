@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from etpo.environments.token_mdp_env import TokenMDPEnv, action_texts, random_mdp, state_texts
 from etpo.errors import ConfigError
+from etpo_tasks.token_mdp_env import TokenMDPEnv, action_texts, random_mdp, state_texts
 
 SHAPE = {"seed": 0, "num_states": 3, "vocabulary_size": 3, "length": 2}
 

@@ -15,7 +15,7 @@ from etpo.errors import MAX_SEED, ConfigError, check_integer
 from etpo.models.loading import expanded
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import PromptTemplate
-from etpo.models.random_init import random_llama, save_checkpoint
+from etpo_tasks.random_init import random_llama, save_checkpoint
 
 EOS = "</s>"
 VOCABULARY_SIZE = 1024

@@ -6,12 +6,12 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
-from etpo.environments.token_mdp_env import VOCABULARY_SIZES, letters
 from etpo.errors import MAX_SEED, check_integer
 from etpo.models.loading import expanded
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import PromptTemplate
-from etpo.models.random_init import random_llama, save_checkpoint
+from etpo_tasks.random_init import random_llama, save_checkpoint
+from etpo_tasks.token_mdp_env import VOCABULARY_SIZES, letters
 
 EOS = "</s>"
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from etpo.environments.token_mdp_env import TokenMDPEnv, action_texts, random_mdp
 from etpo.errors import ConfigError
 from etpo.generation.sampler import decode_actions, generate
-from etpo.models.char_lm import build_char_lm
 from etpo.models.prompting import CompletionTemplate
+from etpo_tasks.char_lm import build_char_lm
+from etpo_tasks.token_mdp_env import TokenMDPEnv, action_texts, random_mdp
 
 
 def policy(folder, **changes):

@@ -6,8 +6,8 @@ import torch
 
 from etpo.environments.text_env import TextVectorEnv
 from etpo.errors import ConfigError
-from etpo.models.game_lm import build_game_lm, line_tokenizer, random_play
 from etpo.models.prompting import CompletionTemplate
+from etpo_tasks.game_lm import build_game_lm, line_tokenizer, random_play
 
 MOVES = ("<left>", "<right>")
 RULES = "Walk along the line.\nThe goal is at its right end.\n"
@@ -76,7 +76,7 @@ def test_it_plays_every_move_alike_and_ends_after_one(made):
 
 def test_it_is_made_once(made, monkeypatch):
     folder = made.model.name_or_path
-    monkeypatch.setattr("etpo.models.game_lm.random_play", None)
+    monkeypatch.setattr("etpo_tasks.game_lm.random_play", None)
     again = player(folder)
     for ours, theirs in zip(made.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)

@@ -16,8 +16,8 @@ import torch
 from gymnasium import spaces
 
 from etpo.environments.text_env import Step, TextObservation, TextVectorEnv
-from etpo.environments.token_mdp import TokenMDP
 from etpo.errors import MAX_SEED, ConfigError, check_integer, check_range
+from etpo_tasks.token_mdp import TokenMDP
 
 VOCABULARY_SIZES = (3, len(ascii_lowercase) + 1)  # at least two letters and the end token
 MAX_STATES = 100

@@ -7,8 +7,8 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from etpo.algorithms.returns import kl_divergence
-from etpo.environments.token_mdp import TokenMDP
-from etpo.environments.token_mdp_env import TokenMDPEnv
+from etpo_tasks.token_mdp import TokenMDP
+from etpo_tasks.token_mdp_env import TokenMDPEnv
 
 
 class OracleDistance(Callback):

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from etpo.environments.token_mdp import token_tree
+from etpo_tasks.token_mdp import token_tree
 
 from ..token_mdp_oracle import TokenMDP
 

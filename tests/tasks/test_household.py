@@ -7,8 +7,8 @@ import gymnasium
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from etpo.environments.household import FURNITURE, House, HouseholdEnv
 from etpo.errors import ConfigError
+from etpo_tasks.household import FURNITURE, House, HouseholdEnv
 
 
 def small_house(**changes):

@@ -8,11 +8,11 @@ import torch
 
 from etpo.algorithms.etpo import ETPO, ETPOSettings
 from etpo.algorithms.returns import kl_divergence
-from etpo.callbacks.oracle import OracleDistance, prefix_tokens, tables
-from etpo.environments.token_mdp_env import TokenMDPEnv, random_mdp
-from etpo.models.char_lm import build_char_lm
 from etpo.models.critics import HeadCritic
 from etpo.models.prompting import CompletionTemplate
+from etpo_tasks.char_lm import build_char_lm
+from etpo_tasks.oracle import OracleDistance, prefix_tokens, tables
+from etpo_tasks.token_mdp_env import TokenMDPEnv, random_mdp
 
 from ..token_mdp_oracle import TokenMDP
 
