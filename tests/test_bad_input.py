@@ -75,6 +75,7 @@ TOKEN_MDP = [
 ]
 UNKNOWN = [
     ("algorithm.bta=1", "algorithm.bta"),
+    ("+algorithm.bta=1", "bta"),
     ("temperature=1", "temperature"),
     ("model=gpt5", "tiny"),
     ("experiment=nope", "plain"),
@@ -250,7 +251,6 @@ def test_evaluate_refuses_in_one_line(refused, finished_run, arguments, words):
     [
         ("trainer.devices=0", ("trainer", "devices")),
         ("trainer.precision=31", ("trainer", "precision")),
-        ("+algorithm.bta=1", ("algorithm", "bta")),
         ("algorithm.gamma=${nope}", ("algorithm.gamma", "nope")),
     ],
 )

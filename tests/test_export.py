@@ -176,7 +176,8 @@ def test_the_folder_is_the_policy(trained, merge, tied, checkpoint, tmp_path, mo
     ids = torch.randint(3, 250, (2, 9), generator=torch.Generator().manual_seed(1))
     prompt, action = ids.split([4, 5], dim=1)
     with torch.no_grad():
-        expected = policy(prompt, torch.ones_like(prompt).bool(), action).log_kept
+        hidden = policy.hidden_states(prompt, torch.ones_like(prompt).bool(), action)
+        expected = policy.log_probs(hidden, action).log_support_mass
         policy_logits = policy.model(input_ids=ids).logits
     text = [{"role": "user", "content": "Go. <|im_end|>"}]
     said = policy.tokenizer.apply_chat_template(text, tokenize=False)

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from etpo import train
 from etpo.algorithms.base import OnPolicyAlgorithm
+from etpo.algorithms.settings import Settings
 from etpo.errors import ConfigError
 from etpo.resume import resume_arguments
 
@@ -103,12 +104,7 @@ class Scheduled(OnPolicyAlgorithm):
     """The schedules of an algorithm alone."""
 
     def __init__(self, iters: int, epoch: int) -> None:
-        self.first_beta, self.last_beta, self.beta_anneal_iters, self.epoch = (
-            0.02,
-            0.005,
-            iters,
-            epoch,
-        )
+        self.settings, self.epoch = Settings(beta_anneal_iters=iters), epoch
 
     @property
     def current_epoch(self) -> int:

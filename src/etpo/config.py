@@ -125,7 +125,7 @@ def check_settings(algorithm: DictConfig) -> None:
 
     hints = get_type_hints(Settings)
     for each in fields(Settings):
-        if each.name in algorithm:
+        if each.name in algorithm and not OmegaConf.is_interpolation(algorithm, each.name):
             check_value(f"algorithm.{each.name}", algorithm[each.name], hints[each.name], each)
 
 

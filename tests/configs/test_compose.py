@@ -2,7 +2,7 @@
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.utils import get_class
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from etpo import train
@@ -46,8 +46,7 @@ def test_every_option_composes_and_names_what_exists(option):
     found = list(targets(cfg))
     assert found
     for target in found:
-        module, _, attribute = target.rpartition(".")
-        assert hasattr(__import__(module, fromlist=[attribute]), attribute) or get_class(target)
+        assert callable(get_object(target))
 
 
 @pytest.fixture
