@@ -13,6 +13,7 @@ from etpo.overrides import override, split_arguments, text_of
 # Keys that identify a run; all others may change when it is resumed.
 FIXED = (
     *("seed", "algorithm._target_", "critic._target_", "environment._target_"),
+    *("algorithm.unit", "algorithm.token_discount", "algorithm.baseline"),
     *("model._target_", "model.name_or_path", "model.lora", "model.init_seed"),
 )
 
