@@ -38,7 +38,7 @@ from etpo.rollout.types import Rollout, TokenBatch
 
 @dataclass(frozen=True, kw_only=True)
 class ArCHerSettings(PolicyGradientSettings):
-    """Settings of `ArCHer`, besides those of every policy gradient.
+    """Settings of `ArCHer` in addition to `PolicyGradientSettings`.
 
     Args:
         tau: Polyak step of the target critic after each iteration; 1 copies the critic.

@@ -48,7 +48,7 @@ from etpo.rollout.types import Rollout, TokenBatch
 
 @dataclass(frozen=True, kw_only=True)
 class ETPOSettings(Settings):
-    """Settings of `ETPO`, besides those of every algorithm.
+    """Settings of `ETPO` in addition to `Settings`.
 
     Args:
         gamma: discount between actions; inside an action it is 1.

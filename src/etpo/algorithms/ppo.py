@@ -26,7 +26,7 @@ from etpo.rollout.types import Rollout, TokenBatch
 
 @dataclass(frozen=True, kw_only=True)
 class PPOSettings(PolicyGradientSettings):
-    """Settings of `PPO`, besides those of every policy gradient.
+    """Settings of `PPO` in addition to `PolicyGradientSettings`.
 
     Args:
         lambda_: lambda of the generalized advantages.

@@ -15,7 +15,7 @@ from etpo.rollout.types import Rollout, TokenBatch
 
 @dataclass(frozen=True, kw_only=True)
 class ReinforceSettings(PolicyGradientSettings):
-    """Settings of `Reinforce`, besides those of every policy gradient.
+    """Settings of `Reinforce` in addition to `PolicyGradientSettings`.
 
     Args:
         baseline: of the returns. iteration: mean of the iteration (Williams, 1992).

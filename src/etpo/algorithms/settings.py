@@ -41,7 +41,7 @@ class BatchSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(BatchSettings):
-    """Settings of every on-policy algorithm, besides `BatchSettings`.
+    """Settings of every on-policy algorithm in addition to `BatchSettings`.
 
     Args:
         beta: KL coefficient to the reference, >= 0, per nat, in the first iteration.

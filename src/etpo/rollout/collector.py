@@ -156,6 +156,17 @@ def collect(
     finally:
         thread.stop()
     steps = [group.results[number] for number in range(rounds) for group in groups]
+    return to_rollout(policy, steps, environment.num_envs, generate_seconds, score_seconds)
+
+
+def to_rollout(
+    policy: LanguageModelPolicy,
+    steps: list[GroupStep],
+    num_envs: int,
+    generate_seconds: float,
+    score_seconds: float,
+) -> Rollout:
+    """Concatenate the steps of all groups, ordered by round, and encode the bootstrap prompts."""
     following = [observation for step in steps for observation in step.next_observations]
     next_prompts = PromptBatch(torch.zeros(0, 1).long(), torch.zeros(0, 1).bool(), 0)
     if following:
@@ -165,7 +176,7 @@ def collect(
         bootstrap_ids=next_prompts.ids,
         bootstrap_mask=next_prompts.mask,
         records=[record for step in steps for record in step.records],
-        num_envs=environment.num_envs,
+        num_envs=num_envs,
         dropped_prompt_tokens=sum(step.prompts.dropped for step in steps),
         generate_seconds=generate_seconds,
         score_seconds=score_seconds,
