@@ -1,6 +1,5 @@
 """ArCHer: a critic of whole actions and a policy gradient of tokens (arXiv 2402.19446)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,14 +17,7 @@ from etpo.algorithms.policy_gradient import (
 from etpo.algorithms.settings import PolicyGradientSettings, bounded
 from etpo.errors import ConfigError
 from etpo.models.chunked_logits import in_chunks
-from etpo.models.critics import (
-    WITH_HEAD,
-    Critic,
-    DuelingHead,
-    LanguageModelCritic,
-    make_target_network,
-    polyak_update,
-)
+from etpo.models.critics import WITH_HEAD, Critic, DuelingHead, LanguageModelCritic
 from etpo.models.policy import LanguageModelPolicy
 from etpo.rollout.trajectories import (
     from_trajectories,
@@ -68,20 +60,13 @@ class ArCHer(OnPolicyAlgorithm):
 
     settings_class = ArCHerSettings
     critic_head = DuelingHead
+    has_target_critic = True
     critic: Critic
 
-    def __init__(
-        self,
-        policy: LanguageModelPolicy,
-        critic: Critic,
-        settings: ArCHerSettings | None = None,
-        optimizer: Callable[..., Any] | None = None,
-        scheduler: Callable[..., Any] | None = None,
-    ) -> None:
-        super().__init__(policy, critic, settings, optimizer, scheduler)
+    def __init__(self, policy: LanguageModelPolicy, critic: Critic, *options: Any) -> None:
         if isinstance(critic, LanguageModelCritic):
             raise ConfigError(f"critic=lm_copy: allowed are {', '.join(WITH_HEAD)}")
-        self.target_critic = make_target_network(critic)
+        super().__init__(policy, critic, *options)
 
     @torch.no_grad()
     def compute_targets(self, rollout: Rollout) -> TokenBatch:
@@ -162,6 +147,3 @@ class ArCHer(OnPolicyAlgorithm):
         values = self.prefix_values(*inputs[:4])
         values[:, 1:] = float("nan")  # the head's other outputs are trained at whole actions only
         return TokenValues(values)
-
-    def on_train_epoch_end(self) -> None:
-        polyak_update(self.target_critic, self.critic, self.settings.tau)

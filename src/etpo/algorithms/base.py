@@ -17,7 +17,8 @@ from etpo.algorithms.optimization import apply_configured_options, clip_gradient
 from etpo.algorithms.policy_check import check_policy
 from etpo.algorithms.settings import Settings, build_settings
 from etpo.errors import ConfigError
-from etpo.models.critics import Critic, copy_sharing_frozen
+from etpo.models import critics
+from etpo.models.critics import Critic
 from etpo.models.policy import LanguageModelPolicy
 from etpo.rollout.buffer import split_by_length
 from etpo.rollout.types import Actions, Rollout, TokenBatch
@@ -44,7 +45,9 @@ class OnPolicyAlgorithm(LightningModule):
 
     settings_class: ClassVar[type[Settings]] = Settings
     critic_head: ClassVar[type[nn.Module] | None] = None  # head that `from_config` gives the critic
+    has_target_critic: ClassVar[bool] = False  # a Polyak average of the critic, with `settings.tau`
     settings: Any
+    target_critic: Any
 
     def __init__(
         self,
@@ -56,6 +59,8 @@ class OnPolicyAlgorithm(LightningModule):
     ) -> None:
         super().__init__()
         self.policy, self.critic = policy, critic
+        if critic is not None and self.has_target_critic:
+            self.target_critic = critics.make_target_network(critic)
         self.settings = self.settings_class() if settings is None else settings
         # eps 1e-5: with vanishing gradients Adam's step would otherwise stay full-size
         self.optimizer = optimizer or functools.partial(AdamW, eps=1e-5, weight_decay=0.0)
@@ -109,7 +114,7 @@ class OnPolicyAlgorithm(LightningModule):
         """Move the actions to the device, snapshot the LM head and evaluate the taken tokens."""
         actions = Actions(*(x.to(self.device) for x in rollout.actions))
         # a copy of trained parameters only; no submodule, so that checkpoints do not contain it
-        object.__setattr__(self, "old_lm_head", copy_sharing_frozen(self.policy.lm_head))
+        object.__setattr__(self, "old_lm_head", critics.copy_sharing_frozen(self.policy.lm_head))
         inputs = [actions.prompt_ids, actions.prompt_mask, actions.action_ids]
         # in bfloat16 a training forward rounds differently: probability ratios would start at noise
         autocast = torch.is_autocast_enabled(self.device.type)
@@ -143,8 +148,7 @@ class OnPolicyAlgorithm(LightningModule):
     ) -> Tensor:
         """Return the critic's values [B, L] of the L prefixes."""
         assert self.critic is not None
-        values: Tensor = self.critic(prompt_ids, prompt_mask, action_ids, ref_hidden)
-        return values
+        return torch.as_tensor(self.critic(prompt_ids, prompt_mask, action_ids, ref_hidden))
 
     def map_microbatches(self, function: Callable[..., NamedTuple], *inputs: Tensor) -> Any:
         """Apply `function` to `forward_batch_size` rows at a time and concatenate its outputs."""
@@ -264,6 +268,10 @@ class OnPolicyAlgorithm(LightningModule):
             if any(parameter.grad is not None for parameter in group["params"]):
                 self.log_metrics({f"train/grad_norm/{name}": (norm, 1)})
 
+    def on_train_epoch_end(self) -> None:
+        if self.critic is not None and self.has_target_critic:
+            critics.polyak_update(self.target_critic, self.critic, self.settings.tau)
+
     def validation_step(self, batch: Rollout, batch_idx: int) -> None:
         reward = batch.actions.rewards.mean()
         self.log("val/reward", reward, sync_dist=True, batch_size=len(batch.actions.rewards))
@@ -289,9 +297,7 @@ class OnPolicyAlgorithm(LightningModule):
 
     def mean_over_ranks(self, value: Tensor) -> Tensor:
         """Mean of a scalar over all ranks: [] -> []."""
-        gathered: Any = self.all_gather(value.float())
-        mean: Tensor = gathered.mean()
-        return mean
+        return torch.as_tensor(self.all_gather(value.float())).mean()
 
     def mean_over_tokens(self, values: Tensor, mask: Tensor) -> Tensor:
         """Mean of `values` [B, L] where `mask` [B, L] is true, over all ranks: []."""

@@ -19,7 +19,6 @@ Differences from the paper, each a setting:
 7. Tokens are summed and actions weighted by gamma^t: the exact gradient of the regularized return.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +32,7 @@ from etpo.algorithms.evaluation import TokenEvaluation, TokenValues, evaluate_to
 from etpo.algorithms.returns import gather_tokens
 from etpo.algorithms.settings import Settings, bounded, one_of
 from etpo.models.chunked_logits import in_chunks, reduce_in_chunks
-from etpo.models.critics import Critic, DuelingHead, make_target_network, polyak_update
-from etpo.models.policy import LanguageModelPolicy
+from etpo.models.critics import Critic, DuelingHead
 from etpo.rollout.metrics import rollout_metrics
 from etpo.rollout.trajectories import (
     from_trajectories,
@@ -80,30 +78,16 @@ class ETPOSettings(Settings):
 
 
 class ETPO(OnPolicyAlgorithm):
-    """Entropy-regularized token-level policy optimization.
+    """Entropy-regularized token-level policy optimization with a token critic over the vocabulary.
 
-    Args:
-        policy: policy and reference.
-        critic: token critic over the vocabulary.
-        settings: an `ETPOSettings`; None uses its defaults.
-        optimizer, scheduler: as in `OnPolicyAlgorithm`.
+    Arguments as in `OnPolicyAlgorithm`; `settings` is an `ETPOSettings`.
     """
 
     settings_class = ETPOSettings
     critic_head = DuelingHead
+    has_target_critic = True
     critic: Critic
-
-    def __init__(
-        self,
-        policy: LanguageModelPolicy,
-        critic: Critic,
-        settings: ETPOSettings | None = None,
-        optimizer: Callable[..., Any] | None = None,
-        scheduler: Callable[..., Any] | None = None,
-    ) -> None:
-        super().__init__(policy, critic, settings, optimizer, scheduler)
-        self.target_critic = make_target_network(critic)
-        self.scale = 1.0  # of the policy objective in this iteration
+    scale = 1.0  # of the policy objective in this iteration
 
     @property
     def lambda_(self) -> float:
@@ -289,6 +273,3 @@ class ETPO(OnPolicyAlgorithm):
 
     def sampled_advantages(self, batch: TokenBatch) -> Tensor | None:
         return batch.advantages if self.settings.doubly_robust else None
-
-    def on_train_epoch_end(self) -> None:
-        polyak_update(self.target_critic, self.critic, self.settings.tau)
