@@ -158,7 +158,7 @@ def test_a_command_is_valid_as_it_stands(text, folder):
     if command.program == "etpo-train" and cfg.ckpt_path is None:
         check_missing(cfg)
         environment = SimpleNamespace(num_envs=cfg.rollout.num_envs)
-        instantiate(cfg.rollout, environment=environment).check(cfg.trainer.devices)
+        instantiate(cfg.rollout, environment=environment).check_sizes(cfg.trainer.devices)
 
 
 @pytest.fixture(scope="session")
