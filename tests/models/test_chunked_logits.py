@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from etpo.algorithms import losses as objectives
 from etpo.algorithms import returns as soft_bellman
 from etpo.algorithms.returns import at_taken
+from etpo.models import chunked_logits
 from etpo.models.chunked_logits import in_chunks, reduce_in_chunks
 
 BATCH, LENGTH, SIZE, VOCABULARY = 2, 3, 3, 5
@@ -174,7 +175,7 @@ def test_layers_with_a_bias_and_in_mixed_precision(form, dtype):
     found, seen = [], set()
 
     def first_log_prob(x):
-        logits = layers(x)
+        logits = chunked_logits.project_to_vocabulary(layers[1], layers[0](x))
         seen.add(logits.dtype)
         return (logits.float().log_softmax(-1)[..., 0],)
 
@@ -226,3 +227,33 @@ def test_no_more_than_a_chunk_goes_through_the_vocabulary(form, chunk):
     with MostTokens() as most:
         form(chunk, "doubly robust", *read).backward()
     assert most.tokens == min(chunk, BATCH * LENGTH)
+
+
+@pytest.mark.parametrize("form", ["recomputed", "reduced"])
+def test_layers_over_the_vocabulary_hold_one_gradient_of_their_weight(form, monkeypatch):
+    layer = torch.nn.Linear(SIZE, VOCABULARY)
+    hidden = torch.randn(BATCH, LENGTH, SIZE, requires_grad=True)
+    leaves = [hidden, *layer.parameters()]
+    found, calls = [], []
+    summed = chunked_logits.LinearIntoSum.backward
+    monkeypatch.setattr(
+        chunked_logits.LinearIntoSum,
+        "backward",
+        staticmethod(lambda ctx, upstream: calls.append(summed(ctx, upstream)) or calls[-1]),
+    )
+
+    def first_log_prob(x):
+        return (chunked_logits.project_to_vocabulary(layer, x).log_softmax(-1)[..., 0].square(),)
+
+    for chunk in (100, 2):
+        if form == "reduced":
+            loss, _ = reduce_in_chunks(
+                first_log_prob, weighted, chunk, hidden, parameters=leaves[1:]
+            )
+        else:
+            loss = weighted(*in_chunks(first_log_prob, chunk, hidden))
+        found.append(torch.autograd.grad(loss.square(), leaves))
+    assert len(calls) == 3  # one per chunk of two tokens; none for a single chunk
+    assert all(weight is None for _, weight, _ in calls)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

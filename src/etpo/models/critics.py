@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from etpo.errors import ConfigError, reason
 from etpo.models.adapters import inject_adapter, without_adapter
 from etpo.models.causal_lm import last_hidden_states, trunk_of
+from etpo.models.chunked_logits import project_to_vocabulary
 from etpo.models.distribution import scale_logits
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.shared_prompt import forward_actions
@@ -61,7 +62,7 @@ class DuelingHead(ValueHead):
         self.advantage = zero_init(nn.Linear(hidden_size, vocabulary_size))
 
     def outputs(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        return super().outputs(hidden), self.advantage(hidden)
+        return super().outputs(hidden), project_to_vocabulary(self.advantage, hidden)
 
 
 class Critic(nn.Module):
@@ -188,7 +189,8 @@ class LanguageModelCritic(TrunkCritic):
 
     def head(self, hidden: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
         """Return no value, and Q [..., V] of hidden states [..., D]."""
-        logits = self.model.get_output_embeddings()(hidden)[..., : self.vocabulary_size]
+        logits = project_to_vocabulary(self.model.get_output_embeddings(), hidden)
+        logits = logits[..., : self.vocabulary_size]
         return None, scale_logits(logits, self.model.config).float()
 
     def head_parameters(self) -> list[nn.Parameter]:

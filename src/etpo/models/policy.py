@@ -21,6 +21,7 @@ from etpo.environments.text_env import TextObservation
 from etpo.errors import ConfigError, check_integer, check_range
 from etpo.models.adapters import add_adapter
 from etpo.models.causal_lm import last_hidden_states, trunk_of
+from etpo.models.chunked_logits import project_to_vocabulary
 from etpo.models.distribution import TokenDistribution, scale_logits, token_distribution
 from etpo.models.loading import expanded, load_model, load_tokenizer
 from etpo.models.probe import check_forwards
@@ -235,7 +236,7 @@ class LanguageModelPolicy(nn.Module):
         """Compute the model's logits [..., V] of its last hidden states [..., D]."""
         with self._weights(reference) as model:
             head = model.get_output_embeddings() if lm_head is None else lm_head
-            logits: Tensor = head(hidden)[..., : self.vocabulary_size]
+            logits = project_to_vocabulary(head, hidden)[..., : self.vocabulary_size]
         return scale_logits(logits, self.model.config)
 
     def log_probs(
