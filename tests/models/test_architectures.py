@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from etpo import export, train
 from etpo.environments.text_env import AnyText
 from etpo.errors import ConfigError
-from etpo.generation.prefix_cache import MODEL_TYPES
 from etpo.generation.sampler import generate
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
@@ -152,7 +151,7 @@ def test_every_architecture_works_or_is_refused_in_one_line(name, small, table, 
         return
     policy = build(folder, name)
     config = policy.model.config
-    shared = "once" if kind in MODEL_TYPES else "per row"
+    shared = "once" if policy.shares_prefixes else "per row"
     row += ["states, per row" if is_recurrent(config) else shared, agrees(policy, folder, name)]
     for critic in CRITICS:
         run = tmp_path / critic

@@ -191,7 +191,7 @@ class LanguageModelCritic(TrunkCritic):
         """Return no value, and Q [..., V] of hidden states [..., D]."""
         logits = project_to_vocabulary(self.model.get_output_embeddings(), hidden)
         logits = logits[..., : self.vocabulary_size]
-        return None, scale_logits(logits, self.model.config).float()
+        return None, scale_logits(logits, self.model.config.get_text_config()).float()
 
     def head_parameters(self) -> list[nn.Parameter]:
         return list(self.model.get_output_embeddings().parameters())
