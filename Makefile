@@ -34,7 +34,7 @@ test: install ## Run the tests (under 10 minutes on 2 cores); ARGS goes to pytes
 test-all: install ## Run the tests and the slow ones
 	$(BIN)/pytest -n 2 --dist worksteal -m "slow or not slow" $(ARGS)
 
-SANDBOX_TESTS := $(BIN)/pytest -n 2 --dist worksteal -m "slow or not slow" tests/environments/sandbox
+SANDBOX_TESTS := $(BIN)/pytest -n 2 --dist worksteal -m "slow or not slow" tests/sandbox
 ORDINARY_USER := $(or $(SUDO_UID),65534)
 AS_ORDINARY_USER := HOME=/tmp setpriv --reuid=$(ORDINARY_USER) --regid=$(or $(SUDO_GID),65534) \
 	--clear-groups --inh-caps=-all --bounding-set=-all

@@ -1,4 +1,4 @@
-"""What the benchmarks share: fresh models, an environment that costs nothing, results on disk."""
+"""Shared parts of the benchmarks: random models, a free environment, results on disk."""
 
 import os
 import platform
@@ -15,11 +15,11 @@ from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
 
-from etpo.config import CONF
+from etpo.config import CONF, tiny_checkpoint
 from etpo.environments.text_env import TextObservation, TextVectorEnv
-from etpo.models.fresh import fresh_llama, save_checkpoint
 from etpo.models.loading import load_tokenizer
-from etpo.models.policy import LanguageModelPolicy, tiny_checkpoint
+from etpo.models.policy import LanguageModelPolicy
+from etpo.models.random_init import random_llama, save_checkpoint
 from etpo.rollout.datamodule import RolloutDataModule
 
 RESULTS = Path("benchmarks/results")
@@ -30,7 +30,7 @@ MODELS = {
 
 
 class OnePrompt(TextVectorEnv):
-    """Every episode is one action on the same prompt; rewards are drawn."""
+    """An environment with one prompt, one action per episode and random rewards."""
 
     task_name = "one prompt"
 
@@ -55,7 +55,7 @@ class OnePrompt(TextVectorEnv):
 
 
 class EpochClock(Callback):
-    """When each iteration ended."""
+    """Record the end time of each iteration."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -69,19 +69,19 @@ def observation(prompt: str) -> TextObservation:
 
 
 def save_model(folder: Path, name: str, vocabulary: int = 0) -> str:
-    """A fresh Llama of that name with the embedded model's tokenizer; returns its folder.
+    """Save a random Llama with the embedded model's tokenizer and return its folder.
 
-    vocabulary: so many tokens at least, by new ones that no text has.
+    Unused tokens are added until there are at least `vocabulary`.
     """
     tokenizer = load_tokenizer(tiny_checkpoint())
     tokenizer.add_tokens([f"<new {n}>" for n in range(vocabulary - len(tokenizer))])
-    model = fresh_llama(tokenizer, 0, tie_word_embeddings=True, **MODELS[name])
+    model = random_llama(tokenizer, 0, tie_word_embeddings=True, **MODELS[name])
     save_checkpoint(folder, model, tokenizer)
     return str(folder)
 
 
 def prompt_of(size: int, text: str = "") -> str:
-    """A text of `size` tokens that begins with `text`."""
+    """Return a text of `size` tokens that starts with `text`."""
     tokenizer = load_tokenizer(tiny_checkpoint())
     while len(tokenizer(text)["input_ids"]) < size:
         text += "from sklearn.svm import SVC\n"
@@ -91,21 +91,21 @@ def prompt_of(size: int, text: str = "") -> str:
 
 
 def configured(folder: str, *overrides: str) -> Any:
-    """The configuration of `etpo-train` for the model in `folder`; all tokens have probability."""
+    """Compose the configuration of `etpo-train` for the model in `folder`, without `min_p`."""
     with initialize_config_dir(str(CONF), version_base=None):
         model = f"model.name_or_path={folder}", "model.min_p=0", "model.max_prompt_tokens=256"
         return compose("train", [*model, *overrides])
 
 
 def endless(folder: str) -> LanguageModelPolicy:
-    """A policy whose actions all have the largest length."""
+    """Return a policy without stop tokens: all actions have the maximum length."""
     policy = instantiate(configured(folder).model)()
     policy.stop_ids = []
     return policy
 
 
 class Iterations:
-    """Whole iterations of ETPO with one update on `completions` actions on one prompt."""
+    """ETPO iterations with one update on `completions` actions on one prompt."""
 
     def __init__(
         self, folder: str, prompt: str, completions: int, new_tokens: int, *overrides: str
@@ -117,7 +117,7 @@ class Iterations:
         self.prompt, self.completions, self.new_tokens = prompt, completions, new_tokens
 
     def run(self, count: int) -> list[float]:
-        """Seconds of `count` iterations, after one that is not counted."""
+        """Return the seconds of `count` iterations, after one warm-up iteration."""
         data = RolloutDataModule(
             OnePrompt(self.prompt, self.completions),
             actions_per_iteration=self.completions,
@@ -147,7 +147,7 @@ class Iterations:
 def write(
     out: Path, name: str, rows: pd.DataFrame, table: pd.DataFrame, figure: Figure | None = None
 ) -> None:
-    """Writes NAME.csv (every measurement) and NAME.png, prints the table and the machine."""
+    """Write NAME.csv (all measurements) and NAME.png; print the table and the machine."""
     out.mkdir(parents=True, exist_ok=True)
     rows.to_csv(out / f"{name}.csv", index=False)
     if figure is not None:

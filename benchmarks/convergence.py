@@ -1,10 +1,10 @@
-"""Figure, table and raw numbers of how far runs on token MDPs are from their exact optimum.
+"""Plot and tabulate the distance of token-MDP runs to their exact optimum.
 
     etpo-train -m experiment=token_mdp seed=0,1,2 study=convergence
     python benchmarks/convergence.py logs/train/multiruns/convergence docs/studies
 
-writes docs/studies/convergence.csv (one row per seed and measured iteration) and convergence.png,
-and prints the table of docs/studies/convergence.md.
+This writes docs/studies/convergence.csv (one row per seed and measured iteration) and
+convergence.png, and prints the table of docs/studies/convergence.md.
 """
 
 import argparse
@@ -16,14 +16,14 @@ from matplotlib.figure import Figure
 
 METRICS = ("oracle/kl", "oracle/kl_max", "oracle/value_error", "oracle/value")
 BOUND = 0.02
-# of Okabe and Ito's palette, told apart by their dashes too
+# Okabe-Ito palette; dashes for readers without colour
 STYLES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":"))
 
 Points = list[tuple[int, dict[str, float]]]  # environment steps, METRICS
 
 
 def read_runs(folder: Path) -> dict[int, tuple[list[dict[str, str]], dict]]:
-    """Seed -> (rows of metrics.csv, summary.json) of the finished runs under `folder`."""
+    """Return seed -> (rows of metrics.csv, summary.json) of the finished runs under `folder`."""
     runs = {}
     for file in folder.glob("*/summary.json"):
         summary = json.loads(file.read_text())
@@ -35,7 +35,7 @@ def read_runs(folder: Path) -> dict[int, tuple[list[dict[str, str]], dict]]:
 
 
 def measured(rows: list[dict[str, str]], env_steps: int) -> Points:
-    """The iterations of a metrics.csv that were measured; `env_steps`: of the whole run."""
+    """Return the measured iterations of a metrics.csv; `env_steps` counts the whole run."""
     per_iteration = env_steps // len(rows)
     return [
         ((int(row["iteration"]) + 1) * per_iteration, {name: float(row[name]) for name in METRICS})
@@ -45,7 +45,7 @@ def measured(rows: list[dict[str, str]], env_steps: int) -> Points:
 
 
 def figure(runs: dict[int, Points]) -> Figure:
-    """KL to the optimum above, value error below, against environment steps."""
+    """Plot KL to the optimum and value error against environment steps."""
     drawing = Figure(figsize=(7, 6), layout="constrained")
     panels = drawing.subplots(2, sharex=True)
     for (seed, points), (colour, dashes) in zip(runs.items(), STYLES, strict=False):
@@ -61,7 +61,7 @@ def figure(runs: dict[int, Points]) -> Figure:
         axes.set_yscale("log")
         axes.set_ylabel(label)
         axes.axhline(BOUND, color="black", linewidth=0.8)
-        axes.compute_targets(
+        axes.annotate(
             f"{BOUND}", (0.995, BOUND), xycoords=("axes fraction", "data"), ha="right", va="bottom"
         )
         axes.spines[["top", "right"]].set_visible(False)
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for the figure and the raw numbers")
     arguments = parser.parse_args()
     finished = read_runs(arguments.multirun)
-    runs = {seed: measured(rows, told["env_steps"]) for seed, (rows, told) in finished.items()}
+    runs = {seed: measured(rows, s["env_steps"]) for seed, (rows, s) in finished.items()}
     with (arguments.out / "convergence.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["seed", "env_steps", *METRICS])

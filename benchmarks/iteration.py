@@ -1,12 +1,13 @@
-"""A whole iteration of ETPO against a step of TRL's GRPOTrainer on the same work, in one run.
+"""Compare an ETPO iteration with a step of TRL's GRPOTrainer on the same work, in one run.
 
     pip install -e ".[bench]"
     python benchmarks/iteration.py [--models 0.9M 25M] [--rounds 3] [--steps 2]
 
-Both sample 64 completions of 120 tokens on one prompt of 165 tokens from the same fresh Llama, look
-at a frozen reference, and update once; ETPO also has its critic over the vocabulary. float32, all
-cores, no gradient checkpointing. The trainers alternate in each round; of each turn the first step
-is dropped. Writes `iteration.csv` and `iteration.png`; the table has medians over all steps.
+Both sample 64 completions of 120 tokens on one prompt of 165 tokens from the same random Llama,
+evaluate a frozen reference, and update once; ETPO also trains its critic over the vocabulary.
+float32, all cores, no gradient checkpointing. The trainers alternate in each round; the first step
+of each turn is dropped. The script writes `iteration.csv` and `iteration.png`; its table has the
+medians over all steps.
 """
 
 import argparse
@@ -26,13 +27,13 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from etpo.train import keep_freed_memory
+from etpo.runtime import keep_freed_memory
 
 COMPLETIONS, PROMPT_TOKENS, NEW_TOKENS = 64, 165, 120
 
 
 class StepClock(TrainerCallback):
-    """When each step of TRL ended."""
+    """Record the end time of each TRL step."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -42,7 +43,7 @@ class StepClock(TrainerCallback):
 
 
 def grpo_steps(folder: str, prompt: str) -> Callable[[int], list[float]]:
-    """Runs so many steps of TRL's GRPO, returns their seconds."""
+    """Return a function that runs steps of TRL's GRPO and returns their seconds."""
     random = np.random.default_rng(0)
 
     def reward(completions: list[str], **_: Any) -> list[float]:
@@ -85,7 +86,7 @@ def grpo_steps(folder: str, prompt: str) -> Callable[[int], list[float]]:
 
 
 def measure(models: Sequence[str], rounds: int, steps: int) -> pd.DataFrame:
-    """Seconds of every step: columns model, trainer, seconds."""
+    """Measure every step; columns model, trainer, seconds."""
     rows = []
     prompt = prompt_of(PROMPT_TOKENS)
     sizes = COMPLETIONS, NEW_TOKENS
@@ -105,7 +106,7 @@ def measure(models: Sequence[str], rounds: int, steps: int) -> pd.DataFrame:
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Median seconds, sampled tokens per second and the ratio to TRL, by model and trainer."""
+    """Return median seconds, tokens per second and the ratio to TRL by model and trainer."""
     medians = rows.groupby(["model", "trainer"], sort=False)["seconds"].median().reset_index()
     medians["tokens_per_second"] = COMPLETIONS * NEW_TOKENS / medians["seconds"]
     trl = medians[medians["trainer"] == "TRL GRPOTrainer"].set_index("model")["seconds"]
@@ -114,7 +115,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def figure(medians: pd.DataFrame) -> Figure:
-    """Sampled tokens per second of every trainer, one panel per model."""
+    """Plot sampled tokens per second of every trainer, one panel per model."""
     models = list(dict.fromkeys(medians["model"]))
     drawing = Figure(figsize=(7, 1.7 * len(models)), layout="constrained")
     for axes, model in zip(drawing.subplots(len(models), squeeze=False)[:, 0], models, strict=True):
@@ -134,7 +135,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
-    keep_freed_memory()  # as etpo-train does; both gain
+    keep_freed_memory()  # as in etpo-train; both trainers benefit
     rows = measure(given.models, given.rounds, given.steps)
     medians = table(rows)
     write(given.out, "iteration", rows, medians, figure(medians))

@@ -1,11 +1,11 @@
-"""An iteration on two processes against one, with one thread each and the same actions, in one run.
+"""Compare an iteration on two processes with one on one process, one thread each, in one run.
 
     python benchmarks/ranks.py [--rounds 2] [--iterations 4] [--out benchmarks/results]
 
-With `trainer=ddp_cpu trainer.devices=2` each process plays half of an iteration's actions, in
-environments of its own. The embedded model, the default task without a cache of scores. The
-variants alternate in each round; of each run the first iteration is dropped. A rollout is sampling
-and scoring; of two processes it is the mean. Writes `ranks.csv`; the table has medians.
+With `trainer=ddp_cpu trainer.devices=2` each process samples half of an iteration's actions, in its
+own environments. Embedded model, default task, no score cache. The variants alternate in each
+round; the first iteration of each run is dropped. The rollout is sampling and scoring, averaged
+over processes. The script writes `ranks.csv`; the table has medians.
 """
 
 import argparse
@@ -33,7 +33,7 @@ ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
 
 
 def run(variant: str, iterations: int, seed: int, folder: Path) -> pd.DataFrame:
-    """Seconds of every iteration but the first: columns rollout_seconds, iteration_seconds."""
+    """Measure all iterations after the first; columns rollout_seconds, iteration_seconds."""
     overrides = (*SIZES, *VARIANTS[variant], f"trainer.max_epochs={iterations}", f"seed={seed}")
     command = [sys.executable, "-m", "etpo.train", *overrides, f"hydra.run.dir={folder}"]
     subprocess.run(command, env=os.environ | ONE_THREAD, check=True, stdout=subprocess.DEVNULL)
@@ -45,7 +45,7 @@ def run(variant: str, iterations: int, seed: int, folder: Path) -> pd.DataFrame:
 
 
 def measure(rounds: int, iterations: int) -> pd.DataFrame:
-    """The seconds of all runs: columns variant, round, rollout_seconds, iteration_seconds."""
+    """Measure all runs; columns variant, round, rollout_seconds, iteration_seconds."""
     parts = []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):
@@ -59,7 +59,7 @@ def measure(rounds: int, iterations: int) -> pd.DataFrame:
 
 
 def table(measured: pd.DataFrame) -> pd.DataFrame:
-    """Median seconds of both and their ratio."""
+    """Return median seconds of both and their ratio."""
     medians = measured.groupby("variant")[["rollout_seconds", "iteration_seconds"]].median().T
     medians["ratio"] = medians["one process"] / medians["two processes"]
     return medians.rename_axis(index="of", columns=None).reset_index()

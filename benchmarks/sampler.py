@@ -1,10 +1,10 @@
-"""The sampler against transformers' `generate` on the same prompts, in one run.
+"""Compare the sampler with transformers' `generate` on the same prompts, in one run.
 
     python benchmarks/sampler.py [--models 0.9M 25M] [--rounds 3]
 
-Both sample 64 actions of 100 tokens from a fresh Llama in float32, on prompts of 165 tokens: all on
-one, four on each of 16, and each on its own. The sampler also records log-probabilities. The two
-alternate in each round; the table has medians. Writes `sampler.csv` and `sampler.png`.
+Both sample 64 actions of 100 tokens from a random float32 Llama, on 1, 16 or 64 prompts of 165
+tokens. The sampler also records log-probabilities. Both alternate in each round; the table has
+medians. The script writes `sampler.csv` and `sampler.png`.
 """
 
 import argparse
@@ -19,7 +19,8 @@ from common import MODELS, RESULTS, endless, observation, prompt_of, save_model,
 from matplotlib.figure import Figure
 from transformers import GenerationConfig
 
-from etpo.models.policy import LanguageModelPolicy, PromptBatch
+from etpo.models.policy import LanguageModelPolicy
+from etpo.models.prompting import PromptBatch
 
 ACTIONS, PROMPT_TOKENS, NEW_TOKENS = 64, 165, 100
 PROMPTS = {"1 prompt": 1, "16 prompts": 16, "64 prompts": 64}
@@ -28,7 +29,7 @@ PROMPTS = {"1 prompt": 1, "16 prompts": 16, "64 prompts": 64}
 def variants(
     policy: LanguageModelPolicy, prompts: PromptBatch
 ) -> dict[str, Callable[[], torch.Tensor]]:
-    """Functions that return token ids [64, 100]."""
+    """Return both samplers as functions that return token ids [64, 100]."""
     settings = GenerationConfig(
         do_sample=True, top_k=0, max_new_tokens=NEW_TOKENS, pad_token_id=policy.pad_id
     )  # without an EOS token
@@ -46,7 +47,7 @@ def variants(
 
 @torch.no_grad()
 def measure(models: Sequence[str], rounds: int) -> pd.DataFrame:
-    """Seconds of every call: columns model, prompts, variant, seconds."""
+    """Measure every call; columns model, prompts, variant, seconds."""
     rows = []
     for name in models:
         with tempfile.TemporaryDirectory() as folder:
@@ -68,7 +69,7 @@ def measure(models: Sequence[str], rounds: int) -> pd.DataFrame:
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Median seconds of both and their ratio."""
+    """Return median seconds of both and their ratio."""
     medians = rows.pivot_table(
         index=["model", "prompts"],
         columns="variant",
@@ -81,7 +82,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def figure(medians: pd.DataFrame) -> Figure:
-    """Actions' tokens per second of both."""
+    """Plot sampled tokens per second of both."""
     drawing = Figure(figsize=(7, 3.5), layout="constrained")
     axes = drawing.subplots()
     names = medians["model"] + ", " + medians["prompts"]

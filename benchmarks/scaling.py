@@ -1,12 +1,12 @@
-"""Time and memory of whole ETPO iterations against action length, batch and vocabulary.
+"""Measure time and memory of ETPO iterations over action length, batch and vocabulary.
 
-    python benchmarks/scaling.py [--sizes length batch vocabulary] [--steps 2]
+    python benchmarks/scaling.py [--sizes length batch vocabulary] [--steps 2] [--chunk TOKENS]
 
 One size varies at a time around 64 actions of 64 tokens on a prompt of 165, with the 0.9M Llama in
-float32, critic=full and one update per iteration. Every point is a process of its own: median
-seconds of its iterations after the first, and the largest resident memory above that of a process
-that has imported everything. `exponent` is the slope of log seconds over log size, by least
-squares: 1 is linear growth. Writes `scaling.csv` and `scaling.png`.
+float32, critic=full and one update per iteration. Every point runs in a new process: median seconds
+of the iterations after the first, and peak resident memory above the memory after imports.
+`exponent` is the least-squares slope of log seconds over log size; 1 is linear growth. The script
+writes `scaling.csv` and `scaling.png`.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from common import RESULTS, Iterations, prompt_of, save_model, write
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from etpo.train import keep_freed_memory
+from etpo.runtime import keep_freed_memory
 
 PROMPT_TOKENS = 165
 DEFAULTS = {"length": 64, "batch": 64, "vocabulary": 1024}
@@ -39,27 +39,22 @@ MIB = 1024  # ru_maxrss is in KiB on Linux
 
 
 def run_point(sizes: dict[str, int], steps: int, chunk: int | None) -> dict[str, float]:
-    """Median seconds of an iteration and peak memory in MiB, in this process."""
+    """Return median seconds of an iteration and peak memory in MiB of this process."""
     warnings.filterwarnings("ignore")
     keep_freed_memory()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     prompt = prompt_of(PROMPT_TOKENS)
     with tempfile.TemporaryDirectory() as parent:
         folder = save_model(Path(parent) / "model", "0.9M", vocabulary=sizes["vocabulary"])
-        iterations = Iterations(
-            folder,
-            prompt,
-            sizes["batch"],
-            sizes["length"],
-            f"algorithm.logits_chunk_size={'null' if chunk is None else chunk}",
-        )
+        overrides = [] if chunk is None else [f"algorithm.logits_chunk_size={chunk}"]
+        iterations = Iterations(folder, prompt, sizes["batch"], sizes["length"], *overrides)
         seconds = statistics.median(iterations.run(steps))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"seconds": seconds, "mib": (peak - before) / MIB}
 
 
 def measure(names: Sequence[str], steps: int, chunk: int | None) -> pd.DataFrame:
-    """Every point: columns varied, size, seconds, mib."""
+    """Measure every point; columns varied, size, seconds, mib."""
     rows = []
     for name in names:
         for size in POINTS[name]:
@@ -76,18 +71,18 @@ def measure(names: Sequence[str], steps: int, chunk: int | None) -> pd.DataFrame
 
 
 def exponent(own: pd.DataFrame) -> float:
-    """Slope of log seconds over log size."""
+    """Return the slope of log seconds over log size."""
     return float(np.polyfit(np.log(own["size"]), np.log(own["seconds"]), 1)[0])
 
 
 def table(rows: pd.DataFrame) -> pd.DataFrame:
-    """The points, and each varied size's exponent."""
+    """Add the exponent of each varied size."""
     exponents = {name: exponent(own) for name, own in rows.groupby("varied")}
     return rows.assign(exponent=rows["varied"].map(exponents))
 
 
 def figure(rows: pd.DataFrame) -> Figure:
-    """Seconds above memory, one column per varied size."""
+    """Plot seconds and memory, one column per varied size."""
     names = list(dict.fromkeys(rows["varied"]))
     drawing = Figure(figsize=(3.2 * len(names), 5), layout="constrained")
     panels = drawing.subplots(2, len(names), squeeze=False, sharex="col")

@@ -1,4 +1,4 @@
-"""Programs per second: the sandbox against a fresh interpreter per program, in one run.
+"""Compare programs per second in the sandbox and in a fresh interpreter per program.
 
     python benchmarks/scoring.py [--programs 6] [--rounds 3] [--out benchmarks/results]
 
@@ -22,7 +22,7 @@ import pandas as pd
 
 from etpo.environments.data_science.datasets import load_dataset
 from etpo.environments.data_science.scoring import ProgramScorer
-from etpo.environments.sandbox import Sandbox, Split
+from etpo_sandbox import Sandbox, Split
 
 MODELS = {
     "LogisticRegression": "linear_model.LogisticRegression(max_iter=1000)",
@@ -45,7 +45,7 @@ ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
 
 
 def in_fresh_interpreters(programs: list[str], splits: list[Split]) -> None:
-    """One process per program, one after the other."""
+    """Run one process per program, sequentially."""
     plain = [(s.x_train, s.y_train, s.x_test) for s in splits]
     for program in programs:
         subprocess.run(
@@ -57,7 +57,7 @@ def in_fresh_interpreters(programs: list[str], splits: list[Split]) -> None:
 
 
 def in_sandbox(sandbox: Sandbox, programs: list[str], splits: list[Split]) -> None:
-    """All programs at once; RuntimeError where one fails."""
+    """Run all programs at once; raise RuntimeError if one fails."""
     outcomes = sandbox.run(programs, splits, 2, seed=0)
     failed = [outcome.error for outcome in outcomes if outcome.error is not None]
     if failed:
@@ -65,10 +65,10 @@ def in_sandbox(sandbox: Sandbox, programs: list[str], splits: list[Split]) -> No
 
 
 def measure(count: int, rounds: int) -> pd.DataFrame:
-    """Programs per second of every round: columns model, variant, round, programs_per_second."""
+    """Measure every round: columns model, variant, round, programs_per_second."""
     rows = []
     with Sandbox(workers=1) as one, Sandbox(workers=2) as two:
-        splits = ProgramScorer(load_dataset("tic_tac_toe"), one)._splits
+        splits = [split for split, _ in ProgramScorer(load_dataset("tic_tac_toe"), one).folds]
         variants: dict[str, Callable[[list[str]], None]] = {
             "fresh interpreter": lambda programs: in_fresh_interpreters(programs, splits),
             "sandbox, 1 worker": lambda programs: in_sandbox(one, programs, splits),
@@ -87,7 +87,7 @@ def measure(count: int, rounds: int) -> pd.DataFrame:
 
 
 def table(measured: pd.DataFrame) -> str:
-    """Medians and their ratios, in Markdown."""
+    """Return medians and their ratios as Markdown."""
     rates = measured.groupby(["model", "variant"])["programs_per_second"].agg(statistics.median)
     lines = [
         "| programs | fresh interpreter | sandbox, 1 worker | sandbox, 2 workers | "

@@ -1,12 +1,12 @@
-"""How OpenMP's threads wait for each other: an iteration alone and on a busy machine, in one run.
+"""Compare how OpenMP threads wait for each other: iteration time on a quiet and a busy machine.
 
     python benchmarks/threads.py [--rounds 2] [--iterations 3] [--out benchmarks/results]
 
 The variants are settings of libgomp, the OpenMP runtime of PyTorch, in the environment of
-`etpo-train`. On the busy machine one process per core computes without end. The embedded model in
-the household, whose rewards take no time. The variants alternate in each round; of each run the
-first iteration is dropped. An update is what sampling leaves of an iteration. Writes `threads.csv`;
-the table has medians.
+`etpo-train`. The busy machine runs one endless process per core. The task is the household, whose
+rewards take no time, with the embedded model. The variants alternate in each round; the first
+iteration of each run is dropped. Update time is iteration time minus sampling. Writes
+`threads.csv`; the table has medians.
 """
 
 import argparse
@@ -37,7 +37,7 @@ COLUMNS = ["generate", "update", "iteration"]
 
 @contextlib.contextmanager
 def competing(processes: int) -> Iterator[None]:
-    """So many other processes that compute without end."""
+    """Run endless processes in the background."""
     others = [
         subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)
     ]
@@ -50,7 +50,7 @@ def competing(processes: int) -> Iterator[None]:
 
 
 def run(variant: str, iterations: int, seed: int, folder: Path) -> pd.DataFrame:
-    """Seconds of every iteration but the first: `COLUMNS`."""
+    """Return the seconds of every iteration except the first: `COLUMNS`."""
     command = [sys.executable, "-m", "etpo.train", *SIZES, f"trainer.max_epochs={iterations}"]
     command += [f"seed={seed}", f"hydra.run.dir={folder}"]
     env = {name: value for name, value in os.environ.items() if name not in SETTINGS}
@@ -61,7 +61,7 @@ def run(variant: str, iterations: int, seed: int, folder: Path) -> pd.DataFrame:
 
 
 def measure(rounds: int, iterations: int, loads: list[int]) -> pd.DataFrame:
-    """The seconds of all runs: columns variant, busy (other processes), round and `COLUMNS`."""
+    """Return seconds of all runs: columns variant, busy (other processes), round, `COLUMNS`."""
     parts = []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):
@@ -78,7 +78,7 @@ def measure(rounds: int, iterations: int, loads: list[int]) -> pd.DataFrame:
 
 
 def table(measured: pd.DataFrame) -> pd.DataFrame:
-    """Median seconds, and the ratio of an iteration to that of the first variant."""
+    """Return median seconds, and iteration time relative to the first variant."""
     medians = measured.groupby(["busy", "variant"], sort=False)[COLUMNS].median()
     first = medians["iteration"].groupby(level="busy").transform("first")
     return medians.assign(ratio=medians["iteration"] / first).reset_index()

@@ -14,7 +14,9 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from etpo import score
-from etpo.config import CONF, check_overrides
+from etpo.config import CONF
+
+from . import composed as composing
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -114,19 +116,11 @@ def shown_files() -> dict[str, str]:
 
 
 def composed(command: Command) -> DictConfig:
-    """What one of this package's commands composes to, sweeps by their first value.
-
-    ConfigError where it does not.
-    """
+    """What one of this package's commands composes to; an exception where it does not."""
     arguments = [re.sub(r"<[^<>]*>", "x", a) for a in command.arguments]
-    if "--config-dir" in arguments:  # the same, said as `check_overrides` takes it
-        place = arguments.index("--config-dir")
-        folder = Path(arguments[place + 1]).absolute()
-        arguments[place : place + 2] = [f"hydra.searchpath=[file://{folder}]"]
-    arguments.sort(key=lambda a: a != "-m")  # first, as `etpo-train` puts it
     if command.program == "etpo-score":
-        arguments = score.arguments(arguments)[1]
-    return check_overrides(command.program.removeprefix("etpo-"), arguments)
+        arguments = score.program_first(arguments)
+    return composing.composed(command.program.removeprefix("etpo-"), arguments)
 
 
 def small(command: Command, checkpoint: Callable[[str], Path]) -> list[str]:

@@ -1,9 +1,9 @@
 """Bad input: one line with the key and what is allowed, status 2, before a model is loaded."""
 
+import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import huggingface_hub
@@ -12,10 +12,9 @@ import torch
 import transformers
 from lightning import LightningModule
 
-from etpo import evaluate, train
-from etpo.config import CONF
+from etpo import checkpoints, evaluate, train
+from etpo.config import CONF, tiny_checkpoint
 from etpo.errors import ConfigError
-from etpo.models.policy import tiny_checkpoint
 
 OUT_OF_RANGE = [
     # override, words of the message
@@ -84,6 +83,14 @@ UNKNOWN = [
     ("seed=[", "seed=["),
     ("seed=0,1", "--multirun"),
 ]
+# of version 0.1, and the name now
+OLD = [
+    ("algorithm.leak=0.1", "algorithm.truncation_kl_coef"),
+    ("algorithm.floor=0", "algorithm.pessimism_threshold"),
+    ("+algorithm.correction=false", "algorithm.doubly_robust"),
+    ("algorithm.annotation_batch=8", "algorithm.forward_batch_size"),
+    ("algorithm=best_of_n", "algorithm=zero_shot"),
+]
 
 LOADING = transformers.PreTrainedModel.__init__
 
@@ -138,6 +145,24 @@ def test_the_model_of_a_token_mdp_without_one(refused):
 @pytest.mark.parametrize(("override", "words"), UNKNOWN)
 def test_an_unknown_key_or_option(refused, override, words):
     assert words in refused(override)
+
+
+@pytest.mark.parametrize(("override", "name"), OLD)
+def test_an_old_name_is_answered_with_the_new_one(refused, override, name):
+    line = refused(override)
+    assert key_of(override) in line
+    assert name in line
+
+
+def test_a_run_saved_with_an_old_name_is_not_resumed(refused, tmp_path):
+    saved = tmp_path / "run" / ".hydra" / "overrides.yaml"
+    saved.parent.mkdir(parents=True)
+    saved.write_text("- algorithm.leak=0.1\n")
+    (tmp_path / "run" / "last.ckpt").touch()
+    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").touch()
+    line = refused(f"ckpt_path={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}")
+    assert "algorithm.leak is now algorithm.truncation_kl_coef" in line
 
 
 def test_an_unknown_option_is_answered_with_all_that_are_known(refused):
@@ -195,8 +220,7 @@ def test_a_model_that_has_no_default(refused):
 
 
 def test_a_checkpoint_that_is_none(refused, tmp_path):
-    file = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    file.parent.mkdir(parents=True)
+    file = tmp_path / "last.ckpt"
     file.write_text("nothing")
     assert f"ckpt_path={file}" in refused(f"ckpt_path={file}")
 
@@ -242,7 +266,7 @@ def test_a_value_that_only_a_constructor_knows(refused, override, words):
 )
 def test_the_weights_of_another_model(state, words):
     with pytest.raises(ConfigError, match=f"ckpt_path=last.ckpt.*{words}"):
-        evaluate.load_weights(torch.nn.Linear(2, 3), state, "last.ckpt")
+        checkpoints.load_weights(torch.nn.Linear(2, 3), state, "last.ckpt")
 
 
 @pytest.mark.parametrize("override", ["model.name_or_path={llama}", "critic=frozen_trunk"])
@@ -252,8 +276,8 @@ def test_a_run_cannot_go_on_with_another_model(
     monkeypatch.setattr(transformers.PreTrainedModel, "__init__", LOADING)
     last = shutil.copy(finished_run.folder / "checkpoints" / "last.ckpt", tmp_path)
     line = refused(f"ckpt_path={last}", override.format(llama=checkpoint("llama")))
-    assert line.startswith(f"error: ckpt_path={last}: its weights do not fit model")
-    assert "allowed are the model=" in line
+    assert line.startswith(f"error: ckpt_path={last}: ")
+    assert "model=" in line
 
 
 def test_a_run_does_not_go_on_from_weights_alone(command, finished_run):
@@ -275,7 +299,7 @@ def test_a_run_does_not_go_on_from_weights_alone(command, finished_run):
         ({}, "weight"),
     ],
 )
-def test_a_checkpoint_holds_what_the_module_would_write(tmp_path, state, strange):
+def test_a_checkpoint_holds_what_the_module_would_write(state, strange):
     class Module(LightningModule):
         def __init__(self):
             super().__init__()
@@ -285,10 +309,8 @@ def test_a_checkpoint_holds_what_the_module_would_write(tmp_path, state, strange
         def on_save_checkpoint(self, checkpoint):
             del checkpoint["state_dict"]["frozen"]
 
-    file = tmp_path / "last.ckpt"
-    torch.save({"state_dict": state}, file)
-    with pytest.raises(ConfigError, match=rf"ckpt_path={file}.*\({strange}\)"):
-        train.check_weights(Module(), file, "tiny")
+    with pytest.raises(ConfigError, match=rf"ckpt_path=last.ckpt.*\({strange}\)"):
+        checkpoints.check_fits(Module(), {"state_dict": state}, "last.ckpt")
 
 
 def test_a_gpu_that_is_not_there(refused):
@@ -298,22 +320,43 @@ def test_a_gpu_that_is_not_there(refused):
 @pytest.mark.parametrize(
     ("script", "argument"),
     [
-        ("etpo-train", "algorithm.beta=-1"),
+        ("etpo-train", "environment.path=none.csv"),
+        ("etpo-report", "study=none"),
         pytest.param("etpo-evaluate", "ckpt_path=none.ckpt", marks=pytest.mark.slow),
-        pytest.param("etpo-report", "study=none", marks=pytest.mark.slow),
     ],
 )
 def test_the_console_scripts_end_at_once(script, argument, tmp_path):
-    start = time.perf_counter()
+    csv = ["environment.dataset=csv"] if script == "etpo-train" else []
     ended = subprocess.run(
-        [Path(sys.executable).with_name(script), argument],
+        [
+            sys.executable,
+            "-X",
+            "importtime",
+            Path(sys.executable).with_name(script),
+            *csv,
+            argument,
+        ],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=100,
     )
+    imports = [line for line in ended.stderr.splitlines() if line.startswith("import time:")]
+    (line,) = set(ended.stderr.splitlines()) - {*imports}
     assert ended.returncode == 2
     assert ended.stdout == ""
-    assert ended.stderr.count("\n") == 1
-    assert argument in ended.stderr
-    assert time.perf_counter() - start < 60
+    assert argument in line
+    if script != "etpo-evaluate":
+        assert not [i for i in imports if i.split("|")[-1].strip() in ("torch", "transformers")]
+
+
+@pytest.mark.parametrize("script", ["etpo-train", "etpo-report", "etpo-score"])
+def test_help_loads_no_pytorch(script):
+    shown = subprocess.run(
+        [sys.executable, "-X", "importtime", Path(sys.executable).with_name(script), "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown.stdout.startswith(script)
+    assert not re.search(r"\| +torch$", shown.stderr, re.MULTILINE)

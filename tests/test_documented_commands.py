@@ -98,6 +98,9 @@ BLOCKS = {block.name: block.commands for block in blocks()}
 COMMANDS = {c.text: c for commands in BLOCKS.values() for c in commands}
 ALL = COMMANDS | {c.text: c for c in commands_in_sentences()}
 RUN_BLOCKS = [name for name, commands in BLOCKS.items() if {c.text for c in commands} - {*NOT_RUN}]
+SHOWN_ALGORITHMS = sorted(
+    Path(name).stem for name in shown_files() if re.search(r"algorithm/\w+\.yaml$", name)
+)
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
 
 
@@ -111,11 +114,10 @@ def test_a_script_is_read_as_a_shell_reads_it():
 
 
 def test_every_command_is_run_or_listed():
-    """A command of another program, or one that no page has any more, is to be sorted here."""
-    assert len(COMMANDS) > 60
+    """A command of another program is to be listed with the reason why it is not run."""
+    assert COMMANDS
     run = {text for text, c in COMMANDS.items() if c.program in (*SCRIPTS, "python")}
     assert COMMANDS.keys() - run - NOT_RUN.keys() == set()
-    assert NOT_RUN.keys() - COMMANDS.keys() == set()
 
 
 @pytest.fixture
@@ -225,7 +227,7 @@ class Runner:
         else:
             out = self.called(train.main, *arguments)
         if "-m" in arguments:
-            assert re.search(r"[1-9]\d* cells finished, 0 not finished", out)
+            assert re.search(r"[1-9]\d* runs finished, 0 not finished", out)
         else:
             assert re.search("(Finished|Stopped) after 1 iterations", out)
         return out
@@ -282,11 +284,11 @@ def test_the_commands_of_a_block_run(name, runner):
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_an_experiment_trains(experiment, runner):
     out = runner.run(command_of(["etpo-train", f"experiment={experiment}"]))
-    assert re.search(r"Finished after 1 iterations|[1-9]\d* cells finished, 0 not finished", out)
+    assert re.search(r"Finished after 1 iterations|[1-9]\d* runs finished, 0 not finished", out)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", ["rank_gradient", "value_baseline"])
+@pytest.mark.parametrize("algorithm", SHOWN_ALGORITHMS)
 def test_the_algorithms_shown_learn_in_the_environment_shown(algorithm, runner):
     runner.monkeypatch.syspath_prepend(runner.folder)
     own = ("--config-dir", "my_conf", f"algorithm={algorithm}", "environment=gymnasium")
@@ -294,14 +296,6 @@ def test_the_algorithms_shown_learn_in_the_environment_shown(algorithm, runner):
     runner.called(train.main, *own, "environment.id=my_task:MyTask-v0", *sizes, "hydra.run.dir=run")
     summary = json.loads((runner.folder / "run" / "summary.json").read_text())
     assert summary["last_mean_reward"] > summary["first_mean_reward"] + 0.1
-
-
-def test_the_readme_names_every_option():
-    table = (ROOT / "README.md").read_text(encoding="utf-8")
-    for group in ("algorithm", "critic", "environment", "logger", "model", "trainer"):
-        options = {file.stem.removesuffix("-instruct") for file in (CONF / group).glob("*.yaml")}
-        missing = [name for name in options - {"base", "default"} if f"`{name}`" not in table]
-        assert missing == [], group
 
 
 def anchors(page: Path) -> set[str]:

@@ -121,7 +121,7 @@ def test_a_cell_that_fails_or_moves_away_stops_no_other(command, arguments, tmp_
         "trainer.max_epochs=1",
     )
     assert ended.status == 1
-    cells = sorted(cell.parent for cell in tmp_path.rglob("cell.json"))
+    cells = sorted(cell.parent for cell in tmp_path.rglob("study_config.json"))
     assert len(cells) == 3
     assert [(cell / "summary.json").exists() for cell in cells].count(True) == 2
     (failed,) = tmp_path.rglob("failed.txt")

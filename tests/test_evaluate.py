@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from etpo import evaluate, train
+from etpo import checkpoints, evaluate, train
 from etpo.environments.text_env import TextVectorEnv
 from etpo.errors import ConfigError, OutputError
 from etpo.models.policy import LanguageModelPolicy
@@ -98,7 +98,7 @@ def test_a_configuration_that_cannot_be_read_is_refused(finished_run, tmp_path):
     for content in (b"a: [", b"\xff\xff"):
         (moved / ".hydra" / "config.yaml").write_bytes(content)
         with pytest.raises(ConfigError, match=f"^ckpt_path={moved}: "):
-            evaluate.saved_config(str(moved), [])
+            checkpoints.saved_config(str(moved), [])
 
 
 def test_the_run_folder_of_every_form_of_a_checkpoints_path(finished_run, tmp_path, monkeypatch):
@@ -109,7 +109,7 @@ def test_the_run_folder_of_every_form_of_a_checkpoints_path(finished_run, tmp_pa
     monkeypatch.setenv("HOME", str(folder.parent))
     forms = ("", "/checkpoints", "/checkpoints/last.ckpt")
     for path in [*(f"{start}{f}" for start in (folder, f"~/{folder.name}") for f in forms), link]:
-        run = evaluate.saved_config(str(path), [])
+        run = checkpoints.saved_config(str(path), [])
         assert Path(run.paths.output_dir) == folder
 
 

@@ -16,8 +16,9 @@ from transformers import (
 )
 
 from etpo import export, train
+from etpo.config import tiny_checkpoint
 from etpo.errors import ConfigError
-from etpo.models.policy import LanguageModelPolicy, tiny_checkpoint
+from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -176,7 +177,7 @@ def test_the_folder_is_the_policy(trained, merge, tied, checkpoint, tmp_path, mo
     prompt, action = ids.split([4, 5], dim=1)
     with torch.no_grad():
         expected = policy(prompt, torch.ones_like(prompt).bool(), action).log_kept
-        policy = policy.model(input_ids=ids).logits
+        policy_logits = policy.model(input_ids=ids).logits
     text = [{"role": "user", "content": "Go. <|im_end|>"}]
     said = policy.tokenizer.apply_chat_template(text, tokenize=False)
     export.write(policy, tmp_path / "out", merge)
@@ -187,7 +188,7 @@ def test_the_folder_is_the_policy(trained, merge, tied, checkpoint, tmp_path, mo
         model = PeftModel.from_pretrained(base, tmp_path / "out")
     with torch.no_grad():
         logits = model.eval()(input_ids=ids).logits
-    torch.testing.assert_close(logits, policy, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, policy_logits, rtol=1e-4, atol=1e-4)
     # min_p, temperature and the ids that no token has, as `generate` applies them
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.apply_chat_template(text, tokenize=False) == said
@@ -224,11 +225,12 @@ def test_a_policy_with_a_short_context(checkpoint, tmp_path):
     assert AutoConfig.from_pretrained(tmp_path / "out").n_positions == 16
 
 
-def test_a_run_that_cannot_be_read_is_no_fault_of_out(monkeypatch, tmp_path):
-    def unreadable(ckpt_path):
+def test_a_run_that_cannot_be_read_is_no_fault_of_out(finished_run, monkeypatch, tmp_path):
+    def unreadable(*_, **__):
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(export, "load_policy", unreadable)
-    cfg = OmegaConf.create({"ckpt_path": "a", "out": str(tmp_path / "out"), "merge": True})
-    with pytest.raises(ConfigError, match="^ckpt_path=a: .*the disk is gone"):
+    monkeypatch.setattr(export, "instantiate", unreadable)
+    last = finished_run.folder / "checkpoints" / "last.ckpt"
+    cfg = OmegaConf.create({"ckpt_path": str(last), "out": str(tmp_path / "out"), "merge": True})
+    with pytest.raises(ConfigError, match="^ckpt_path=.*the disk is gone"):
         export.export(cfg)

@@ -8,10 +8,9 @@ import signal
 import pytest
 import torch
 
-from etpo.callbacks.checkpoint_io import AtomicCheckpointIO
-from etpo.callbacks.metrics_csv import write_rows
+from etpo.checkpoints import AtomicCheckpointIO
 from etpo.errors import OutputError
-from etpo.files import append_lines, write_text, written
+from etpo.files import append_lines, write_rows, write_text, written
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -6,9 +6,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from etpo import train
-from etpo.config import CONF, check_overrides, config_groups
+from etpo.config import CONF
 from etpo.errors import ConfigError
-from etpo.overrides import parse, shell_word, split_arguments, without_null_groups
+from etpo.overrides import parse, shell_word, split_arguments
+
+from .composed import composed
 
 TEXTS = [
     *("plain", "a b", "lr=0.1", "data (1)", "a,b", "[x]", "{y}", "数据", "it's", 'say "x"', "~/m"),
@@ -57,25 +59,22 @@ def test_what_hydra_cannot_read_is_answered_with_its_quotes(argument):
     ],
 )
 def test_null_for_a_group_means_none(given, kept):
-    left = without_null_groups([parse(o) for o in given], config_groups())
-    assert [o.input_line for o in left] == kept
-    assert check_overrides("train", kept) is not None
+    assert [o.input_line for o in split_arguments(given)[1]] == kept
+    assert composed("train", kept)
 
 
 @pytest.mark.parametrize("group", ["algorithm", "model", "model/prompt", "critic", "trainer"])
 def test_null_for_a_group_that_needs_an_option(group):
     with pytest.raises(ConfigError, match=f"{group}=null"):
-        without_null_groups([parse(f"{group}=null")], config_groups())
+        split_arguments([f"{group}=null"])
 
 
 def test_info_takes_no_override_for_its_value():
     flags, overrides = split_arguments(["debug=fast", "--info"])
     assert (flags, [o.input_line for o in overrides]) == (["--info=all"], ["debug=fast"])
-    flags, overrides = split_arguments(["--info", "debug=fast", "-m"])
-    assert (flags, [o.input_line for o in overrides]) == (
-        ["--multirun", "--info=all"],
-        ["debug=fast"],
-    )
+    flags, overrides = split_arguments(["--info", "debug=fast", "-m", "--config-dir", "a=b"])
+    assert flags == ["--info=all", "-m", "--config-dir", "a=b"]
+    assert [o.input_line for o in overrides] == ["debug=fast"]
     assert split_arguments(["--info", "searchpath"])[0] == ["--info", "searchpath"]
 
 

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from etpo import train
 from etpo.algorithms.base import OnPolicyAlgorithm
-from etpo.config import check_overrides
 from etpo.errors import ConfigError
 from etpo.resume import resume_arguments
+
+from .composed import composed
 
 SAVED = ["environment.dataset=iris", "seed=7", "trainer.max_epochs=25", "+trainer.max_time=null"]
 
@@ -44,28 +46,37 @@ def run(tmp_path, monkeypatch) -> Path:
 )
 def test_all_ways_to_write_a_checkpoint_mean_the_same(run, form):
     arguments = resume_arguments([form.format(run=run)])
-    cfg = check_overrides("train", arguments)
+    cfg = composed("train", arguments)
     assert (cfg.environment.dataset, cfg.seed) == ("iris", 7)
     assert os.path.samefile(cfg.ckpt_path, run / "checkpoints" / "last.ckpt")
     assert os.path.samefile(cfg.hydra.run.dir, run)
 
 
 def test_the_last_checkpoint_counts_and_null_is_none(run):
-    cfg = check_overrides("train", resume_arguments(["ckpt_path=null", "ckpt_path=link"]))
+    cfg = composed("train", resume_arguments(["ckpt_path=null", "ckpt_path=link"]))
     assert cfg.seed == 7
     for arguments in (["ckpt_path=link", "ckpt_path=null"], ["ckpt_path=link", "ckpt_path="]):
-        cfg = check_overrides("train", resume_arguments(arguments))
+        cfg = composed("train", resume_arguments(arguments))
         assert (cfg.seed, cfg.ckpt_path) == (0, None)
 
 
-def test_a_checkpoint_of_an_experiment_file(run, tmp_path):
+def test_a_checkpoint_of_an_experiment_file(run, tmp_path, command, monkeypatch):
     folder = tmp_path / "conf" / "experiment"
     folder.mkdir(parents=True)
     text = f"# @package _global_\nckpt_path: {tmp_path / 'link'}\n"
     (folder / "again.yaml").write_text(text)
-    arguments = ["--config-dir", str(folder.parent), "experiment=again"]
-    cfg = check_overrides("train", resume_arguments(arguments))
-    assert (cfg.seed, cfg.environment.dataset) == (7, "iris")
+    (run / ".hydra" / "config.yaml").unlink()  # it names nothing that identifies a run
+    found = []
+    monkeypatch.setattr(
+        train,
+        "train_and_judge",
+        lambda cfg: found.append((cfg.seed, cfg.environment.dataset, cfg.paths.output_dir)),
+    )
+    ended = command(train.main, "--config-dir", folder.parent, "experiment=again")
+    assert ended.status == 0, ended.err
+    (((*kept, output_dir)),) = found
+    assert kept == [7, "iris"]
+    assert os.path.samefile(output_dir, run)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +95,7 @@ def test_what_cannot_be_resumed_is_refused(run, arguments, word):
 
 
 def test_a_new_override_takes_the_place_of_a_saved_one(run):
-    cfg = check_overrides("train", resume_arguments(["ckpt_path=link", "trainer.max_time=1"]))
+    cfg = composed("train", resume_arguments(["ckpt_path=link", "trainer.max_time=1"]))
     assert cfg.trainer.max_time == 1
 
 
@@ -108,7 +119,7 @@ def test_a_longer_run_keeps_its_schedules_and_never_steps_up(run):
     """25 iterations, then 50: the length of the first stays, unless another is given."""
     for added, iters in ([], 25), (["schedule_iters=50"], 50):
         new = ["ckpt_path=link", "trainer.max_epochs=50", *added]
-        cfg = check_overrides("train", resume_arguments(new))
+        cfg = composed("train", resume_arguments(new))
         assert cfg.trainer.max_epochs == 50
         assert cfg.algorithm.beta_anneal_iters == iters
         assert cfg.algorithm.scheduler.total_iters == iters

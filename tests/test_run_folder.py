@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from etpo import train
-from etpo.run_folder import RunFolder, claimed, make, make_unique, remove_made
+from etpo.run_folder import RunFolder, claimed, remove_made, save_config
 
 
 @pytest.fixture
@@ -24,29 +24,29 @@ def content(folder: Path) -> dict[str, bytes | None]:
     return {str(p): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
-def test_runs_of_one_second_get_folders_of_their_own(tmp_path):
-    names = [make_unique(tmp_path / "runs" / "2026").name for _ in range(3)]
-    assert names == ["2026", "2026-2", "2026-3"]
+def test_runs_of_one_second_get_folders_of_their_own(once, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train_and_judge", lambda cfg: save_config(folder_of(cfg), cfg))
+    for _ in range(2):
+        assert once().status == 0
+    assert len(list((tmp_path / "logs" / "train" / "runs").iterdir())) == 2
 
 
-def test_a_folder_that_another_process_made_is_not_removed(tmp_path):
-    assert make(tmp_path / "run")
-    assert not make(tmp_path / "run")
-    (tmp_path / "run" / "metrics.csv").touch()
-    RunFolder.made = None
-    remove_made(tmp_path / "run")
-    assert (tmp_path / "run" / "metrics.csv").exists()
-    (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError):
-        make(tmp_path / "file")
+def folder_of(cfg) -> Path:
+    return Path(cfg.paths.output_dir)
 
 
-def test_a_second_run_of_a_second_is_removed_without_the_first(tmp_path):
-    first = make_unique(tmp_path / "runs" / "2026")
-    RunFolder.made = second = make_unique(tmp_path / "runs" / "2026")
-    remove_made(second)
-    assert first.is_dir()
-    assert not second.exists()
+def test_only_what_this_process_made_is_removed(tmp_path):
+    folder = tmp_path / "runs" / "one"
+    folder.mkdir(parents=True)
+    RunFolder.made = ()
+    remove_made()
+    assert folder.exists()
+    other = tmp_path / "runs" / "other"
+    other.mkdir()
+    RunFolder.made = (folder, folder.parent)
+    remove_made()
+    assert not folder.exists()
+    assert other.exists()
 
 
 @pytest.mark.parametrize(

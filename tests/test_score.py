@@ -7,7 +7,7 @@ import pytest
 
 from etpo import score
 from etpo.environments.data_science.env import DataScienceEnv
-from etpo.environments.sandbox import Sandbox
+from etpo_sandbox import Sandbox
 
 WORKS = """from sklearn.tree import DecisionTreeClassifier
 def build_model(x_train, y_train):
@@ -65,9 +65,10 @@ def test_what_the_paper_refuses_is_not_run(command, program):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere.py"], "error: PROGRAM=nowhere.py: allowed is a UTF-8 text file or -"),
+        (["nowhere.py"], "error: program=nowhere.py: allowed is a UTF-8 text file or -"),
         (["-", "environment.dataset=nothing"], "error: environment.dataset=nothing"),
         (["-", "environment.datset=cmc"], "error: Could not override 'environment.datset'"),
+        (["environment.dataset=iris"], "error: program=??? needs a value"),
     ],
 )
 def test_bad_input_is_one_line(command, monkeypatch, arguments, message):

@@ -1,4 +1,4 @@
-"""How OpenMP's threads wait for each other: set before PyTorch is loaded, unless the user did."""
+"""The wait policy of OpenMP is set before PyTorch loads, unless the user set it."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ SHOW = "import etpo, sys; assert 'torch' not in sys.modules; import torch"
     ("own", "spins"),
     [({}, "10000"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0"), ({"GOMP_SPINCOUNT": "7"}, "7")],
 )
-def test_the_openmp_of_torch_spins_for_as_long_as_it_is_told(own, spins):
+def test_openmp_spins_as_long_as_configured(own, spins):
     env = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     env |= {"OMP_DISPLAY_ENV": "VERBOSE"} | own
     shown = subprocess.run(

@@ -2,8 +2,7 @@
 
 import os
 
-# GNU OpenMP reads these when PyTorch loads it. By default its threads wait for each other in a busy
-# loop of about 3 ms, which takes the cores from the threads that they wait for when other processes
-# need them too; 0.1 ms is as fast on a quiet machine (docs/benchmarks.md).
+# Read by GNU OpenMP when PyTorch loads it: its threads spin for 0.1 ms instead of 3 ms while they
+# wait, which leaves the cores to other processes (docs/benchmarks.md).
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
     os.environ["GOMP_SPINCOUNT"] = "10000"

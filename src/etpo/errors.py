@@ -1,4 +1,4 @@
-"""The exceptions that end a command with one line, and the checks that several modules share."""
+"""Exceptions that end a command with one line, and range checks that several modules share."""
 
 import re
 import textwrap
@@ -7,21 +7,49 @@ MAX_SEED = 2**32 - 1  # of NumPy and Lightning
 
 
 class ConfigError(ValueError):
-    """A bad input: one line that names the config key and what is allowed.
+    """Bad input: one line that names the config key and the allowed values.
 
-    Entry points print the message and exit with status 2; no traceback is shown.
+    Entry points print the message without a traceback and exit with status 2.
     """
 
 
 class EnvironmentFailure(ConfigError):
-    """An exception that an environment raised, in one line; its cause is that exception.
+    """An exception raised by an environment, in one line; its cause is that exception.
 
-    With HYDRA_FULL_ERROR set an entry point shows the traceback instead.
+    With HYDRA_FULL_ERROR set, entry points show the traceback instead.
     """
 
 
+class UnknownMetric(ConfigError):
+    """`optimized_metric` names a metric that no iteration logs."""
+
+
+class OutputError(RuntimeError):
+    """A file that cannot be written: one line with its path and the reason.
+
+    Entry points print the message without a traceback and exit with status 1.
+    """
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """Return the ConfigError or OutputError that led to `error`, else its first cause."""
+    while not isinstance(error, ConfigError | OutputError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def error_line(error: BaseException) -> str:
+    """Return a ConfigError in one line, of other exceptions OmegaConf's key and the first line."""
+    cause = first_cause(error)
+    if isinstance(cause, ConfigError | OutputError):
+        return " ".join(str(cause).splitlines())
+    key = re.search(r"full_key: (\S+)", str(error))
+    line = (str(cause).splitlines() or [type(cause).__name__])[0]
+    return f"{key[1]}: {line}" if key else line
+
+
 def one_line(text: str, limit: int = 300) -> str:
-    """At most `limit` characters of a text, on one line and without control characters."""
+    """Return at most `limit` characters of a text on one line, without control characters."""
     line = " ".join(text.split())
     if len(line) > limit:
         line = line[: limit - 3] + "..."
@@ -29,26 +57,14 @@ def one_line(text: str, limit: int = 300) -> str:
 
 
 def described(error: BaseException) -> str:
-    """Kind and text of an exception in one line."""
+    """Return type and message of an exception in one line."""
     return f"{type(error).__name__}: {one_line(str(error))}".removesuffix(": ")
 
 
-class UnknownMetric(ConfigError):
-    """`optimized_metric` names a metric that no iteration logs: no run of a study could have it."""
-
-
-class OutputError(RuntimeError):
-    """A file that cannot be written: one line that names it and the reason.
-
-    Entry points print the message and exit with status 1; no traceback is shown.
-    """
-
-
 def reason(error: BaseException, length: int = 300) -> str:
-    """The message of a library's error on one line: whole sentences, about `length` characters."""
+    """Return the first whole sentences, about `length` characters, of a library's error."""
     text = one_line(str(error), 10**6) or type(error).__name__
-    sentences = re.split(r"(?<=[.!?;]) (?=[A-Z`])", text)
-    kept = sentences.pop(0)
+    kept, *sentences = re.split(r"(?<=[.!?;]) (?=[A-Z`])", text)
     for sentence in sentences:
         if len(kept) + len(sentence) >= length:
             break
@@ -57,7 +73,7 @@ def reason(error: BaseException, length: int = 300) -> str:
 
 
 def check_range(key: str, value: float, low: float, high: float, *, above: bool = False) -> None:
-    """Raises ConfigError unless low <= value <= high (low < value where `above`); bool is none."""
+    """Raise ConfigError unless low <= value <= high (low < value if `above`) and no bool."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not low <= value <= high or (above and value == low):
         bound = f"above {low:g}" if above else f"{low:g} or more"
@@ -66,7 +82,7 @@ def check_range(key: str, value: float, low: float, high: float, *, above: bool 
 
 
 def check_integer(key: str, value: object, low: int, high: int | None = None) -> None:
-    """Raises ConfigError unless `value` is an int, no bool, and low <= value <= high."""
+    """Raise ConfigError unless `value` is an int, no bool, and low <= value <= high."""
     if type(value) is not int or value < low or (high is not None and value > high):
         span = f"{low} or more" if high is None else f"from {low} to {high}"
         raise ConfigError(f"{key}={value}: allowed is {span}, an integer")

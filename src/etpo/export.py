@@ -1,13 +1,11 @@
-"""`etpo-export ckpt_path=... out=FOLDER`: a checkpoint's policy as a Hugging Face folder."""
+"""`etpo-export ckpt_path=... out=FOLDER`: write a checkpoint's policy as a Hugging Face folder."""
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import hydra
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -17,39 +15,38 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from etpo.algorithms.policy_check import rounding
-from etpo.config import (
-    CONF,
-    check_missing,
-    check_overrides,
-    exit_on_bad_input,
-    load_checkpoint,
-)
+from etpo.checkpoints import load_checkpoint, load_weights, saved_config
+from etpo.config import check_missing
+from etpo.console import console_script
 from etpo.errors import ConfigError, reason
-from etpo.evaluate import load_weights, saved_config
 from etpo.models.policy import LanguageModelPolicy
-from etpo.train import quiet
 
 PREFIX = "policy."
 
 
 def load_policy(ckpt_path: str) -> LanguageModelPolicy:
-    """The policy of the run that wrote `ckpt_path`, with the checkpoint's weights.
+    """Return the policy of the run that wrote `ckpt_path`, with the checkpoint's weights.
 
-    Raises ConfigError where its run folder or its model is missing or another one.
+    Raises ConfigError if its run folder or its model is missing or does not fit.
     """
     state = load_checkpoint(ckpt_path)["state_dict"]
-    run = saved_config(ckpt_path, [])
-    # plain lists: peft writes model.lora as JSON
-    policy = instantiate(run.model, _convert_="all")()
-    model = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
-    if not model:
+    weights = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
+    if not weights:
         raise ConfigError(f"ckpt_path={ckpt_path}: it holds no weights of a model")
-    load_weights(policy, model, ckpt_path)
+    try:
+        # plain lists: peft writes model.lora as JSON
+        policy = instantiate(saved_config(ckpt_path, []).model, _convert_="all")()
+    except OSError as error:
+        raise ConfigError(
+            f"ckpt_path={ckpt_path}: its model cannot be read ({reason(error)}); allowed is a run "
+            "whose model is still there"
+        ) from error
+    load_weights(policy, weights, ckpt_path)
     return policy
 
 
 def sampling(policy: LanguageModelPolicy) -> GenerationConfig:
-    """Settings with which `generate` samples from the model that was trained."""
+    """Return settings with which `generate` samples as in training."""
     padded = range(policy.vocabulary_size, policy.model.config.get_text_config().vocab_size)
     return GenerationConfig(
         do_sample=True,
@@ -64,9 +61,9 @@ def sampling(policy: LanguageModelPolicy) -> GenerationConfig:
 
 
 def merged(adapted: PeftModel) -> PreTrainedModel:
-    """The model with its adapter in the weights; `adapted` is of no use afterwards.
+    """Merge the adapter into the weights; `adapted` is unusable afterwards.
 
-    Input and output embeddings that were tied stay so only where the adapter changed both alike.
+    Tied input and output embeddings stay tied only if the adapter changed both alike.
     """
     model = adapted.get_base_model()
     tied = model.config.get_text_config().tie_word_embeddings
@@ -88,15 +85,15 @@ def merged(adapted: PeftModel) -> PreTrainedModel:
 
 @torch.no_grad()
 def log_probs(model: nn.Module, vocabulary_size: int, ids: torch.Tensor) -> torch.Tensor:
-    """float32 log-probabilities [B, L, V] of raw logits, over the tokenizer's tokens."""
+    """Return float32 log-probabilities [B, L, V] of raw logits, over the tokenizer's tokens."""
     logits = model(input_ids=ids, use_cache=False).logits[..., :vocabulary_size]
     return logits.log_softmax(-1, dtype=torch.float32)
 
 
 def write(policy: LanguageModelPolicy, folder: Path, merge: bool) -> None:
-    """Writes the model into a new `folder`; `policy` is of no use afterwards.
+    """Write the model into a new `folder`; `policy` is unusable afterwards.
 
-    Raises ConfigError where its log-probabilities cannot be had from what was written.
+    Raises ConfigError if the written model has other log-probabilities.
     """
     model = policy.model
     drawn = torch.Generator().manual_seed(0)
@@ -125,12 +122,12 @@ def write(policy: LanguageModelPolicy, folder: Path, merge: bool) -> None:
     if not distance <= limit:
         raise ConfigError(
             f"merge={str(merge).lower()}: log-probabilities of the folder differ from the model's "
-            f"by {float(distance):.2g} on average; allowed is what transformers can load as it was"
+            f"by {float(distance):.2g} on average; allowed is a model that loads as saved"
         )
 
 
 def export(cfg: DictConfig) -> Path:
-    """Writes the folder `cfg.out`, all at once, and returns it."""
+    """Write the folder `cfg.out` atomically and return it."""
     check_missing(cfg)
     if not isinstance(cfg.merge, bool):
         raise ConfigError(f"merge={cfg.merge}: allowed are true, false")
@@ -138,13 +135,7 @@ def export(cfg: DictConfig) -> Path:
     with output_errors(cfg.out):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"out={cfg.out} exists; allowed is a new or an empty folder")
-    try:
-        policy = load_policy(str(cfg.ckpt_path))
-    except OSError as error:
-        raise ConfigError(
-            f"ckpt_path={cfg.ckpt_path}: its model cannot be read ({reason(error)}); allowed is a "
-            "run whose model is still there"
-        ) from error
+    policy = load_policy(str(cfg.ckpt_path))
     if not cfg.merge and not isinstance(policy.model, PeftModel):
         raise ConfigError("merge=false needs a run with model.lora; this one trained all weights")
     with output_errors(cfg.out):
@@ -157,7 +148,7 @@ def export(cfg: DictConfig) -> Path:
 
 @contextmanager
 def output_errors(out: str) -> Iterator[None]:
-    """Raises ConfigError with the key `out` for an error of the operating system."""
+    """Turn an error of the operating system into a ConfigError with the key `out`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -166,18 +157,10 @@ def output_errors(out: str) -> Iterator[None]:
         ) from error
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="export")
-def hydra_main(cfg: DictConfig) -> None:
-    quiet()
-    with exit_on_bad_input():
-        print(f"written: {export(cfg)}")
-
-
-def main() -> None:
+@console_script("export")
+def main(cfg: DictConfig) -> None:
     """Console script: `etpo-export ckpt_path=... out=FOLDER [merge=false]`."""
-    with exit_on_bad_input():
-        check_overrides("export", sys.argv[1:])
-    hydra_main()
+    print(f"written: {export(cfg)}")
 
 
 if __name__ == "__main__":

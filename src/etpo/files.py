@@ -1,5 +1,7 @@
-"""Files that are whole or not there, and one line where the disk is full or read-only."""
+"""Files that are written completely or not at all; errors of the disk in one line."""
 
+import csv
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,10 +12,10 @@ from etpo.errors import OutputError
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to; it takes the place of `path` at the end of the context.
+    """Yield a temporary file next to `path` that replaces `path` when the context ends.
 
-    After an error `path` is as it was before, and the other file is gone. Raises OutputError for an
-    error of the operating system.
+    After an exception `path` is unchanged and the temporary file is removed. Raises OutputError for
+    an error of the operating system.
     """
     part = path.with_name(f"{path.name}.part")
     try:
@@ -29,22 +31,21 @@ def written(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def output_errors(path: Path) -> Iterator[None]:
-    """Raises OutputError with the name of `path` for an error of the operating system."""
+    """Turn an error of the operating system into an OutputError that names `path`."""
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise OutputError(f"{path}: cannot be written: {reason}") from error
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces `path`, as `written` does."""
+    """Replace the content of `path` atomically."""
     with written(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def append_lines(path: Path, lines: Iterable[str]) -> None:
-    """Adds `lines` to `path`: all or, with an OutputError, none."""
+    """Append all `lines` to `path`; none of them if an OutputError is raised."""
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         # unbuffered: a buffer would write its rest again when the file is closed
@@ -56,3 +57,29 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
             except OSError:
                 file.truncate(end)
                 raise
+
+
+def read_rows(file: Path, end: int | None = None) -> list[dict[str, str]]:
+    """Return the rows of a `metrics.csv`, as text without empty cells; only iterations < `end`."""
+    if not file.exists():
+        return []
+    with file.open(newline="") as lines:
+        rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(lines)]
+    return [row for row in rows if end is None or int(row["iteration"]) < end]
+
+
+def write_rows(file: Path, rows: list[dict[str, str]]) -> None:
+    """Replace a `metrics.csv`; a metric missing from a row is an empty cell."""
+    names = sorted(set().union(*rows) - {"iteration", "step"})
+    with written(file) as part, part.open("w", newline="") as lines:
+        writer = csv.DictWriter(lines, ["iteration", "step", *names], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+class LogFile(logging.FileHandler):
+    """A log file whose failed write raises OutputError instead of printing a traceback."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        with output_errors(Path(self.baseFilename)):
+            raise

@@ -1,80 +1,71 @@
-"""The command line: overrides as Hydra reads them, `null` for a group, quotes."""
+"""The command line: Hydra's overrides, `null` for a group, quotes."""
 
 import shlex
 from collections.abc import Sequence
 
-from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
+from etpo.config import CONF
 from etpo.errors import ConfigError
 
-# The option that stands for GROUP=null; None: no option at all, as by default.
+# Flags of Hydra that are followed by a value.
+WITH_VALUE = {
+    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn"),
+    *("--config-dir", "-cd", "--experimental-rerun"),
+}
+# Options for GROUP=null; None removes the override.
 NULL_OPTIONS = {
-    "callbacks": "none",
-    "debug": None,
-    "experiment": None,
-    "logger": "csv",
-    "sweep": None,
+    **{"callbacks": "none", "logger": "csv"},
+    **{"debug": None, "experiment": None, "sweep": None},
 }
 
 
 def override(key: str, text: str) -> str:
-    """`KEY=VALUE` that Hydra reads as this very text."""
-    return f"{key}={hydra_value(text)}"
-
-
-def shell_word(key: str, text: str) -> str:
-    """`override` to be pasted into a shell."""
-    return shlex.quote(override(key, text))
-
-
-def hydra_value(text: str) -> str:
-    """`text`, in quotes where Hydra would read something else without them."""
+    """Return `KEY=VALUE` that Hydra reads as exactly this text, in quotes if necessary."""
     if not set(text) & set("$\\"):
         try:
             value = OverridesParser.create().parse_override(f"key={text}").value()
         except HydraException:
             value = None
         if isinstance(value, str) and value == text:
-            return text
+            return f"{key}={text}"
     quote = Quote.single if '"' in text else Quote.double
-    quoted: str = QuotedString(text.replace("${", "\\${"), quote).with_quotes()
-    return quoted
+    quoted = QuotedString(text.replace("${", "\\${"), quote).with_quotes()
+    return f"{key}={quoted}"
+
+
+def shell_word(key: str, text: str) -> str:
+    """Return `override` quoted for a shell."""
+    return shlex.quote(override(key, text))
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[Override]]:
-    """Hydra's flags and the overrides.
+    """Separate Hydra's flags, with their values, from the overrides, `GROUP=null` replaced.
 
-    Raises ConfigError for an override that Hydra cannot read, with the quotes that it needs.
+    Raises ConfigError for an override that Hydra cannot parse.
     """
-    # without a value, `--info` would take the override after it for one
-    following = [*arguments[1:], "="]
-    arguments = [
-        "--info=all" if a in ("-i", "--info") and "=" in after else a
-        for a, after in zip(arguments, following, strict=False)
-    ]
-    multirun = [a for a in arguments if a in ("-m", "--multirun")]
-    # argparse refuses overrides on both sides of a flag
-    arguments = [
-        *(["--multirun"] if multirun else []),
-        *(a for a in arguments if a not in multirun),
-    ]
-    given = get_args_parser().parse_args(arguments).overrides
-    left = list(given)
-    flags = []
-    for argument in arguments:
-        if argument in left:
-            left.remove(argument)
-        else:
+    flags: list[str] = []
+    overrides: list[Override] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument in ("-i", "--info") and (not rest or "=" in rest[0]):
+            flags.append("--info=all")  # argparse would read the override as its value
+        elif argument in ("-i", "--info", *WITH_VALUE):
+            flags += [argument, *rest[:1]]
+            del rest[:1]
+        elif argument.startswith("-"):
             flags.append(argument)
-    return flags, [parse(argument) for argument in given]
+        else:
+            overrides = replace_null(overrides, parse(argument))
+    return flags, overrides
 
 
 def parse(argument: str) -> Override:
-    """One override; ConfigError where Hydra cannot read it."""
+    """Parse one override. Raises ConfigError with a quoted form if Hydra cannot."""
     try:
         return OverridesParser.create().parse_overrides([argument])[0]
     except HydraException as error:
@@ -88,30 +79,25 @@ def parse(argument: str) -> Override:
         ) from error
 
 
+def replace_null(before: list[Override], given: Override) -> list[Override]:
+    """Append an override, or what `NULL_OPTIONS` has for `GROUP=null`.
+
+    Raises ConfigError for a group that needs an option.
+    """
+    group = given.key_or_group
+    null = given.type != OverrideType.DEL and not given.is_sweep_override()
+    if not null or given.value() is not None or not (CONF / group).is_dir():
+        return [*before, given]
+    if group not in NULL_OPTIONS:
+        raise ConfigError(f"{group}=null: this group needs an option: {group}=NAME")
+    option = NULL_OPTIONS[group]
+    others = [other for other in before if other.key_or_group != group]
+    return others if option is None else [*others, parse(f"{group}={option}")]
+
+
 def text_of(given: Override) -> str | None:
-    """The value of an override as text, interpolations resolved; None for null and for `~key`."""
+    """Return an override's value as text, interpolations resolved; None for null and `~key`."""
     if given.type == OverrideType.DEL:
         return None
     value = OmegaConf.create({"value": given.value()}).value
     return None if value is None else str(value)
-
-
-def without_null_groups(overrides: list[Override], groups: Sequence[str]) -> list[Override]:
-    """`overrides` with the option that `NULL_OPTIONS` names for `GROUP=null`.
-
-    groups: all config groups. Raises ConfigError for a group that needs an option.
-    """
-    kept: list[Override] = []
-    for given in overrides:
-        group = given.key_or_group
-        null = given.type != OverrideType.DEL and not given.is_sweep_override()
-        if group not in groups or not null or given.value() is not None:
-            kept.append(given)
-            continue
-        if group not in NULL_OPTIONS:
-            raise ConfigError(f"{group}=null: this group needs an option: {group}=NAME")
-        kept = [other for other in kept if other.key_or_group != group]
-        option = NULL_OPTIONS[group]
-        if option is not None:
-            kept.append(parse(f"{group}={option}"))
-    return kept

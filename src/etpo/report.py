@@ -1,80 +1,66 @@
-"""`etpo-report study=...`: runs of studies -> tables and figures over seeds and data sets."""
+"""`etpo-report study=...`: compare the runs of studies over seeds and data sets."""
 
-import sys
 from math import isfinite
 from pathlib import Path
-from typing import NamedTuple
 
-import hydra
-import pandas as pd
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from rich.console import Console
 
-from etpo.config import CONF, check_overrides, exit_on_bad_input
+from etpo.console import console_script
 from etpo.errors import ConfigError
-from etpo.reporting.figures import bars, learning_curves, save
-from etpo.reporting.page import to_html
-from etpo.reporting.read import FILES, Raw, merged, read_saved, read_studies, write_raw
-from etpo.reporting.references import read_references
-from etpo.reporting.render import to_console, to_latex, to_markdown
-from etpo.reporting.scores import scales, score_runs
-from etpo.reporting.table import cautions, make_table, method_order
+from etpo.studies import figures, read, tables
+from etpo.studies.pages.report import to_html
+from etpo.studies.scores import scales, score_runs
 
 DECIMALS = 6  # of table.csv
 
 
-class Report(NamedTuple):
-    """What a report comes to."""
-
-    table: pd.DataFrame  # the rows of table.csv
-    notes: list[str]
-    folder: Path
-
-
-def report(cfg: DictConfig) -> Report:
-    """Reads the runs, compares their methods and writes tables and figures."""
+def report(cfg: DictConfig) -> None:
+    """Compare the methods of the runs; write and print tables, write figures."""
     folders = study_folders(cfg)
-    saved = None if cfg.runs is None else read_saved(Path(cfg.runs))
-    raw = merged(saved, read_studies(folders) if folders else None)
+    saved = None if cfg.runs is None else read.read_report(Path(cfg.runs))
+    data = read.merge(saved, read.read_studies(folders) if folders else None)
     out = out_folder(cfg, folders)
-    best_known = known_rewards(cfg.best_known, set(raw.summary["dataset"]))
-    methods = method_order(raw.summary["method"], cfg.compare_with)
+    best_known = known_rewards(cfg.best_known, set(data.summary["dataset"]))
+    methods = tables.method_order(data.summary["method"], cfg.compare_with)
     shown = shown_methods(cfg.curves_of, methods)
-    references = read_references(cfg.references)
-    references = references[references["dataset"].isin(raw.summary["dataset"])]
+    references = read.read_references(cfg.references)
+    references = references[references["dataset"].isin(data.summary["dataset"])]
 
-    scale = scales(raw, best_known)
-    scores = score_runs(raw, scale)
-    table = make_table(scores, methods, references)
-    notes = [*cautions(raw, methods), *left_out_notes(raw)]
+    scale = scales(data, best_known)
+    scores = score_runs(data, scale)
+    table = tables.make_table(scores, methods, references)
+    excluded = [f"excluded: {run}: {reason}" for run, reason in data.excluded.to_numpy()]
+    notes = [*tables.warnings(data, methods), *excluded]
+    curves = figures.learning_curves(data.runs, shown, references)
+    bars = figures.bars(table, scores, methods)
 
     out.mkdir(parents=True, exist_ok=True)
-    write_raw(raw, out)
+    read.write_study_data(data, out)
     table.round(DECIMALS).to_csv(out / "table.csv", index=False, lineterminator="\n")
-    (out / "table.md").write_text(to_markdown(table, scale, notes), encoding="utf-8")
-    (out / "table.tex").write_text(to_latex(table), encoding="utf-8")
-    curves = learning_curves(raw.runs, shown, references)
-    summary = bars(table, scores, methods)
-    save(curves, out / "curves")
-    save(summary, out / "bars")
-    page = to_html(table, scale, notes, curves, summary)
-    (out / "index.html").write_text(page, encoding="utf-8")
-    return Report(table, notes, out)
+    figures.save(curves, out / "curves")
+    figures.save(bars, out / "bars")
+    pages = {
+        "index.html": to_html(table, scale, notes, curves, bars),
+        "table.md": tables.to_markdown(table, scale, notes),
+        "table.tex": tables.to_latex(table),
+    }
+    for name, text in pages.items():
+        (out / name).write_text(text, encoding="utf-8")
+    files = ", ".join([*pages, "table.csv", "curves.png", "bars.png (and .svg)", *read.FILES])
+    print(tables.to_console(table), *notes, f"written to {out}: {files}", sep="\n")
 
 
 def study_folders(cfg: DictConfig) -> list[Path]:
-    """The folders that `study` names. Raises ConfigError where one is not there."""
+    """Return the folders of `study`; raise ConfigError if one does not exist."""
     if cfg.study is None and cfg.runs is None:
         raise ConfigError(
             "study=null, runs=null: allowed is a study (name or folder), the folder of a report, "
             "or both"
         )
-    if cfg.study is None:
-        return []
     multiruns = Path(cfg.paths.log_dir) / "train" / "multiruns"
     folders = []
-    for name in cfg.study if isinstance(cfg.study, ListConfig) else [cfg.study]:
-        found = [path for path in (multiruns / str(name), Path(str(name))) if path.is_dir()]
+    for name in as_list(cfg.study):
+        found = [path for path in (multiruns / name, Path(name)) if path.is_dir()]
         if not found:
             known = ", ".join(sorted(path.name for path in multiruns.glob("*/"))) or "none yet"
             raise ConfigError(
@@ -85,8 +71,14 @@ def study_folders(cfg: DictConfig) -> list[Path]:
     return folders
 
 
+def as_list(value: object) -> list[str]:
+    """Return a config value that is null, one value or a list as a list of texts."""
+    values = value if isinstance(value, ListConfig) else [value]
+    return [str(v) for v in values if v is not None]
+
+
 def out_folder(cfg: DictConfig, folders: list[Path]) -> Path:
-    """Where the report goes. Raises ConfigError where that is a file or has to be said."""
+    """Return the output folder, by default the only folder that was read."""
     if cfg.out is None and cfg.runs is None and len(folders) > 1:
         raise ConfigError("out=null: with several studies give out=FOLDER")
     out = Path(cfg.out or cfg.runs or folders[0])
@@ -95,19 +87,17 @@ def out_folder(cfg: DictConfig, folders: list[Path]) -> Path:
     return out
 
 
-def shown_methods(curves_of: ListConfig | str | None, methods: list[str]) -> list[str]:
-    """The methods of the curves, in order. Raises ConfigError for an unknown one."""
-    if curves_of is None:
-        return methods
-    shown = [curves_of] if isinstance(curves_of, str) else list(curves_of)
+def shown_methods(curves_of: object, methods: list[str]) -> list[str]:
+    """Return the methods of the learning curves; raise ConfigError for an unknown one."""
+    shown = as_list(curves_of) or methods
     for method in shown:
         if method not in methods:
             raise ConfigError(f"curves_of={method}: allowed methods: {', '.join(methods)}")
     return shown
 
 
-def known_rewards(best_known: DictConfig | None, datasets: set[str]) -> dict[str, float]:
-    """`best_known` as floats. Raises ConfigError for an unknown data set or no number."""
+def known_rewards(best_known: object, datasets: set[str]) -> dict[str, float]:
+    """Return `best_known`; raise ConfigError for an unknown data set or no finite number."""
     if best_known is None:
         return {}
     if not OmegaConf.is_dict(best_known):
@@ -118,40 +108,13 @@ def known_rewards(best_known: DictConfig | None, datasets: set[str]) -> dict[str
             raise ConfigError(f"best_known.{dataset}={value}: allowed data sets: {allowed}")
         if not isinstance(value, int | float) or not isfinite(value):
             raise ConfigError(f"best_known.{dataset}={value}: allowed is a number")
-    return {dataset: float(value) for dataset, value in best_known.items()}
+    return dict(best_known)
 
 
-def left_out_notes(raw: Raw) -> list[str]:
-    """One line per cell that is not in the report."""
-    return [f"left out: {cell}: {reason}" for cell, reason in raw.left_out.itertuples(index=False)]
-
-
-def print_report(done: Report) -> None:
-    """Prints the tables, what to mind, and where the files are."""
-    console = Console(highlight=False)
-    for part in to_console(done.table):
-        console.print(part)
-    for note in done.notes:
-        console.print(note, markup=False, soft_wrap=True)
-    tables, figures = "table.md, table.csv, table.tex", "curves.png, bars.png (and .svg)"
-    console.print(
-        f"written to {done.folder}: index.html, {tables}, {figures}, {', '.join(FILES)}",
-        markup=False,
-        soft_wrap=True,
-    )
-
-
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name="report")
-def hydra_main(cfg: DictConfig) -> None:
-    with exit_on_bad_input():
-        print_report(report(cfg))
-
-
-def main() -> None:
+@console_script("report")
+def main(cfg: DictConfig) -> None:
     """Console script: `etpo-report study=... [key=value ...]`."""
-    with exit_on_bad_input():
-        check_overrides("report", sys.argv[1:])
-    hydra_main()
+    report(cfg)
 
 
 if __name__ == "__main__":

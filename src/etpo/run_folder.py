@@ -1,4 +1,4 @@
-"""The folder of a run: its own, held by one process, left as it was where the run is refused."""
+"""The folder of a run: locked by one process, removed if the run is refused."""
 
 import fcntl
 import os
@@ -10,114 +10,72 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, read_write
 
-from etpo.config import exit_on_bad_input, load_checkpoint, run_folder
+from etpo.config import short_hash
 from etpo.errors import ConfigError
 from etpo.files import output_errors, write_text
-from etpo.resume import check_unchanged
+from etpo.resume import CheckpointInConfig, check_same_run, run_folder
 
-# What a run has measured; a folder that holds one of them belongs to it.
+# Files with results; a folder with one of them belongs to a run.
 RESULTS = (
-    "metrics.csv",
-    "episodes.jsonl",
-    "credit.jsonl",
-    "summary.json",
-    "best_action.py",
-    "best_action.txt",
-    "checkpoints/last.ckpt",
-    "checkpoints/best.ckpt",
+    *("metrics.csv", "episodes.jsonl", "credit.jsonl", "summary.json"),
+    *("best_action.py", "best_action.txt", "checkpoints/last.ckpt", "checkpoints/best.ckpt"),
 )
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK", "GROUP_RANK")
 
 
 class RunFolder(Callback):
-    """Hydra's callback that makes the folder of a single run before Hydra does.
+    """Hydra callback that notes which folders a run creates, and names a study.
 
-    A folder that is named by the time gets a number at its end where there is one of that name:
-    making a folder is atomic, also for several machines with a common file system.
+    A study without a name gets a hash of its overrides in any order, except for the launcher's.
     """
 
-    made: Path | None = None  # the topmost folder that this process has made for the run
+    multirun: DictConfig | None = None  # the configuration of the study
+    made: tuple[Path, ...] = ()  # folders that Hydra creates for the run, the deepest first
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        RunFolder.made = None
-        if not is_main_process():
-            return
-        with exit_on_bad_input():
-            folder = Path(str(config.hydra.run.dir))
-            try:
-                missing = topmost_missing(folder)
-                if "${now:" in str(OmegaConf.to_container(config.hydra.run)["dir"]):
-                    folder = make_unique(folder)
-                    RunFolder.made = missing or folder
-                    with read_write(config.hydra), open_dict(config.hydra):
-                        config.hydra.run.dir = str(folder).replace("${", "\\${")
-                elif make(folder):
-                    RunFolder.made = missing
-            except OSError as error:
-                remove_made(folder)
-                raise ConfigError(
-                    f"hydra.run.dir={folder}: {error.strerror}; allowed is a folder that this "
-                    "process may make or write to"
-                ) from error
+        given = " ".join(config.hydra.overrides.task)
+        if config.get("task_name") == "train" and config.ckpt_path and "ckpt_path=" not in given:
+            raise CheckpointInConfig(str(config.ckpt_path))
+        folder = Path(config.hydra.run.dir).absolute()
+        missing = (path for path in (folder, *folder.parents) if not path.exists())
+        RunFolder.made = tuple(missing) if is_main_process() else ()
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        folder = Path(str(config.hydra.sweep.dir))
-        with exit_on_bad_input():
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ConfigError(
-                    f"study: {folder}: {error.strerror}; allowed is a folder that this process may "
-                    "make or write to"
-                ) from error
+        RunFolder.multirun, task = config, config.hydra.overrides.task
+        if config.get("study", "") is None:
+            other = ("hydra.mode", "hydra/launcher", "hydra.launcher")
+            own = [o for o in config.hydra.overrides.hydra if not o.startswith(other)]
+            config.study = short_hash(*sorted([*task, *own]))
+            with read_write(config.hydra):
+                task.append(f"study={config.study}")
 
 
 def is_main_process() -> bool:
-    """Whether this is the first process of the first node."""
-    node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
-    return rank_zero_only.rank == 0 and node == "0"
+    """Return whether this is the first process of the first node."""
+    return all(os.environ.get(name, "0") == "0" for name in RANKS)
 
 
-def topmost_missing(folder: Path) -> Path | None:
-    """The first folder on the way to `folder` that does not exist."""
-    folder = folder.absolute()
-    parents = reversed([folder, *folder.parents])
-    return next((path for path in parents if not path.exists()), None)
-
-
-def make(folder: Path) -> bool:
-    """Makes `folder`; False where there was one."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        if not folder.is_dir():
-            raise
-        return False
-    return True
-
-
-def make_unique(folder: Path) -> Path:
-    """Makes `folder`, or the first free one of `folder-2`, `folder-3`, ..."""
-    number, path = 1, folder
-    while path.is_file() or not make(path):
-        number += 1
-        path = folder.with_name(f"{folder.name}-{number}")
-    return path
+def remove_made() -> None:
+    """Remove the folder that was created for the run, and its new parents while empty."""
+    made, RunFolder.made = RunFolder.made, ()
+    for folder in made[:1]:
+        shutil.rmtree(folder, ignore_errors=True)
+    for folder in made[1:]:
+        with suppress(OSError):  # another run has created its folder there
+            folder.rmdir()
 
 
 @contextmanager
 def held(cfg: DictConfig) -> Iterator[None]:
-    """Holds the folder of the run `cfg` for this process alone.
+    """Lock the folder of the run `cfg` for this process, and remove it if training does not start.
 
-    What was made of it goes again where training has not begun. Raises ConfigError for a folder
-    that another process holds, or that has results of a run that is not the one resumed.
+    Raises ConfigError for a folder that another process holds, or that has results of another run.
     """
     folder = Path(cfg.paths.output_dir)
     new_lock = not (folder / "lock").exists()
-    accepted = mine = False
+    accepted = False
     try:
         with claimed(folder) as mine:
             if not mine:
@@ -132,14 +90,14 @@ def held(cfg: DictConfig) -> Iterator[None]:
         started = (folder / ".hydra").exists()
         if is_main_process() and new_lock and not (accepted and started):
             (folder / "lock").unlink(missing_ok=True)
-        if mine and not started:
-            remove_made(folder)
+        if not started:
+            remove_made()
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[bool]:
-    """Whether this process alone holds the folder, until the end of the context or its own end."""
-    if not is_main_process():  # what the first process claims is claimed for all
+    """Yield whether this process alone holds the folder, until the context or the process ends."""
+    if not is_main_process():  # the first process claims it for all
         yield True
         return
     with output_errors(folder / "lock"):
@@ -155,39 +113,19 @@ def claimed(folder: Path) -> Iterator[bool]:
 
 
 def check_owner(folder: Path, cfg: DictConfig) -> None:
-    """Raises ConfigError where the folder has results of another run than the one resumed."""
+    """Raise ConfigError if the folder has results of a run that is not the one resumed."""
     resumed = None if cfg.ckpt_path is None else run_folder(Path(str(cfg.ckpt_path)))
     if resumed is not None and resumed.resolve() == folder.resolve():
-        check_unchanged(folder, cfg)
-    elif has_results(folder):
-        if cfg.ckpt_path is not None:
-            load_checkpoint(cfg.ckpt_path)
+        check_same_run(folder, cfg)
+    elif any((folder / name).exists() for name in RESULTS):
         raise ConfigError(
-            f"hydra.run.dir={folder}: it holds the results of a run; allowed is another folder, or "
+            f"hydra.run.dir={folder}: it has the results of a run; allowed is another folder, or "
             f"ckpt_path={folder} to resume that run"
         )
 
 
-def has_results(folder: Path) -> bool:
-    """Whether a run has measured something in `folder`."""
-    return any((folder / name).exists() for name in RESULTS)
-
-
-def remove_made(folder: Path) -> None:
-    """Removes what this process has made of the path to `folder`, as far as it is empty above."""
-    made, RunFolder.made = RunFolder.made, None
-    if made is None:
-        return
-    folder = folder.absolute()
-    if folder.is_dir():
-        shutil.rmtree(folder, ignore_errors=True)
-    for path in (p for p in folder.parents if p == made or made in p.parents):
-        with suppress(OSError):  # another run has made its folder there
-            path.rmdir()
-
-
 def save_config(folder: Path, cfg: DictConfig) -> None:
-    """Writes `.hydra/`, as Hydra itself would before the run is checked."""
+    """Write `.hydra/`, which Hydra would write before the run is checked."""
     hydra = HydraConfig.instance().cfg
     if hydra is None:
         return

@@ -1,6 +1,5 @@
-"""`etpo-score PROGRAM.py`: one program file, scored as the data-science task scores an action."""
+"""`etpo-score PROGRAM.py`: score one program file as the data-science task scores an action."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -10,14 +9,14 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from etpo.config import check_missing, check_overrides, exit_on_bad_input
+from etpo.config import check_missing
+from etpo.console import console_script, flags_first
 from etpo.errors import ConfigError
-from etpo.train import quiet
+from etpo.overrides import override
 
 
 def score(program: str, cfg: DictConfig) -> dict[str, Any]:
-    """Reward, ROC AUC by split, error, CPU seconds and sandbox level of a program's text."""
-    check_missing(cfg)
+    """Return reward, ROC AUC by split, error, CPU seconds and sandbox level of a program's text."""
     environment = instantiate(cfg.environment)
     try:
         trial = environment.scorer.trial(program)
@@ -27,36 +26,28 @@ def score(program: str, cfg: DictConfig) -> dict[str, Any]:
 
 
 def read_program(path: str) -> str:
-    """The text of a file, or of standard input for `-`; ConfigError where it cannot be read."""
+    """Read a file, or standard input for `-`. Raises ConfigError if it cannot be read."""
     try:
-        if path == "-":
-            return sys.stdin.read()
-        return Path(path).read_text(encoding="utf-8")
+        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"PROGRAM={path}: allowed is a UTF-8 text file or - ({error})") from error
+        raise ConfigError(f"program={path}: allowed is a UTF-8 text file or - ({error})") from error
 
 
-def arguments(given: Sequence[str]) -> tuple[str, list[str]]:
-    """The program's path and the overrides."""
-    parser = argparse.ArgumentParser(
-        prog="etpo-score",
-        description="Scores a file that defines build_model(x_train, y_train) in the sandbox and "
-        "prints one line of JSON: reward, split_aucs, error, cpu_seconds, sandbox.",
-    )
-    parser.add_argument("program", metavar="PROGRAM.py", help="the file, or - for standard input")
-    parser.add_argument("overrides", nargs="*", metavar="environment.key=value")
-    parsed = parser.parse_args(given)
-    return parsed.program, parsed.overrides
+def program_first(arguments: Sequence[str]) -> list[str]:
+    """Turn the first argument that is a file name into `program=FILE`."""
+    rest = list(arguments)
+    for place, argument in enumerate(rest):
+        if argument == "-" or ("=" not in argument and not argument.startswith("-")):
+            rest[place] = override("program", argument)
+            break
+    return flags_first(rest)
 
 
-def main() -> None:
+@console_script("score", program_first)
+def main(cfg: DictConfig) -> None:
     """Console script: `etpo-score PROGRAM.py [environment.key=value ...]`."""
-    quiet()
-    with exit_on_bad_input():
-        path, overrides = arguments(sys.argv[1:])
-        cfg = check_overrides("score", overrides)
-        del cfg.hydra
-        print(json.dumps(score(read_program(path), cfg)))
+    check_missing(cfg)
+    print(json.dumps(score(read_program(cfg.program), cfg)))
 
 
 if __name__ == "__main__":

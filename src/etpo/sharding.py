@@ -69,3 +69,24 @@ def full_parameters(module: nn.Module) -> Iterator[None]:
     finally:
         for part in sharded:
             part.reshard()
+
+
+def configure_strategy(module: LightningModule) -> None:
+    """Shard the models of an algorithm where its trainer's strategy does.
+
+    Raises:
+        ConfigError: the strategy cannot train this configuration.
+    """
+    trainer, strategy = module.trainer, module.trainer.strategy
+    if isinstance(strategy, ShardedStrategy):
+        strategy.shard(module)
+    if isinstance(strategy, DeepSpeedStrategy) and trainer.precision != "32-true":
+        raise ConfigError(
+            f"trainer.precision={trainer.precision}: allowed with trainer=deepspeed is 32-true, "
+            "because DeepSpeed would round the buffer"
+        )
+    if isinstance(strategy, DeepSpeedStrategy) and module.settings.max_kl is not None:
+        raise ConfigError(
+            f"algorithm.max_kl={module.settings.max_kl}: allowed with trainer=deepspeed is null, "
+            "because DeepSpeed owns the gradients that the trust region removes"
+        )

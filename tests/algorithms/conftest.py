@@ -5,15 +5,15 @@ import functools
 import numpy as np
 import pytest
 import torch
+from etpo.algorithms.ntpo import NTPO
+from etpo.algorithms.poad import POAD
+from etpo.algorithms.ppo_kl import PPOKL
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from etpo.algorithms.archer import ArCHer
 from etpo.algorithms.etpo import ETPO
-from etpo.algorithms.ntpo import NTPO
-from etpo.algorithms.poad import POAD
-from etpo.algorithms.ppo_kl import PPOKL
 from etpo.models.critics import HeadCritic, LanguageModelCritic, LoraCritic
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate

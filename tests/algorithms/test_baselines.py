@@ -11,9 +11,6 @@ row env t  tokens  reward  ends         d          values
 
 import pytest
 import torch
-from lightning import Callback
-
-from etpo.algorithms.archer import ArCHer
 from etpo.algorithms.baselines import (
     generalized_advantages,
     group_mean_of_others,
@@ -24,8 +21,11 @@ from etpo.algorithms.baselines import (
 )
 from etpo.algorithms.ntpo import NTPO
 from etpo.algorithms.poad import POAD
-from etpo.algorithms.ppo import Taken, TakenBatch
 from etpo.algorithms.ppo_kl import PPOKL
+from lightning import Callback
+
+from etpo.algorithms.archer import ArCHer
+from etpo.algorithms.ppo import Taken, TakenBatch
 from etpo.algorithms.reinforce import GRPO, RLOO, Reinforce
 from etpo.rollout.types import Actions, Record, Rollout
 

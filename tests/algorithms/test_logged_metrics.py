@@ -4,14 +4,14 @@ from math import inf, log
 
 import pytest
 import torch
+from etpo.algorithms.poad import POAD
+from etpo.algorithms.ppo_kl import PPOKL
 from etpo.algorithms.variants import JointClipETPO
 from lightning import Callback
 
 from etpo.algorithms.archer import ArCHer
 from etpo.algorithms.etpo import ETPO
 from etpo.algorithms.losses import clipped
-from etpo.algorithms.poad import POAD
-from etpo.algorithms.ppo_kl import PPOKL
 from etpo.algorithms.reinforce import GRPO
 from etpo.algorithms.returns import entropy
 from etpo.models.critics import HeadCritic

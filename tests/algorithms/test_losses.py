@@ -26,7 +26,8 @@ from etpo.algorithms.returns import (
     soft_lambda_returns,
     soft_value,
 )
-from etpo.environments.token_mdp import TokenMDP
+
+from ..token_mdp_oracle import TokenMDP
 
 BETA = 0.3
 

@@ -17,7 +17,8 @@ from etpo.algorithms.returns import (
     lambda_returns,
     soft_value,
 )
-from etpo.environments.token_mdp import Episodes, TokenMDP
+
+from ..token_mdp_oracle import Episodes, TokenMDP
 
 EXACT = 1e-9  # float64, values of about 1
 WRONG = 1e-2

@@ -4,10 +4,10 @@ import functools
 
 import pytest
 import torch
+from etpo.algorithms.ppo_kl import PPOKL
 from lightning import Callback
 
 from etpo.algorithms.etpo import ETPO
-from etpo.algorithms.ppo_kl import PPOKL
 from etpo.algorithms.reinforce import Reinforce
 from etpo.errors import ConfigError
 from etpo.models import shared_prompt

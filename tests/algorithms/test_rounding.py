@@ -4,9 +4,9 @@ import functools
 
 import pytest
 import torch
+from etpo.algorithms.ppo_kl import PPOKL
 
 from etpo.algorithms.etpo import ETPO
-from etpo.algorithms.ppo_kl import PPOKL
 from etpo.models.critics import HeadCritic
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate

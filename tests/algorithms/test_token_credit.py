@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
+from etpo.algorithms.poad import POAD
+from etpo.algorithms.ppo_kl import PPOKL
 from lightning import Callback
 
 from etpo.algorithms.archer import ArCHer
 from etpo.algorithms.no_update import ZeroShot
-from etpo.algorithms.poad import POAD
-from etpo.algorithms.ppo_kl import PPOKL
 from etpo.algorithms.reinforce import GRPO
 from etpo.callbacks.credit import TokenCredit
 from etpo.errors import ConfigError

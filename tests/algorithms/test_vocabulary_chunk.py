@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
+from etpo.algorithms.poad import POAD
+from etpo.algorithms.ppo_kl import PPOKL
 from etpo.algorithms.variants import TwinETPO, WindowETPO
 
 from etpo.algorithms.archer import ArCHer
 from etpo.algorithms.etpo import ETPO
-from etpo.algorithms.poad import POAD
-from etpo.algorithms.ppo_kl import PPOKL
 from etpo.algorithms.reinforce import GRPO
 from etpo.errors import ConfigError
 from etpo.models.critics import HeadCritic, LanguageModelCritic, LoraCritic, TrunkCritic

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from etpo.callbacks.credit import Act, TokenCredit, by_environment
+from etpo.callbacks.credit import SelectedAction, TokenCredit
 
-FOLLOWED = Act([5, 6], [7], 0, 1, 0, 1, "p", -1.0, "TypeError: no")
+FOLLOWED = SelectedAction([5, 6], [7], 0, {"env": 0, "reward": -1.0, "error": "TypeError: no"})
 
 
 def line(iteration):
@@ -44,7 +44,7 @@ def callback(tmp_path):
 
 
 @pytest.mark.parametrize(("restored", "kept"), [(3, [0, 1, 2]), (2, [0, 1]), (0, [])])
-def test_both_files_are_cut_back_to_the_checkpoint(tmp_path, callback, restored, kept):
+def test_both_files_are_truncated_to_the_checkpoint(tmp_path, callback, restored, kept):
     file = tmp_path / "credit.jsonl"
     text = "".join(json.dumps(line(i)) + "\n" for i in range(3))
     file.write_text(text + '{"iteration": 3, "env')
@@ -88,7 +88,3 @@ def test_an_iteration_that_is_not_completed_leaves_no_line(tmp_path, fit, interr
     callback.lines = [line(0)]
     fit([callback], 1, module=module)
     assert list(tmp_path.glob("credit*")) == []
-
-
-def test_rows_of_rounds_become_rows_of_environments():
-    assert by_environment(6, 2).tolist() == [0, 2, 4, 1, 3, 5]

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from etpo.callbacks.episodes import EpisodeLog, cut_back
+from etpo.callbacks.episodes import EpisodeLog, truncate_lines
 
 
 def read(folder):
@@ -49,8 +49,8 @@ def test_a_fresh_run_in_a_used_folder_starts_over(tmp_path, fit):
         ('{"iteration": 1}', ""),
     ],
 )
-def test_cut_back(tmp_path, text, kept):
+def test_truncate_lines(tmp_path, text, kept):
     file = tmp_path / "lines"
     file.write_text(text)
-    cut_back(file, 2)
+    truncate_lines(file, 2)
     assert file.read_text() == kept

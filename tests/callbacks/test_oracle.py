@@ -1,19 +1,19 @@
 """The distance to the optimum against a plain forward and the action-level solver."""
 
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from etpo.algorithms.etpo import ETPO
+from etpo.algorithms.evaluation import TokenValues
 from etpo.algorithms.returns import kl_divergence
 from etpo.callbacks.oracle import OracleDistance, prefix_tokens, tables
 from etpo.environments.token_mdp_env import TokenMDPEnv, random_mdp
-from etpo.models.critics import HeadCritic
-from etpo.models.letters import letter_backbone
+from etpo.models.char_lm import build_char_lm
 from etpo.models.prompting import CompletionTemplate
+
+from ..token_mdp_oracle import TokenMDP
 
 BETA, GAMMA = 0.5, 0.8
 
@@ -25,30 +25,28 @@ def environment():
 
 @pytest.fixture
 def module(tmp_path):
-    """What the callback reads of an ETPO module; its critic says 0.3 everywhere."""
-    policy = letter_backbone(
+    """Return a stand-in for ETPO with E_pi[Q] = 0.3 everywhere."""
+    policy = build_char_lm(
         str(tmp_path / "model"), CompletionTemplate(), vocabulary_size=4, init_seed=0
     )
-    critic = HeadCritic(policy, hidden_size=8)
-    torch.nn.init.constant_(critic.head.value.bias, 0.3)
-    module = SimpleNamespace(
+
+    def token_values(prompt_ids, prompt_mask, action_ids, hidden_states, log_pi, log_ref):
+        return TokenValues(0.3 - BETA * kl_divergence(log_pi, log_ref))
+
+    logged = {}
+    return SimpleNamespace(
         policy=policy,
-        target_critic=critic,
+        token_values=token_values,
         beta=BETA,
-        gamma=GAMMA,
-        pessimism_threshold=0.0,
-        logits_chunk_size=None,
+        settings=SimpleNamespace(gamma=GAMMA),
         device=torch.device("cpu"),
-        logged={},
+        logged=logged,
+        log=logged.__setitem__,
     )
-    for name in ("evaluate_prefixes", "token_numbers", "q_of", "values_of", "heads_of"):
-        setattr(module, name, partial(getattr(ETPO, name), module))
-    module.log = module.logged.__setitem__
-    return module
 
 
 def move(policy):
-    """Another policy, so that policy and reference can be told apart."""
+    """Change the policy, so that it differs from the reference."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -56,7 +54,7 @@ def move(policy):
 
 
 @torch.no_grad()
-def test_tables_are_what_the_models_say_at_every_prefix(environment, module):
+def test_tables_hold_the_models_outputs_at_every_prefix(environment, module):
     move(module.policy.model)
     log_pi, log_ref, value = tables(environment, module)
     mdp = environment.mdp
@@ -86,7 +84,7 @@ def test_numbers_agree_with_the_optimum_over_whole_actions(environment, module):
     move(module.policy.model)
     trainer = SimpleNamespace(datamodule=SimpleNamespace(environment=environment))
     OracleDistance().on_validation_epoch_end(trainer, module)
-    mdp = replace(environment.mdp, gamma=GAMMA)
+    mdp = TokenMDP.of(replace(environment.mdp, gamma=GAMMA))
     with torch.no_grad():
         log_pi, log_ref, value = tables(environment, module)
     log_optimum, optimum = mdp.solve_actions(log_ref, BETA)

@@ -6,9 +6,9 @@ import re
 import pytest
 
 from etpo.callbacks.start import StartReport, short
-from etpo.models.fresh import fresh_llama, save_checkpoint
+from etpo.config import tiny_checkpoint
 from etpo.models.loading import load_tokenizer
-from etpo.models.policy import tiny_checkpoint
+from etpo.models.random_init import random_llama, save_checkpoint
 
 MIB = {"MiB": 1, "GiB": 1024}
 
@@ -67,13 +67,25 @@ def test_without_checkpoints_none_are_expected(tmp_path, fit, capsys):
     assert not re.search("^  checkpoints ", out, re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    ("task", "model", "warned"),
+    [("household", "tiny", 1), ("data_science", "tiny", 0), ("household", "Qwen3-0.6B", 0)],
+)
+def test_the_embedded_model_in_another_task_is_warned_of(
+    task, model, warned, tmp_path, fit, script_environment, capsys
+):
+    script_environment.task_name = task
+    fit([StartReport(str(tmp_path), task, model)], 1, environment=script_environment)
+    assert capsys.readouterr().err.count("model.name_or_path") == warned
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["algorithm=grpo"], ["algorithm.logits_chunk_size=64"]])
 def test_a_larger_model_takes_what_is_expected(options, start_train, tmp_path):
     tokenizer = load_tokenizer(tiny_checkpoint())
     tokenizer.add_tokens([f"<new {n}>" for n in range(4096 - len(tokenizer))])
     sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6}
-    save_checkpoint(tmp_path / "model", fresh_llama(tokenizer, 0, **sizes), tokenizer)
+    save_checkpoint(tmp_path / "model", random_llama(tokenizer, 0, **sizes), tokenizer)
     process = start_train(
         tmp_path,
         *("model=causal_lm", f"model.name_or_path={tmp_path / 'model'}", "environment=household"),

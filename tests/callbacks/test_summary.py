@@ -8,8 +8,6 @@ import torch
 from etpo.callbacks.summary import RunSummary, peak_memory_mib, print_closing, write_summary
 from etpo.overrides import parse
 
-IDENTITY = {"algorithm": "etpo", "dataset": "iris", "seed": 0}
-
 
 def counted(summary):
     """The part that clocks and memory do not enter."""
@@ -65,19 +63,11 @@ def test_the_best_reward_so_far_never_falls_and_survives_a_resume(fit):
 def test_the_summary_is_written_whole(tmp_path, fit):
     collected = RunSummary()
     fit([collected], 3)
-    summary = write_summary(
-        tmp_path,
-        status="finished",
-        collected=collected,
-        identity=IDENTITY | {"optimized_metric": math.nan},
-        held_out_auc=0.875,
-    )
+    summary = {"status": "finished", "nan": math.nan, "held_out_auc": 0.875, **collected.summary()}
+    write_summary(tmp_path, summary)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
-    assert IDENTITY.items() <= summary.items()
     assert THREE.items() <= summary.items()
-    assert summary["status"] == "finished"
-    assert summary["held_out_auc"] == 0.875
-    assert summary["optimized_metric"] is None
+    assert summary["nan"] is None
     assert summary["versions"]["torch"] == torch.__version__
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
@@ -85,9 +75,7 @@ def test_the_summary_is_written_whole(tmp_path, fit):
 def test_a_run_without_a_completed_iteration_has_a_summary(tmp_path, fit, interrupted, capsys):
     collected = RunSummary()
     fit([collected], 3, module=interrupted(0))
-    summary = write_summary(
-        tmp_path, status="interrupted", collected=collected, identity={}, held_out_auc=None
-    )
+    summary = {"status": "interrupted", **collected.summary()}
     assert summary["iterations"] == 0
     assert summary["last_mean_reward"] is None
     assert summary["tokens_per_second"] is None

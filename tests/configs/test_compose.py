@@ -5,13 +5,16 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from etpo.config import CONF, check_overrides, study_arguments
-from etpo.errors import ConfigError
+from etpo import train
+from etpo.config import CONF, IGNORED_KEYS
 
+from ..composed import composed as composed_command
+
+BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 GROUPS = sorted(
     str(path.relative_to(CONF).with_suffix(""))
     for path in CONF.rglob("*.yaml")
-    if path.parent not in (CONF, CONF / "hydra", CONF / "paths")
+    if path.parent not in (CONF, CONF / "hydra", CONF / "hydra" / "job_logging", CONF / "paths")
 )
 # options that extend a plugin of the extra `sweep`
 PLUGINS = {
@@ -47,76 +50,97 @@ def test_every_option_composes_and_names_what_exists(option):
         assert hasattr(__import__(module, fromlist=[attribute]), attribute) or get_class(target)
 
 
+@pytest.fixture
+def refused(command, monkeypatch, tmp_path):
+    """refused(*arguments): the line with which `etpo-train` ends."""
+
+    def call(*arguments):
+        monkeypatch.chdir(tmp_path)
+        ended = command(train.main, *arguments)
+        assert ended.status == 2, ended.err
+        assert ended.err.count("\n") == 1
+        return ended.err
+
+    return call
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("algorithm.bta=1", "algorithm.bta"),
         ("model=gpt5", "model/gpt5"),
-        ("seed=[", "no viable alternative"),
+        ("seed=[", "seed=["),
         ("hydra/launcher=cluster", "basic"),
         ("hydra.launcher.n_jobs=2", "hydra.launcher.n_jobs"),  # the basic one has none
     ],
 )
-def test_unknown_keys_and_options_are_one_line(override, message):
-    with pytest.raises(ConfigError) as caught:
-        check_overrides("train", [override])
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_sweeps_and_hydra_overrides_pass_the_check():
-    check_overrides(
-        "train", ["-m", "seed=0,1", "algorithm.beta=choice(0.1,0.2)", "hydra.run.dir=x"]
-    )
-    first = check_overrides("train", ["-m", "experiment=glob(stability_*)"])
-    assert first.algorithm._target_ == "etpo.algorithms.variants.AdaptiveBetaETPO"
-    with pytest.raises(ConfigError, match="nope"):
-        check_overrides("train", ["-m", "nope=0,1"])
+def test_unknown_keys_and_options_are_one_line(override, message, refused):
+    assert message in refused(override)
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("nope=0,1", "nope"),
         ("algorithm.beta=interval(0.1,0.2)", "hydra/sweeper=tpe"),
-        ("hydra.sweeper.params.seed=0,1", "one value"),
+        ("hydra.sweeper.params.seed=0,1", "hydra.sweeper.params.seed"),
     ],
 )
-def test_sweeps_that_the_sweeper_does_not_take_are_one_line(override, message):
-    with pytest.raises(ConfigError, match=message) as caught:
-        check_overrides("train", ["-m", override])
-    assert str(caught.value).startswith(override)
+def test_a_sweep_that_cannot_be_run_is_one_line(override, message, refused):
+    assert message in refused("-m", override)
 
 
 def test_intervals_are_optunas():
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     interval = "algorithm.beta=tag(log,interval(0.25,0.5))"
-    assert check_overrides("train", ["-m", "hydra/sweeper=tpe", interval]).algorithm.beta == 0.25
+    cfg = composed_command("train", ["-m", "hydra/sweeper=tpe", interval])
+    assert cfg.algorithm.beta == 0.25
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["-m", "seed=0,1"], ["seed=0,1", "-m"], ["experiment=plain", "--multirun", "seed=0,1"]],
-)
-def test_the_flag_of_a_multirun_may_stand_anywhere(arguments):
-    assert study_arguments(arguments)[0] == "--multirun"
+@pytest.fixture
+def study_of(command, monkeypatch, tmp_path):
+    """study_of(*arguments): the name of the study of a multirun whose jobs do nothing."""
+    monkeypatch.setattr(
+        "etpo.studies.multirun.run_in_study", lambda cfg, run: found.append(cfg.study)
+    )
+    monkeypatch.chdir(tmp_path)
+    found = []
+
+    def call(*arguments):
+        found.clear()
+        ended = command(train.main, *arguments)
+        assert ended.status == 0, ended.err
+        (name,) = set(found)
+        assert (tmp_path / "logs" / "train" / "multiruns" / name).is_dir()
+        return name
+
+    return call
 
 
-def test_a_multirun_gets_the_same_study_whatever_the_order():
-    studies = {
-        study_arguments(a)[-1]
-        for a in (["-m", "seed=0,1", "model=tiny"], ["model=tiny", "seed=0,1", "-m"])
-    }
-    assert len(studies) == 1
-    assert studies.pop().startswith("study=")
-    assert study_arguments(["-m", "study=mine"]) == ["--multirun", "study=mine"]
-
-
-def test_the_launcher_is_no_part_of_a_studys_name():
+def test_a_multirun_gets_the_same_study_whatever_the_order(study_of):
+    """The flag may stand anywhere; where jobs run does not change what they are."""
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    parallel = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    name = study_arguments(["-m", "seed=0,1"])[-1]
-    assert study_arguments(["-m", "seed=0,1", *parallel])[-1] == name
-    assert study_arguments(["-m", "seed=0,2", *parallel])[-1] != name
+    name = study_of("-m", "seed=0,1", "model=tiny")
+    assert study_of("model=tiny", "seed=0,1", "-m") == name
+    assert study_of("model=tiny", "--multirun", "seed=0,1") == name
+    assert study_of("-m", "seed=0,1", "model=tiny", "hydra.launcher._target_=" + BASIC) == name
+    assert study_of("-m", "seed=0,2", "model=tiny") != name
+    assert study_of("-m", "seed=0,1", "study=mine") == "mine"
+
+
+def test_what_does_not_identify_a_run_names_no_folder(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        "etpo.studies.multirun.run_in_study", lambda cfg, run: found.append(cfg.paths.output_dir)
+    )
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for ignored in ([], ["environment.score_cache=a"], ["environment.sandbox.workers=1"]):
+        ended = command(train.main, "-m", "seed=1", "study=s", *ignored)
+        assert ended.status == 0, ended.err
+    assert len(found) == 3
+    assert len(set(found)) == 1
+    cfg = composed_command("train", [])
+    assert tuple(cfg.hydra.job.config.override_dirname.exclude_keys) == IGNORED_KEYS
 
 
 @pytest.mark.parametrize(

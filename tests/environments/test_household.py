@@ -7,7 +7,7 @@ import gymnasium
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from etpo.environments.household import FURNITURE, House, HouseholdEnv, act, admissible
+from etpo.environments.household import FURNITURE, House, HouseholdEnv
 from etpo.errors import ConfigError
 
 
@@ -21,25 +21,25 @@ def test_the_shortest_way_by_hand():
     house = small_house()
     steps = ("grab the apple", "open the fridge", "put the apple in the fridge", "close the fridge")
     for step in steps:
-        assert step in admissible(house)
+        assert step in house.actions()
         assert not house.solved()
-        act(house, step)
+        house.actions()[step]()
     assert house.solved()
 
 
 def test_doors_hands_and_rooms_limit_what_can_be_done():
     house = small_house(place={"apple": "fridge", "cup": "counter", "soap": "washstand"})
-    assert "grab the apple" not in admissible(house)  # behind a closed door
-    assert "grab the soap" not in admissible(house)  # in another room
-    act(house, "open the fridge")
-    assert "grab the apple" in admissible(house)
-    act(house, "grab the apple")
-    assert "grab the cup" not in admissible(house)  # the hand is full
-    assert "put the apple on the counter" in admissible(house)
-    act(house, "go to the bathroom")
+    assert "grab the apple" not in house.actions()  # behind a closed door
+    assert "grab the soap" not in house.actions()  # in another room
+    house.actions()["open the fridge"]()
+    assert "grab the apple" in house.actions()
+    house.actions()["grab the apple"]()
+    assert "grab the cup" not in house.actions()  # the hand is full
+    assert "put the apple on the counter" in house.actions()
+    house.actions()["go to the bathroom"]()
     assert house.held == "apple"
-    assert "put the apple on the washstand" in admissible(house)
-    assert "go to the bathroom" not in admissible(house)
+    assert "put the apple on the washstand" in house.actions()
+    assert "go to the bathroom" not in house.actions()
 
 
 def shortest(house, limit):
@@ -53,9 +53,9 @@ def shortest(house, limit):
         if steps == limit or key in seen:
             continue
         seen.add(key)
-        for action in admissible(now):
+        for action in now.actions():
             following = deepcopy(now)
-            act(following, action)
+            following.actions()[action]()
             queue.append((following, steps + 1))
     return None
 
@@ -117,7 +117,7 @@ def test_what_is_behind_a_closed_door_is_not_seen():
     assert "The fridge is closed." in text
     assert "On the counter: cup." in text
     assert "lamp" not in text
-    act(environment.house, "open the fridge")
+    environment.house.actions()["open the fridge"]()
     assert "The fridge is open; in it: lamp." in environment.render()
 
 
@@ -131,7 +131,7 @@ def test_a_useless_action_is_an_error_that_the_next_prompt_tells():
     assert environment.house == before
     assert "Before: you cannot 'sing a song' now." in observation["prefix"]
     for _ in range(3):
-        room = next(a for a in admissible(environment.house) if a.startswith("go"))
+        room = next(a for a in environment.house.actions() if a.startswith("go"))
         observation = environment.step(f" {room.upper()}. ")[0]
     assert observation["prefix"].count("Before: ") == 2
     assert "sing" not in observation["prefix"]

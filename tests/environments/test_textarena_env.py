@@ -32,7 +32,7 @@ def copies(game, num_envs=2, **options):
 
 
 def play(environment, moves, rounds, seed=0):
-    """What is seen, paid and told in some rounds of the same moves for every copy."""
+    """Return observations, rewards, ends and errors of some rounds of equal moves."""
     observations, _ = environment.reset(seed=seed)
     seen = [observations]
     for number in range(rounds):
@@ -52,7 +52,7 @@ def test_a_seed_decides_a_game_and_the_global_generator_is_left_alone(game):
     assert once[0][0]["prefix"]
 
 
-def test_copies_draw_apart():
+def test_copies_draw_independently():
     first, second = play(copies("FrozenLake-v0-train"), ["[right]"], 0)[0]
     assert first != second  # two lakes
     # what a copy draws does not depend on those beside it
@@ -78,7 +78,7 @@ def test_a_game_pays_at_its_end():
     assert "The target number is" not in observations[0]["prefix"]  # the next game's
 
 
-def test_an_invalid_move_is_told_and_a_second_one_ends_the_game():
+def test_an_invalid_move_is_an_error_and_a_second_one_ends_the_game():
     environment = copies("GuessTheNumber-v0-train", 1)
     environment.reset(seed=0)
     _, _, ended, _, infos = guess(environment, 99)

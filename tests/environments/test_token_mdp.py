@@ -6,7 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from etpo.environments.token_mdp import TokenMDP, token_tree
+from etpo.environments.token_mdp import token_tree
+
+from ..token_mdp_oracle import TokenMDP
 
 BETA = 0.3
 

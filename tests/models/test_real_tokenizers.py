@@ -13,11 +13,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from etpo.environments.data_science import prompts
 from etpo.environments.data_science.env import DataScienceEnv
 from etpo.environments.household import HouseholdEnv
-from etpo.environments.sandbox import Sandbox
 from etpo.generation import sampler
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import ChatTemplate, CompletionTemplate, InfillingTemplate
 from etpo.models.token_text import added_text, continued_ids
+from etpo_sandbox import Sandbox
 
 NAMES = ("llama2", "llama3_1", "gemma3", "qwen3", "deepseek_v3", "gptoss", "smollm2")
 CONTROL = ("<PRE>", "<SUF>", "<MID>")

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from etpo.models.policy import tiny_checkpoint
+from etpo.config import tiny_checkpoint
 from etpo.models.token_text import token_texts
 
 

@@ -7,6 +7,7 @@ import socket
 
 import pytest
 import torch
+from etpo.algorithms.ppo_kl import PPOKL
 from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -15,9 +16,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.multiprocessing import start_processes
 
 from etpo.algorithms.etpo import ETPO
-from etpo.algorithms.ppo_kl import PPOKL
-from etpo.config import CONF, error_line
-from etpo.errors import ConfigError
+from etpo.config import CONF
+from etpo.errors import ConfigError, error_line
 from etpo.models.critics import HeadCritic, LoraCritic, TrunkCritic
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate

@@ -7,7 +7,9 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from etpo import report, train
-from etpo.config import CONF, check_overrides
+from etpo.config import CONF
+
+from ..composed import composed
 
 STUDIES = sorted(path.stem for path in (CONF / "sweep").glob("*.yaml"))
 TINY_BUDGET = (
@@ -21,10 +23,10 @@ TINY_BUDGET = (
     "environment.n_splits=1",
     "environment.sandbox.workers=1",
 )
-# study -> its cells of one seed, and what else makes it small
+# study -> its runs of one seed, and what else makes it small
 RUNS = {
-    "algorithms": (12, "environment.dataset=tic_tac_toe"),
     "beta": (5,),
+    "comparison": (10, "environment.dataset=tic_tac_toe"),
     "critic": (4,),
     "lambda": (6,),
     "search": (2, "hydra.sweeper.n_trials=2"),
@@ -44,7 +46,7 @@ def needs(study: str) -> None:
 @pytest.mark.parametrize("study", STUDIES)
 def test_each_value_of_a_study_composes_and_changes_something(study):
     needs(study)
-    cfg = check_overrides("train", ["-m", f"sweep={study}"])
+    cfg = composed("train", ["-m", f"sweep={study}"])
     assert cfg.study == study
     for key, values in cfg.hydra.sweeper.params.items():
         if key == "seed":
@@ -53,16 +55,16 @@ def test_each_value_of_a_study_composes_and_changes_something(study):
         interval = sweep.is_interval_sweep()
         ends = (sweep.value().start, sweep.value().end) if interval else ()
         texts = ends or sweep.sweep_string_iterator()
-        composed = [check_overrides("train", [f"sweep={study}", f"{key}={v}"]) for v in texts]
-        for one in composed:
+        cfgs = [composed("train", [f"sweep={study}", f"{key}={v}"]) for v in texts]
+        for one in cfgs:
             del one.hydra
-        assert len(composed) > 1
-        assert all(a != b for a, b in pairwise(composed))
+        assert len(cfgs) > 1
+        assert all(a != b for a, b in pairwise(cfgs))
 
 
 def test_every_study_is_run_here():
     assert {*STUDIES} == {*RUNS, "models"}
-    swept = check_overrides("train", ["-m", "sweep=models"]).hydra.sweeper.params.model
+    swept = composed("train", ["-m", "sweep=models"]).hydra.sweeper.params.model
     assert swept.split(",") == list(FAMILY)
 
 
@@ -71,17 +73,17 @@ def test_every_study_is_run_here():
 def test_a_study_runs_skips_what_is_finished_and_is_reported(study, command, tmp_path, monkeypatch):
     needs(study)
     monkeypatch.chdir(tmp_path)
-    cells, *smaller = RUNS[study]
-    for skipped in (0, cells):
+    runs, *smaller = RUNS[study]
+    for skipped in (0, runs):
         ended = command(train.main, "-m", f"sweep={study}", *TINY_BUDGET, *smaller)
         assert ended.status == 0, ended
         assert ended.out.count("was finished before") == skipped
-        assert f"{study}: {cells} cells finished, 0 not finished" in ended.out
+        assert f"{study}: {runs} runs finished, 0 not finished" in ended.out
     ended = command(report.main, f"study={study}")
     assert ended.status == 0, ended.err
     folder = tmp_path / "logs" / "train" / "multiruns" / study
     with (folder / "summary.csv").open(newline="") as lines:
-        assert len({row["method"] for row in csv.DictReader(lines)}) == cells
+        assert len({row["method"] for row in csv.DictReader(lines)}) == runs
 
 
 @pytest.mark.slow
@@ -97,4 +99,4 @@ def test_models_of_random_weights_run_as_the_study_of_models(
         *("model.dtype=float32", "critic.hidden_size=8"),
     )
     assert ended.status == 0, ended
-    assert "multiruns/models: 1 cells finished, 0 not finished" in ended.out
+    assert "multiruns/models: 1 runs finished, 0 not finished" in ended.out

@@ -9,7 +9,9 @@ from omegaconf import OmegaConf
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from etpo import train
-from etpo.config import CONF, check_overrides
+from etpo.config import CONF
+
+from ..composed import composed
 
 pytest.importorskip("sweeps.config")
 from sweeps import next_run, schema_violations_from_proposed_config
@@ -48,7 +50,7 @@ def test_each_parameter_is_an_override(sweep, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "r1")
     parameters, (env, program, *overrides) = drawn(sweep)
     assert (env, program) == ("/usr/bin/env", "etpo-train")
-    cfg = check_overrides("train", overrides)
+    cfg = composed("train", overrides)
     assert parameters.keys() == sweep["parameters"].keys()
     for key, value in parameters.items():
         assert OmegaConf.select(cfg, key) == value
@@ -64,7 +66,7 @@ def test_the_metric_is_logged(sweep, finished_run):
 def test_seeds_share_a_group_and_other_values_do_not(sweep):
     _, (_, _, *overrides) = drawn(sweep)
     groups = {
-        other: check_overrides("train", [*overrides, other]).logger.wandb.group
+        other: composed("train", [*overrides, other]).logger.wandb.group
         for other in ("seed=7", "seed=8", *(f"{k}=0.5" for k in sweep["parameters"] if k != "seed"))
     }
     assert groups["seed=7"] == groups["seed=8"]

@@ -1,451 +1,294 @@
-"""ETPO: a soft token critic over the vocabulary and an exact policy step, as a LightningModule.
+"""ETPO: a soft token critic over the vocabulary and an exact policy step (arXiv 2402.06700).
 
-What differs from the paper (arXiv 2402.06700), each a config value under `algorithm`:
+Differences from the paper, each a setting:
 
-1. Targets are TD(lambda) with the critic as control variate, and lambda goes to 1, where they are
-   unbiased whatever the critic says; `lambda_=0` with `lambda_anneal_iters=null` is the paper's one-step
-   update (eq. 12-13), which moves a reward back by one token per iteration.
-2. The critic is a dueling head on a copy of the language model (`critic=full`), on the frozen one
-   with an adapter (`lora`) or without (`frozen_trunk`); `lm_copy` is the paper's.
-3. The policy objective is doubly robust: the exact full-vocabulary term plus a clipped correction
-   of the critic's error on the taken token. `doubly_robust=false` is the paper's plain objective.
-   The critic of the objective was fitted on EARLIER iterations only, so that the gradient at
-   pi = pi_old is unbiased whatever the critic says.
-4. Pessimism: where pi_old(w) < `floor` a token takes min(Q, V). The default 1 has the exact term
-   suppress what the critic warns of, sampled or not, and leaves what it promises to the sampled
-   correction. docs/studies/tuning.md tells what trusting Q did.
+1. Targets are TD(lambda) with the critic as control variate, and lambda is annealed to 1, where
+   they are unbiased for any critic. `lambda_=0` with `lambda_anneal_iters=null` is the paper's
+   one-step update (equations 12, 13), which moves a reward back by one token per iteration.
+2. The critic is a dueling head on a copy of the language model (`critic=full`) or on the frozen
+   one, with (`lora`) or without an adapter (`frozen_trunk`); `lm_copy` is the paper's critic.
+3. The policy objective is doubly robust: the exact term over the vocabulary plus a clipped sampled
+   correction of the critic's error. `doubly_robust=false` is the paper's objective. The critic in
+   the objective was trained on EARLIER iterations only, so that the gradient at pi = pi_old is
+   unbiased for any critic.
+4. Pessimism: a token with pi_old(w) < `pessimism_threshold` uses min(Q, V). With the default 1 the
+   exact term only lowers probabilities; raising them is left to the sampled correction.
 5. A trust region on the KL of whole actions (`max_kl`, nats) and a proximal term (`eta`).
 6. The whole policy objective is divided by the root mean square of the advantages
    (`normalize_by_advantage_rms`).
-7. Tokens are summed, actions weighted by gamma^t: the exact gradient of the regularised return.
+7. Tokens are summed and actions weighted by gamma^t: the exact gradient of the regularized return.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from etpo.algorithms import losses as objectives
-from etpo.algorithms import returns as soft_bellman
-from etpo.algorithms.base import Head, OnPolicyAlgorithm, TokenValues
-from etpo.algorithms.returns import at_taken
-from etpo.errors import ConfigError, check_integer, check_range
-from etpo.models import chunked_logits as chunked
-from etpo.models.critics import Critic, polyak_update, target_of
+from etpo.algorithms import losses, returns
+from etpo.algorithms.base import Metrics, OnPolicyAlgorithm
+from etpo.algorithms.evaluation import TokenEvaluation, TokenValues, evaluate_tokens
+from etpo.algorithms.returns import gather_tokens
+from etpo.algorithms.settings import Settings, bounded, one_of
+from etpo.models.chunked_logits import in_chunks, reduce_in_chunks
+from etpo.models.critics import Critic, DuelingHead, make_target_network, polyak_update
 from etpo.models.policy import LanguageModelPolicy
 from etpo.rollout.metrics import rollout_metrics
-from etpo.rollout.types import (
-    Actions,
-    Rollout,
-    episode_layout,
-    episode_steps,
-    following_values,
-    pack,
-    unpack,
+from etpo.rollout.trajectories import (
+    from_trajectories,
+    next_values,
+    shifted,
+    to_trajectories,
+    trajectory_steps,
 )
+from etpo.rollout.types import Rollout, TokenBatch
 
 
-class TokenBatch(NamedTuple):
-    """Annotated actions: what one training step needs, all without gradient.
+@dataclass(frozen=True, kw_only=True)
+class ETPOSettings(Settings):
+    """Settings of `ETPO`, besides those of every algorithm.
 
-    With `logits_chunk_size` V stands for 0, without it C and, of pi_old, D.
+    Args:
+        gamma: discount between actions; inside an action it is 1.
+        lambda_: TD(lambda) of the targets in the first iteration.
+        lambda_anneal_iters: number of iterations in which lambda is annealed linearly to 1. None:
+            constant.
+        eta: weight of the proximal term KL(pi || pi_old).
+        pessimism_threshold: tokens with pi_old below it use min(Q, V). 0: none, 1: all.
+        doubly_robust: add the sampled correction of the critic's error to the objective.
+        normalize_by_advantage_rms: divide the objective by the rms of the advantages.
+        clip: limit of the distance between the correction's probability ratio and 1. None: no
+            limit.
+        tau: Polyak step of the target critic after each iteration; 1 copies the critic.
+        critic_loss: huber or mse.
+        huber_delta: error from which the Huber loss is linear.
     """
 
-    prompt_ids: Tensor  # int64 [B, P]
-    prompt_mask: Tensor  # bool [B, P]
-    action_ids: Tensor  # int64 [B, L]
-    action_mask: Tensor  # bool [B, L]
-    old_log_probs: Tensor  # float32 [B, L, V], log pi_old
-    q: Tensor  # float32 [B, L, V], Q + beta log(pi_ref/pi_old)
-    features: Tensor  # [B, L, D], of the frozen reference
-    old_features: Tensor  # [B, L, D], of pi_old
-    critic_features: Tensor  # [B, L, C], of the target critic
-    returns: Tensor  # float32 [B, L], lambda-returns G
-    advantages: Tensor  # float32 [B, L], G - Q(x, w) less its leave-one-out mean
-    weights: Tensor  # float32 [B], gamma^t
-
-
-class Annotation(NamedTuple):
-    """Per-token quantities of a slice of actions under pi and the target critic.
-
-    With `logits_chunk_size` V stands for 0, without it C and, of the policy, D.
-    """
-
-    log_pi: Tensor  # [B, L, V]
-    rebased_q: Tensor  # [B, L, V], Q + beta log(pi_ref/pi)
-    q_taken: Tensor  # [B, L], Q of the taken tokens
-    value: Tensor  # [B, L], soft value V
-    kl: Tensor  # [B, L], KL(pi || pi_ref)
-    entropy: Tensor  # [B, L], of pi
-    features: Tensor  # [B, L, D], of the reference
-    policy_features: Tensor  # [B, L, D]
-    critic_features: Tensor  # [B, L, C]
+    gamma: float = bounded(0.99, 0, 1)
+    lambda_: float = bounded(0.9, 0, 1)
+    lambda_anneal_iters: int | None = bounded(8, 1)
+    eta: float = bounded(0.05)
+    pessimism_threshold: float = bounded(1.0, 0, 1)
+    doubly_robust: bool = True
+    normalize_by_advantage_rms: bool = True
+    clip: float | None = bounded(0.3, 0, 1, above=True)
+    tau: float = bounded(1.0, 0, 1, above=True)
+    critic_loss: str = one_of("huber", "mse")
+    huber_delta: float = bounded(1.0, above=True)
 
 
 class ETPO(OnPolicyAlgorithm):
-    """Entropy-regularised token-level policy optimisation.
+    """Entropy-regularized token-level policy optimization.
 
-    critic: builds the token critic from the policy.
-    gamma: discount between actions, in [0, 1]. lambda_: of the first iteration, in [0, 1]; it moves
-    linearly to 1 over lambda_anneal_iters iterations (>= 1), or stays where that is None.
-    eta: weight of KL(pi || pi_old), >= 0. pessimism_threshold: tokens with pi_old below it take min(Q, V), in
-    [0, 1]. doubly_robust: doubly robust objective. normalize_by_advantage_rms: divide it by the rms of the
-    advantages. clip_low, clip_high: how far below and above 1 the correction's probability ratio
-    counts, > 0, clip_low at most 1, or None for no limit. tau: Polyak step of the target critic
-    after each iteration, in (0, 1]. shared: arguments of `OnPolicyAlgorithm`.
-    Raises ConfigError for values out of range.
+    Args:
+        policy: policy and reference.
+        critic: token critic over the vocabulary.
+        settings: an `ETPOSettings`; None uses its defaults.
+        optimizer, scheduler: as in `OnPolicyAlgorithm`.
     """
 
+    settings_class = ETPOSettings
+    critic_head = DuelingHead
     critic: Critic
 
     def __init__(
         self,
-        policy: Callable[[], LanguageModelPolicy],
-        critic: Callable[[LanguageModelPolicy], Critic],
-        *args: Any,
-        gamma: float,
-        lambda_: float,
-        lambda_anneal_iters: int | None,
-        eta: float,
-        pessimism_threshold: float,
-        doubly_robust: bool,
-        normalize_by_advantage_rms: bool,
-        clip_low: float | None,
-        clip_high: float | None,
-        tau: float,
-        critic_loss: str,
-        huber_delta: float,
-        **shared: Any,
+        policy: LanguageModelPolicy,
+        critic: Critic,
+        settings: ETPOSettings | None = None,
+        optimizer: Callable[..., Any] | None = None,
+        scheduler: Callable[..., Any] | None = None,
     ) -> None:
-        infinity = float("inf")
-        for key, value, high in (
-            ("gamma", gamma, 1),
-            ("lambda_", lambda_, 1),
-            ("eta", eta, infinity),
-            ("pessimism_threshold", pessimism_threshold, 1),
-        ):
-            check_range(f"algorithm.{key}", value, 0, high)
-        for key, limit, high in (("clip_low", clip_low, 1), ("clip_high", clip_high, infinity)):
-            if limit is not None:
-                check_range(f"algorithm.{key}", limit, 0, high, above=True)
-        for key, value, high in (("tau", tau, 1), ("huber_delta", huber_delta, infinity)):
-            check_range(f"algorithm.{key}", value, 0, high, above=True)
-        for key, flag in (
-            ("doubly_robust", doubly_robust),
-            ("normalize_by_advantage_rms", normalize_by_advantage_rms),
-        ):
-            if not isinstance(flag, bool):
-                raise ConfigError(f"algorithm.{key}={flag}: allowed are true, false")
-        if lambda_anneal_iters is not None:
-            check_integer("algorithm.lambda_anneal_iters", lambda_anneal_iters, 1)
-        if critic_loss not in ("huber", "mse"):
-            raise ConfigError(f"algorithm.critic_loss={critic_loss}: allowed are huber, mse")
-        super().__init__(policy, *args, **shared)
-        self.critic = critic(self.policy)
-        self.target_critic = target_of(self.critic)
-        self.gamma, self.eta = gamma, eta
-        self.first_lambda, self.lambda_anneal_iters = lambda_, lambda_anneal_iters
-        self.pessimism_threshold, self.doubly_robust = pessimism_threshold, doubly_robust
-        self.clip_low, self.clip_high = clip_low, clip_high
-        self.tau, self.critic_loss, self.huber_delta = tau, critic_loss, huber_delta
-        self.mean_length = 1.0
-        self.normalize_by_advantage_rms, self.scale = normalize_by_advantage_rms, 1.0
+        super().__init__(policy, critic, settings, optimizer, scheduler)
+        self.target_critic = make_target_network(critic)
+        self.scale = 1.0  # of the policy objective in this iteration
 
     @property
     def lambda_(self) -> float:
-        """lambda of this iteration's targets."""
-        if self.lambda_anneal_iters is None:
-            return self.first_lambda
-        return self.moved(self.first_lambda, 1.0, self.lambda_anneal_iters)
-
-    def annotated_width(self) -> int:
-        features = super().annotated_width()
-        if self.logits_chunk_size is not None:
-            return 2 * features  # the policy's and the critic's, too
-        return features + 2 * int(self.policy.vocabulary_size)  # log pi_old and Q
+        """Lambda of this iteration's targets."""
+        s = self.settings
+        if s.lambda_anneal_iters is None:
+            return float(s.lambda_)
+        return self.annealed(s.lambda_, 1.0, s.lambda_anneal_iters)
 
     @torch.no_grad()
     def compute_targets(self, rollout: Rollout) -> TokenBatch:
-        """Distributions, soft values and targets of fresh actions, under pi_old."""
-        actions = Actions(*(field.to(self.device) for field in rollout.actions))
-        if self.logits_chunk_size is not None:
-            self.hold_old_head()
-        old = self.in_slices(self.evaluate_prefixes, *self.read_by_policy(actions))
-        returns = self.lambda_returns(actions, old.value, old.q_taken, rollout)
-        layout = episode_layout(actions.action_mask, rollout.num_envs)
-        errors = pack(returns - old.q_taken, layout)
-        baselines = objectives.leave_one_out_baseline(
-            self.of_all_ranks(errors), self.of_all_ranks(layout.valid.long()).bool()
+        actions, old = self.start_iteration(rollout)
+        assert old.q_taken is not None
+        mask = actions.action_mask
+        steps = trajectory_steps(actions, mask, rollout.num_envs, self.settings.gamma)
+        values, q_taken = (to_trajectories(x, steps.layout) for x in (old.value, old.q_taken))
+        targets = returns.lambda_returns(
+            steps.rewards,
+            steps.discounts,
+            next_values(steps, values, self.bootstrap_values(rollout)),
+            shifted(q_taken),
+            self.lambda_,
+            steps.continues,
         )
-        baseline = baselines.view(-1, len(errors))[self.global_rank]
-        advantages = unpack(errors - baseline[:, None], layout, like=returns)
-        if self.normalize_by_advantage_rms:
-            square = self.mean_over_tokens(advantages.square(), actions.action_mask)
-            self.scale = float(objectives.objective_scale(square))
-        lengths = actions.action_mask.sum(1).float()
-        self.mean_length = float(self.mean_over_ranks(lengths.mean()))
-        self.rollout_metrics = rollout_metrics(rollout) | {
-            "rollout/kl_to_reference": float((old.kl * actions.action_mask).sum(1).mean()),
+        errors, valid = targets - q_taken, steps.layout.valid
+        baselines = returns.leave_one_out_baseline(
+            self.all_gather_padded(errors), self.all_gather_padded(valid.long()).bool()
+        )
+        errors = errors - baselines.view(-1, len(errors))[self.global_rank][:, None]
+        advantages = from_trajectories(errors, steps.layout, like=old.value)
+        if self.settings.normalize_by_advantage_rms:
+            square = self.mean_over_tokens(advantages.square(), mask)
+            self.scale = float(losses.inverse_rms(square))
+        self.iteration_metrics = rollout_metrics(rollout) | {
+            "rollout/kl_to_reference": float((old.kl * mask).sum(1).mean()),
             "rollout/value": float(old.value[:, 0].mean()),
-            "rollout/explained_variance": objectives.explained_variance(
-                old.q_taken[actions.action_mask], returns[actions.action_mask]
+            "rollout/explained_variance": returns.explained_variance(
+                q_taken[valid], targets[valid]
             ),
-            "train/entropy": float(self.mean_over_tokens(old.entropy, actions.action_mask)),
+            "train/entropy": float(self.mean_over_tokens(old.entropy, mask)),
         }
         return TokenBatch(
-            prompt_ids=actions.prompt_ids,
-            prompt_mask=actions.prompt_mask,
-            action_ids=actions.action_ids,
-            action_mask=actions.action_mask,
+            *actions[:4],
+            old_hidden=old.old_hidden,
+            ref_hidden=old.ref_hidden,
             old_log_probs=old.log_pi,
-            q=old.rebased_q,
-            features=old.features,
-            old_features=old.policy_features,
-            critic_features=old.critic_features,
-            returns=returns,
+            ref_log_probs=old.log_ref,
             advantages=advantages,
-            weights=objectives.action_weights(self.gamma, actions.step).float(),
+            returns=from_trajectories(targets, steps.layout, like=old.value),
+            weights=losses.action_weights(self.settings.gamma, actions.step).float(),
+            critic_hidden=old.critic_hidden,
         )
 
-    def evaluate_prefixes(
+    def evaluate(
         self,
         prompt_ids: Tensor,
         prompt_mask: Tensor,
         action_ids: Tensor,
-        policy_features: Tensor | None = None,
-    ) -> Annotation:
-        """Policy, reference and target critic at the L prefixes of action_ids [B, L].
-
-        policy_features: [B, L, D], where the sampler has left them.
-        """
+        old_hidden: Tensor | None = None,
+    ) -> TokenEvaluation:
         inputs = prompt_ids, prompt_mask, action_ids
-        if self.logits_chunk_size is None:
-            log_pi = self.policy(*inputs, known_features=policy_features).log_probs
-            log_ref, features, _ = self.policy(*inputs, reference=True)
-            outputs = self.target_critic(*inputs, features)
-            none = features[..., :0]
-            q, q_taken, value, kl = self.token_numbers(log_pi, log_ref, outputs, action_ids)
-            q = objectives.rebased_q(q, log_ref, log_pi, self.beta)
-            entropy = soft_bellman.entropy(log_pi)
-            return Annotation(log_pi, q, q_taken, value, kl, entropy, features, none, none)
-        features = self.policy.features(*inputs, reference=True)
-        critic_features = self.target_critic.features(*inputs, features)
-        if policy_features is None:
-            policy_features = self.policy.features(*inputs)
+        chunk = self.settings.logits_chunk_size
+        taken = evaluate_tokens(self.policy, *inputs, old_hidden, chunk)
+        critic_hidden = self.target_critic.hidden_states(*inputs, taken.ref_hidden)
 
-        def numbers_of(action_ids: Tensor, *read: Tensor) -> tuple[Tensor, ...]:
-            distributions = self.from_features(self.policy.head, action_ids, *read)
-            numbers = self.token_numbers(*distributions, action_ids)[1:]
-            return *numbers, soft_bellman.entropy(distributions[0])
+        def quantities(ids: Tensor, *hidden: Tensor) -> tuple[Tensor, ...]:
+            log_old, log_ref, q = self.old_distributions(ids, *hidden)
+            value = returns.soft_value(log_old, log_ref, q, self.beta)
+            return value, gather_tokens(q, ids)
 
-        read = policy_features, features, critic_features
-        none = features[..., :0]
-        q_taken, value, kl, entropy = chunked.in_chunks(
-            numbers_of, self.logits_chunk_size, action_ids, *read
+        hidden = taken.old_hidden, taken.ref_hidden, critic_hidden
+        value, q_taken = in_chunks(quantities, chunk, action_ids, *hidden)
+        return taken._replace(value=value, q_taken=q_taken, critic_hidden=critic_hidden)
+
+    def old_distributions(
+        self, ids: Tensor, old_hidden: Tensor, ref_hidden: Tensor, critic_hidden: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """log pi_old, log pi_ref and the target critic's Q after pessimism: [..., V] each.
+
+        Args:
+            ids: taken tokens, [...].
+            old_hidden, ref_hidden, critic_hidden: hidden states, [..., D] or [..., C].
+        """
+        log_old, _ = self.policy.log_probs(old_hidden, ids, lm_head=self.old_lm_head)
+        log_ref, _ = self.policy.log_probs(ref_hidden, ids, reference=True)
+        return log_old, log_ref, self.pessimistic_q(critic_hidden, log_old)
+
+    def pessimistic_q(self, critic_hidden: Tensor, log_old: Tensor) -> Tensor:
+        """Q [..., V] of the target critic after pessimism."""
+        value, scores = self.target_critic.head(critic_hidden)
+        if value is None:  # the critic's output is Q
+            value, q = returns.expectation(log_old, scores), scores
+        else:
+            q = losses.dueling_q(value, scores, log_old)
+        return losses.pessimistic_q(q, value, log_old, self.settings.pessimism_threshold)
+
+    def critic_loss(self, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        """Mean over action tokens of the regression loss of Q at the taken tokens."""
+        s = self.settings
+
+        def token_losses(
+            hidden: Tensor, ids: Tensor, targets: Tensor, mask: Tensor, old: Tensor
+        ) -> tuple[Tensor]:
+            value, scores = self.critic.head(hidden)
+            q_taken = gather_tokens(scores, ids)
+            if value is not None:
+                with torch.no_grad():
+                    log_old, _ = self.policy.log_probs(old, ids, lm_head=self.old_lm_head)
+                q_taken = q_taken + losses.dueling_baseline(value, scores, log_old)
+            return (losses.critic_loss(q_taken, targets, mask, s.critic_loss, s.huber_delta),)
+
+        loss, _ = reduce_in_chunks(
+            token_losses,
+            lambda each: each.sum() / (len(each) * self.mean_length),
+            s.logits_chunk_size,
+            self.critic.hidden_states(*batch[:3], batch.ref_hidden),
+            batch.action_ids,
+            batch.returns,
+            batch.action_mask,
+            batch.old_hidden,
+            parameters=self.critic.head_parameters(),
         )
-        numbers = q_taken, value, kl, entropy
-        return Annotation(none, none, *numbers, features, policy_features, critic_features)
+        return loss, {"train/critic_loss": (loss, len(batch.weights))}
 
-    def from_features(
-        self,
-        head: Head,
-        action_ids: Tensor,
-        policy_features: Tensor,
-        features: Tensor,
-        critic_features: Tensor,
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """log pi by `head`, log pi_ref and the target critic's outputs, of their features [..., D].
+    def policy_loss(self, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        """Mean over actions of the policy objective, summed over tokens."""
+        s, mask = self.settings, batch.action_mask
+        assert batch.critic_hidden is not None
 
-        action_ids: the tokens that were taken, [...].
-        """
-        log_pi, _ = head(policy_features, action_ids)
-        log_ref, _ = self.policy.head(features, action_ids, reference=True)
-        return log_pi, log_ref, self.target_critic.head(critic_features)
+        def token_losses(
+            hidden: Tensor, ids: Tensor, advantages: Tensor, *old_hidden: Tensor
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            with torch.no_grad():
+                log_old, log_ref, q = self.old_distributions(ids, *old_hidden)
+            log_pi, log_mass = self.policy.log_probs(hidden, ids, support=log_old.isfinite())
+            if s.doubly_robust:
+                loss = losses.doubly_robust_objective(
+                    log_pi, log_ref, log_old, q, ids, advantages, self.beta, s.eta, s.clip
+                )
+            else:
+                loss = losses.policy_objective(log_pi, log_ref, log_old, q, self.beta, s.eta)
+            taken = gather_tokens(log_pi, ids), gather_tokens(log_old, ids)
+            kl = returns.kl_divergence(log_old, log_pi.detach())
+            clipped = losses.is_clipped(*taken, s.clip).to(kl.dtype)
+            return loss - s.truncation_kl_coef * log_mass, kl, clipped
 
-    def token_numbers(
-        self, log_pi: Tensor, log_ref: Tensor, outputs: tuple[Tensor, ...], action_ids: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Q [..., V], after pessimism, and q_taken, value and kl [...] of an `Annotation`.
-
-        log_pi, log_ref: [..., V]; outputs: of the target critic; action_ids: [...].
-        """
-        q = self.q_of(outputs, log_pi)
-        value = soft_bellman.soft_value(log_pi, log_ref, q, self.beta)
-        kl = soft_bellman.kl_divergence(log_pi, log_ref)
-        return q, at_taken(q, action_ids), value, kl
-
-    def q_of(self, outputs: tuple[Tensor, ...], log_pi: Tensor) -> Tensor:
-        """Q [..., V], after pessimism, of a critic's outputs."""
-        value, q = self.values_of(outputs, log_pi)
-        return objectives.pessimistic_q(q, value, log_pi, self.pessimism_threshold)
+        loss, (_, kl, clipped) = reduce_in_chunks(
+            token_losses,
+            lambda each, *_: self.scale * ((each * mask).sum(1) * batch.weights).mean(),
+            s.logits_chunk_size,
+            self.policy.hidden_states(*batch[:3]),
+            batch.action_ids,
+            batch.advantages,
+            batch.old_hidden,
+            batch.ref_hidden,
+            batch.critic_hidden,
+            parameters=self.policy.lm_head_parameters(),
+        )
+        metrics: Metrics = {
+            "train/policy_loss": (loss, len(mask)),
+            "train/kl_to_old": ((kl * mask).sum(1).mean(), len(mask)),
+        }
+        if s.doubly_robust:
+            count = int(mask.sum())
+            metrics["train/clip_fraction"] = (clipped * mask).sum() / count, count
+        return loss, metrics
 
     def token_values(self, *inputs: Tensor) -> TokenValues:
-        *read, log_pi, log_ref = inputs
-        q, _, value, _ = self.token_numbers(log_pi, log_ref, self.target_critic(*read), read[2])
-        return TokenValues(value, q)
+        prompt_ids, prompt_mask, action_ids, ref_hidden, log_pi, log_ref = inputs
+        critic_hidden = self.target_critic.hidden_states(
+            prompt_ids, prompt_mask, action_ids, ref_hidden
+        )
+        q = self.pessimistic_q(critic_hidden, log_pi)
+        return TokenValues(returns.soft_value(log_pi, log_ref, q, self.beta), q)
+
+    def all_gather_padded(self, rows: Tensor) -> Tensor:
+        """Gather [N, K] of every rank, padded with 0 to the widest: [ranks * N, K], by rank."""
+        widths: Any = self.all_gather(torch.tensor(rows.shape[1], device=rows.device))
+        width = int(widths.max())
+        gathered: Any = self.all_gather(pad(rows, (0, width - rows.shape[1])))
+        joined: Tensor = gathered.reshape(-1, width)
+        return joined
 
     def sampled_advantages(self, batch: TokenBatch) -> Tensor | None:
-        """The critic's error at the taken token, if the objective corrects it."""
-        return batch.advantages if self.doubly_robust else None
-
-    def values_of(self, outputs: tuple[Tensor, ...], log_pi: Tensor) -> tuple[Tensor, Tensor]:
-        """E_pi[Q] [...] and Q [..., V] of a critic's outputs, before any pessimism."""
-        (q,) = self.heads_of(outputs, log_pi)
-        value = outputs[0]
-        return soft_bellman.expectation(log_pi, q) if value is None else value, q
-
-    def heads_of(self, outputs: tuple[Tensor, ...], log_pi: Tensor) -> tuple[Tensor, ...]:
-        """Q [..., V] of each head that is fitted: value [...] or None, and scores [..., V]."""
-        value, scores = outputs
-        return (scores if value is None else objectives.dueling_q(value, scores, log_pi),)
-
-    def lambda_returns(
-        self, actions: Actions, values: Tensor, q_taken: Tensor, rollout: Rollout
-    ) -> Tensor:
-        """G [B, L] of soft values [B, L] and Q of the taken tokens [B, L]."""
-        steps = episode_steps(actions, actions.action_mask, rollout.num_envs, self.gamma)
-        bootstrap = torch.zeros_like(actions.rewards)
-        if len(rollout.bootstrap_ids):
-            after = self.at_next_prompts(self.evaluate_prefixes, rollout)
-            bootstrap[actions.truncated] = after.value[:, 0]
-        returns = soft_bellman.lambda_returns(
-            steps.rewards,
-            steps.discounts,
-            following_values(steps, values, bootstrap),
-            torch.nn.functional.pad(pack(q_taken, steps.layout)[:, 1:], (0, 1)),
-            self.lambda_,
-            steps.continues,
-        )
-        return unpack(returns, steps.layout, like=values)
-
-    def critic_step(self, batch: TokenBatch) -> Tensor:
-        """Mean over action tokens of the critic's regression error, over its heads."""
-        inputs = batch.prompt_ids, batch.prompt_mask, batch.action_ids, batch.features
-        targets = batch.action_ids, batch.returns, batch.action_mask
-
-        def reduce(*losses: Tensor) -> Tensor:
-            means = [each.sum() / (len(each) * self.mean_length) for each in losses]
-            return torch.stack(means).mean()
-
-        if self.logits_chunk_size is None:
-            loss = reduce(*self.errors(self.critic(*inputs), batch.old_log_probs, *targets))
-        else:
-
-            def errors_of(states: Tensor, old: Tensor, *targets: Tensor) -> tuple[Tensor, ...]:
-                with torch.no_grad():
-                    log_old, _ = self.old_head(old, targets[0])
-                return self.errors(self.critic.head(states), log_old, *targets)
-
-            read = self.critic.features(*inputs), batch.old_features
-            loss, _ = chunked.reduce_in_chunks(
-                errors_of,
-                reduce,
-                self.logits_chunk_size,
-                *read,
-                *targets,
-                parameters=self.critic.head_parameters(),
-            )
-        self.log_mean("train/critic_loss", loss, len(batch.weights))
-        return loss
-
-    def errors(
-        self,
-        outputs: tuple[Tensor, ...],
-        log_old: Tensor,
-        action_ids: Tensor,
-        returns: Tensor,
-        mask: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """The error [...] at the taken tokens of each head's Q, of a critic's outputs."""
-        kind = self.critic_loss, self.huber_delta
-        return tuple(
-            objectives.critic_loss(at_taken(q, action_ids), returns, mask, *kind)
-            for q in self.heads_of(outputs, log_old)
-        )
-
-    def policy_step(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """Means over actions of the policy objective's token sums, and of KL(pi_old || pi)."""
-        mask = batch.action_mask
-        inputs = batch.prompt_ids, batch.prompt_mask, batch.action_ids
-        taken = batch.action_ids, batch.advantages
-
-        def reduce(losses: Tensor, kl: Tensor, clipped: Tensor) -> Tensor:
-            return self.scale * ((losses * mask).sum(1) * batch.weights).mean()
-
-        if self.logits_chunk_size is None:
-            old = batch.old_log_probs
-            log_pi, _, log_kept = self.policy(*inputs, support=old.isfinite())
-            losses, kl, clipped = self.losses(log_pi, log_kept, old, batch.q, *taken)
-            loss = reduce(losses, kl, clipped)
-        else:
-
-            def losses_of(
-                states: Tensor, action_ids: Tensor, advantages: Tensor, *read: Tensor
-            ) -> tuple[Tensor, ...]:
-                with torch.no_grad():
-                    log_old, log_ref, outputs = self.from_features(self.old_head, action_ids, *read)
-                    q = self.q_of(outputs, log_old)
-                    q = objectives.rebased_q(q, log_ref, log_old, self.beta)
-                log_pi, log_kept = self.policy.head(states, action_ids, support=log_old.isfinite())
-                return self.losses(log_pi, log_kept, log_old, q, action_ids, advantages)
-
-            read = batch.old_features, batch.features, batch.critic_features
-            loss, (_, kl, clipped) = chunked.reduce_in_chunks(
-                losses_of,
-                reduce,
-                self.logits_chunk_size,
-                self.policy.features(*inputs),
-                *taken,
-                *read,
-                parameters=self.policy.head_parameters(),
-            )
-        kl = (kl * mask).sum(1).mean()
-        self.log_mean("train/policy_loss", loss, len(mask))
-        self.log_mean("train/kl_to_old", kl, len(mask))
-        if self.doubly_robust:
-            self.log_clip_fraction(clipped, mask)
-        return loss, kl
-
-    def losses(
-        self,
-        log_pi: Tensor,
-        log_kept: Tensor,
-        log_old: Tensor,
-        q: Tensor,
-        action_ids: Tensor,
-        advantages: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The policy objective, KL(pi_old || pi) and 1 where the ratio is clipped, [...] each.
-
-        log_pi, log_old and q, which is rebased to pi_old: [..., V]; the others [...].
-        """
-        kl = soft_bellman.kl_divergence(log_old, log_pi.detach())
-        clip = self.clip_low, self.clip_high
-        both = at_taken(log_pi, action_ids), at_taken(log_old, action_ids)
-        clipped = objectives.clipped(*both, *clip).to(kl.dtype)
-        coefficient = self.beta + self.eta
-        if self.doubly_robust:
-            losses = objectives.doubly_robust_objective(
-                log_pi,
-                log_old,  # what q is rebased to
-                log_old,
-                q,
-                action_ids,
-                advantages,
-                coefficient,
-                0.0,
-                *clip,
-            )
-        else:
-            losses = objectives.policy_objective(log_pi, log_old, None, q, coefficient)
-        return losses - self.truncation_kl_coef * log_kept, kl, clipped
-
-    def old_distributions(self, batch: TokenBatch) -> Tensor:
-        """log pi_old [B, L, V], which a batch itself may lack."""
-        if self.logits_chunk_size is None:
-            return batch.old_log_probs
-        return self.old_head(batch.old_features, batch.action_ids)[0]
+        return batch.advantages if self.settings.doubly_robust else None
 
     def on_train_epoch_end(self) -> None:
-        polyak_update(self.target_critic, self.critic, self.tau)
+        polyak_update(self.target_critic, self.critic, self.settings.tau)

@@ -1,40 +1,55 @@
-"""Methods without weight updates: zero-shot, best-of-n and Reflexion, as LightningModules.
+"""Methods without weight updates: zero-shot sampling and Reflexion.
 
-They sample, score and log as the trained algorithms do. What tells them apart is what the prompts
-show, which is the environment's matter: `conf/algorithm/` sets it for each.
+They sample, score and log like the trained algorithms. They differ in what the prompts show, which
+`conf/algorithm` sets in the environment. docs/algorithms/reflexion.md lists the differences from
+the paper (arXiv 2303.11366).
 """
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from lightning import LightningModule
 from torch import Tensor
 
 from etpo.algorithms.policy_check import check_policy
-from etpo.errors import check_integer
+from etpo.algorithms.settings import BatchSettings
+from etpo.models.chunked_logits import in_chunks
 from etpo.models.policy import LanguageModelPolicy
 from etpo.rollout.metrics import rollout_metrics
 from etpo.rollout.types import Actions, Rollout
 
 
-class NoUpdate(LightningModule):
-    """A pretrained model that acts and never changes; the Trainer runs it without an optimizer.
+@dataclass(frozen=True, kw_only=True)
+class NoUpdateSettings(BatchSettings):
+    """Settings of `NoUpdate`."""
 
-    policy: builds the model; called once all other values are checked.
-    forward_batch_size: actions computed at once. Raises ConfigError for values out of range.
+
+class NoUpdate(LightningModule):
+    """A pretrained model that acts and is never updated; trained without an optimizer.
+
+    Args:
+        policy: policy and reference.
+        settings: None uses the defaults.
     """
 
+    settings_class = NoUpdateSettings
+
     def __init__(
-        self, policy: Callable[[], LanguageModelPolicy], *, forward_batch_size: int
+        self, policy: LanguageModelPolicy, settings: NoUpdateSettings | None = None
     ) -> None:
-        check_integer("algorithm.forward_batch_size", forward_batch_size, 1)
         super().__init__()
-        self.policy = policy()
-        self.forward_batch_size = forward_batch_size
+        self.policy, self.settings = policy, settings or NoUpdateSettings()
         self.strict_loading = False
-        self.rollout_metrics: dict[str, float] = {}
+        self.iteration_metrics: dict[str, float] = {}
+
+    @classmethod
+    def from_config(cls, policy: Callable[[], LanguageModelPolicy], **settings: Any) -> Self:
+        """Check the settings, then build policy and module."""
+        checked = cls.settings_class(**settings)
+        return cls(policy(), checked)
 
     def setup(self, stage: str) -> None:
         warnings.filterwarnings("ignore", r".*configure_optimizers` returned `None`")
@@ -43,36 +58,44 @@ class NoUpdate(LightningModule):
         return None
 
     def check_rollout(self, rollout: Rollout) -> None:
-        """Raises ConfigError where a run's first rollout is not of the model's distribution."""
-        check_policy(self, self.policy, rollout.actions, self.forward_batch_size)
+        """Raise ConfigError if the first rollout was not sampled from the model's distribution."""
+        check_policy(self, rollout.actions, fresh=False)
 
     def compute_targets(self, rollout: Rollout) -> Actions:
-        """The actions as they are."""
-        self.rollout_metrics = rollout_metrics(rollout) | {
+        """Return the actions unchanged and set the metrics of the iteration."""
+        self.iteration_metrics = rollout_metrics(rollout) | {
             "rollout/kl_to_reference": self.kl_to_reference(rollout.actions)
         }
         return rollout.actions
 
     @torch.no_grad()
     def kl_to_reference(self, actions: Actions) -> float:
-        """Mean KL(pi || pi_ref) of an action in nats: 0 but for the tokens that `min_p` cuts off.
+        """Mean KL(pi || pi_ref) of an action in nats, 0 without `min_p`.
 
-        pi is pi_ref on the kept tokens, divided by their mass, hence KL = -log(mass).
+        pi is pi_ref on its support, divided by the mass of the support: KL = -log(mass).
         """
         if self.policy.min_p == 0:
             return 0.0
-        total = 0.0
-        for rows in torch.split(torch.arange(len(actions.rewards)), self.forward_batch_size):
-            part = Actions(*(field[rows].to(self.device) for field in actions))
-            kept = self.policy(part.prompt_ids, part.prompt_mask, part.action_ids).log_kept
-            total -= float((kept * part.action_mask).sum())
+        total, s = 0.0, self.settings
+        for rows in torch.split(torch.arange(len(actions.rewards)), s.forward_batch_size):
+            ids, mask, hidden = (
+                x[rows].to(self.device)
+                for x in (actions.action_ids, actions.action_mask, actions.hidden_states)
+            )
+            (log_mass,) = in_chunks(
+                lambda h, i: (self.policy.log_probs(h, i).log_support_mass,),
+                s.logits_chunk_size,
+                hidden,
+                ids,
+            )
+            total -= float((log_mass * mask).sum())
         return total / len(actions.rewards)
 
     def training_step(self, batch: Actions, batch_idx: int) -> Tensor:
-        """Logs. The loss is 0 and knows no weight; with None several processes would not run."""
+        """Log the metrics; the loss is 0. With None several processes would not run."""
         if batch_idx == 0:
             self.log_dict(
-                self.rollout_metrics, on_step=False, on_epoch=True, sync_dist=True, batch_size=1
+                self.iteration_metrics, on_step=False, on_epoch=True, sync_dist=True, batch_size=1
             )
         return torch.zeros((), device=self.device, requires_grad=True)
 
@@ -81,20 +104,4 @@ class NoUpdate(LightningModule):
         self.log("val/reward", reward, sync_dist=True, batch_size=len(batch.actions.rewards))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leaves all weights out: they come from `model.name_or_path` again."""
-        checkpoint["state_dict"] = {}
-
-
-class ZeroShot(NoUpdate):
-    """Every action answers the first prompt, which knows of no earlier attempt."""
-
-
-class BestOfN(NoUpdate):
-    """As `ZeroShot`; what counts is the best of the n actions so far."""
-
-
-class Reflexion(NoUpdate):
-    """Prompts carry the last error and a memory of earlier attempts (arXiv 2303.11366).
-
-    docs/algorithms/reflexion.md tells what differs from the paper.
-    """
+        checkpoint["state_dict"] = {}  # the weights are loaded from `model.name_or_path` again

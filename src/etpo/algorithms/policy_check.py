@@ -1,49 +1,54 @@
-"""Whether sampling, training and reference mean the same policy, before anything is learned."""
+"""Check of the first rollout: generation, training and reference compute the same policy."""
 
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from torch import Tensor
 
-from etpo.algorithms.returns import at_taken
+from etpo.algorithms.returns import gather_tokens
 from etpo.errors import ConfigError
-from etpo.models import chunked_logits as chunked
-from etpo.models.causal_lm import language_model
+from etpo.models.chunked_logits import in_chunks
 from etpo.models.policy import LanguageModelPolicy
+from etpo.rollout.buffer import select_rows
 from etpo.rollout.types import Actions
 
-# Mean |difference| of logits that is rounding: a constant, and so many times the resolution of the
-# largest logit. On 15 small models, mixtures of experts too, in 12 precisions and temperatures,
-# rounding came to 1e-6 in float32 and to at most 0.6 of this in bfloat16, float16 and autocast;
-# dropout of a tenth was above it in 179 of 180.
+# Tolerance of the mean |difference| of logits: a constant, and a multiple of the resolution of the
+# largest logit. Measured on 15 small models, mixtures of experts included, in 12 precisions and
+# temperatures: rounding reached 1e-6 in float32 and at most 0.6 of this tolerance in bfloat16,
+# float16 and autocast; a dropout of 0.1 exceeded it in 179 of 180 runs.
 FLOOR, RESOLUTIONS = 0.01, 4.0
 
 
 @torch.no_grad()
-def check_policy(
-    module: LightningModule,
-    policy: LanguageModelPolicy,
-    actions: Actions,
-    batch: int,
-    chunk: int | None = None,
-    *,
-    fresh: bool = False,
-) -> None:
-    """Raises ConfigError, on all ranks, where one has log-probabilities that differ.
+def check_policy(module: Any, actions: Actions, *, fresh: bool) -> None:
+    """Raise ConfigError, on all ranks, if log-probabilities of the taken tokens differ.
 
-    Compares those of the taken tokens that the sampler recorded with a training step's, in at most
-    `batch` actions, and with the reference's where nothing was trained yet (`fresh`).
-    chunk: tokens whose distributions are held at once, as `algorithm.logits_chunk_size`.
+    Compares the hidden states recorded during generation with a training step's forward, for at
+    most `forward_batch_size` actions.
+
+    Args:
+        fresh: nothing was trained yet; compares with the reference too.
     """
-    rows = torch.linspace(0, len(actions.rewards) - 1, min(batch, len(actions.rewards))).long()
-    part = Actions(*(field[rows].to(policy.device) for field in actions))
+    policy: LanguageModelPolicy = module.policy
+    chunk: int = module.settings.logits_chunk_size
+    count = min(module.settings.forward_batch_size, len(actions.rewards))
+    part = select_rows(actions, torch.linspace(0, len(actions.rewards) - 1, count).long())
+    part = Actions(*(x.to(policy.device) for x in part))
     inputs = part.prompt_ids, part.prompt_mask, part.action_ids
-    log_pi, log_kept = taken_log_probs(policy, inputs, chunk)
-    gaps = [log_pi - part.log_probs]
+
+    def taken(hidden: Tensor, reference: bool = False) -> tuple[Tensor, Tensor]:
+        def of_hidden(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+            log_probs, log_mass = policy.log_probs(hidden, ids, reference=reference)
+            return gather_tokens(log_probs, ids), log_mass
+
+        log_pi, log_mass = in_chunks(of_hidden, chunk, hidden, part.action_ids)
+        return log_pi, log_mass
+
+    log_pi, log_mass = taken(policy.hidden_states(*inputs))
+    gaps = [log_pi - taken(part.hidden_states)[0]]
     if fresh:
-        log_ref, _ = taken_log_probs(policy, inputs, chunk, reference=True)
-        gaps.append(log_pi + log_kept - log_ref)
+        log_ref, _ = taken(policy.hidden_states(*inputs, reference=True), reference=True)
+        gaps.append(log_pi + log_mass - log_ref)
     distances = [policy.temperature * gap[part.action_mask].abs().mean() for gap in gaps]
     gathered: Any = module.all_gather(torch.stack([*distances, rounding(policy, inputs)]))
     *worst, limit = gathered.view(-1, len(gaps) + 1).amax(0).tolist()
@@ -51,41 +56,19 @@ def check_policy(
     kind = policy.model.config.model_type
     if not worst[0] <= limit:
         raise ConfigError(
-            f"model.name_or_path: logits of {kind} differ by {worst[0]:.2g} between sampling and "
-            f"training, {allowed}; allowed are models that compute both alike, in another "
-            "model.attn_implementation or model.dtype perhaps"
+            f"model.name_or_path: logits of {kind} differ by {worst[0]:.2g} between generation and "
+            f"training, {allowed}; allowed are models that compute both alike. Another "
+            "model.attn_implementation or model.dtype may help"
         )
     if fresh and not worst[1] <= limit:
         raise ConfigError(
             f"model.lora: before the first update logits of {kind} differ by {worst[1]:.2g} "
-            f"between policy and reference, {allowed}; allowed are adapters that change nothing yet"
+            f"between policy and reference, {allowed}; allowed are adapters that start at zero"
         )
 
 
-def taken_log_probs(
-    policy: LanguageModelPolicy,
-    inputs: tuple[Tensor, ...],
-    chunk: int | None,
-    *,
-    reference: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """log pi of the taken tokens and `log_kept`, [B, L] each, as a training step computes them."""
-    action_ids = inputs[2]
-    if chunk is None:
-        output = policy(*inputs, reference=reference)
-        return at_taken(output.log_probs, action_ids), output.log_kept
-
-    def of_features(features: Tensor, action_ids: Tensor) -> tuple[Tensor, Tensor]:
-        log_probs, log_kept = policy.head(features, action_ids, reference=reference)
-        return at_taken(log_probs, action_ids), log_kept
-
-    features = policy.features(*inputs, reference=reference)
-    log_pi, log_kept = chunked.in_chunks(of_features, chunk, features, action_ids)
-    return log_pi, log_kept
-
-
 def rounding(policy: LanguageModelPolicy, inputs: tuple[Tensor, ...]) -> Tensor:
-    """The mean |difference| of logits, [], that rounding explains."""
+    """Mean |difference| of logits, [], that rounding explains."""
     kind = policy.device.type
     dtypes = {p.dtype for p in policy.model.parameters() if p.is_floating_point()}
     if torch.is_autocast_enabled(kind):
@@ -94,6 +77,6 @@ def rounding(policy: LanguageModelPolicy, inputs: tuple[Tensor, ...]) -> Tensor:
     if torch.get_float32_matmul_precision() != "highest":  # TF32, or bfloat16
         resolution = max(resolution, 2.0**-10)
     prompt_ids, prompt_mask, action_ids = inputs
-    logits, _ = policy.run(language_model, prompt_ids, prompt_mask, action_ids[:, :1])
-    largest = logits[..., : policy.vocabulary_size].float().abs().amax(-1).mean()
+    hidden = policy.hidden_states(prompt_ids, prompt_mask, action_ids[:, :1])
+    largest = policy.logits(hidden).float().abs().amax(-1).mean()
     return FLOOR + RESOLUTIONS * resolution * largest

@@ -1,87 +1,83 @@
 """REINFORCE, RLOO and GRPO: policy gradients of whole actions without a critic."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from etpo.algorithms import baselines as advantages
-from etpo.algorithms.ppo import PolicyGradient, Taken, TakenBatch
-from etpo.rollout.types import Actions, Rollout, episode_steps, pack, unpack
+from etpo.algorithms import losses, returns
+from etpo.algorithms.base import Metrics, OnPolicyAlgorithm
+from etpo.algorithms.policy_gradient import policy_gradient_batch, surrogate_loss
+from etpo.algorithms.settings import PolicyGradientSettings, bounded, one_of
+from etpo.rollout.trajectories import from_trajectories, to_trajectories, trajectory_steps
+from etpo.rollout.types import Rollout, TokenBatch
 
 
-class Reinforce(PolicyGradient):
-    """Every token of an action gets the action's discounted return less a baseline.
+@dataclass(frozen=True, kw_only=True)
+class ReinforceSettings(PolicyGradientSettings):
+    """Settings of `Reinforce`, besides those of every policy gradient.
 
-    The return runs to the end of the episode, or to where the rollout cuts it, and carries the KL
-    penalty -beta log(pi/pi_ref) of each of its actions. The baseline is the iteration's mean
-    (Williams, 1992).
+    Args:
+        baseline: of the returns. iteration: mean of the iteration (Williams, 1992).
+            leave_one_out: mean of the other actions on the same prompt, RLOO (arXiv 2402.14740).
+            group: returns standardized over the actions on the same prompt, GRPO (arXiv
+            2402.03300).
+        kl_in_loss: add beta KL(pi || pi_ref) to the loss (`k3` estimate) instead of subtracting
+            beta log(pi/pi_ref) from the reward.
+        average_tokens: divide the loss of an action by its number of tokens.
     """
 
-    def credit(self, actions: Actions, taken: Taken, rollout: Rollout) -> tuple[Tensor, Tensor]:
-        returns = self.action_returns(actions, taken, rollout)
-        credited = self.relative(returns, actions)[:, None].expand_as(taken.values)
-        return credited, torch.zeros_like(taken.values)
+    clip: float | None = bounded(None, 0, 1, above=True)
+    baseline: str = one_of("iteration", "leave_one_out", "group")
+    kl_in_loss: bool = False
+    average_tokens: bool = False
 
-    def action_returns(self, actions: Actions, taken: Taken, rollout: Rollout) -> Tensor:
-        """sum_k gamma^k (r - beta log(pi/pi_ref)) from each action on: [B]."""
-        mask = actions.action_mask
-        whole = torch.ones_like(mask[:, :1])
-        steps = episode_steps(actions, whole, rollout.num_envs, self.gamma)
+
+class Reinforce(OnPolicyAlgorithm):
+    """Give every token of an action the action's discounted return less a baseline.
+
+    The return runs to the end of the episode, or to its cut, without a bootstrap.
+    """
+
+    settings_class = ReinforceSettings
+
+    @torch.no_grad()
+    def compute_targets(self, rollout: Rollout) -> TokenBatch:
+        s = self.settings
+        actions, old = self.start_iteration(rollout)
+        whole = actions.action_mask[:, :1]  # every action has a token
+        steps = trajectory_steps(actions, whole, rollout.num_envs, s.gamma)
+        layout = steps.layout
         log_pi, log_ref = (
-            pack((field * mask).sum(1, keepdim=True), steps.layout)
-            for field in (taken.log_pi, taken.log_ref)
+            to_trajectories((x * actions.action_mask).sum(1, keepdim=True), layout)
+            for x in (old.log_pi, old.log_ref)
         )
-        none = torch.zeros_like(steps.rewards)
-        returns = advantages.generalized_advantages(
-            advantages.penalised_rewards(
-                steps.rewards, log_pi, log_ref, self.reward_beta, steps.layout.valid
-            ),
-            steps.discounts,
-            none,
-            none,
-            1.0,
-            steps.continues,
-        )
-        return unpack(returns, steps.layout, like=taken.values[:, :1]).squeeze(1)
+        beta = 0.0 if s.kl_in_loss else self.beta
+        rewards = returns.kl_penalized_rewards(steps.rewards, log_pi, log_ref, beta, layout.valid)
+        packed = returns.discounted_returns(rewards, steps.discounts, steps.continues)
+        action_returns = from_trajectories(packed, layout, like=old.value[:, :1])
+        group = returns.prompt_groups(actions.prompt_ids, actions.prompt_mask)
+        advantages = self.subtract_baseline(action_returns.squeeze(1), group)[:, None]
+        return policy_gradient_batch(self, rollout, actions, old, advantages, action_returns)
 
-    @property
-    def reward_beta(self) -> float:
-        """KL coefficient of the penalty in the reward."""
-        return self.beta
+    def subtract_baseline(self, action_returns: Tensor, group: Tensor) -> Tensor:
+        """Advantages [B] from returns [B] and the group number of every action [B]."""
+        if self.settings.baseline == "leave_one_out":
+            return action_returns - returns.group_mean_of_others(action_returns, group)
+        if self.settings.baseline == "group":
+            return returns.group_standardized(action_returns, group)
+        return action_returns - self.mean_over_ranks(action_returns.mean())
 
-    def relative(self, returns: Tensor, actions: Actions) -> Tensor:
-        """Returns [B] less their baseline."""
-        return returns - self.mean_over_ranks(returns.mean())
-
-
-class RLOO(Reinforce):
-    """The baseline is the mean of the other actions on the same prompt (arXiv 2402.14740)."""
-
-    def relative(self, returns: Tensor, actions: Actions) -> Tensor:
-        return returns - advantages.group_mean_of_others(returns, groups(actions))
-
-
-class GRPO(Reinforce):
-    """Returns standardised over a prompt's actions; KL in the loss (arXiv 2402.03300).
-
-    The loss of an action is the mean over its tokens; its KL is the `k3` estimate.
-    """
-
-    @property
-    def reward_beta(self) -> float:
-        return 0.0
-
-    def relative(self, returns: Tensor, actions: Actions) -> Tensor:
-        return advantages.group_standardised(returns, groups(actions))
-
-    def surrogate(self, log_pi: Tensor, log_old: Tensor, batch: TakenBatch) -> Tensor:
-        mask = batch.action_mask
-        penalty = (advantages.k3(log_pi, torch.where(mask, batch.ref_log_probs, 0.0)) * mask).sum(1)
-        return super().surrogate(log_pi, log_old, batch) + self.beta * penalty
-
-    def divisor(self, batch: TakenBatch) -> Tensor:
-        return batch.action_mask.sum(1)
-
-
-def groups(actions: Actions) -> Tensor:
-    """Groups of actions on equal prompts: int64 [B]."""
-    return advantages.groups_of_prompts(actions.prompt_ids, actions.prompt_mask)
+    def policy_loss(self, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        """Mean over actions of the clipped surrogate of the tokens."""
+        s, mask = self.settings, batch.action_mask
+        log_pi, log_mass = self.taken_log_probs(batch)
+        old = batch.old_log_probs
+        surrogate = losses.clipped_surrogate(log_pi, old, batch.advantages, s.clip)
+        if s.kl_in_loss:
+            surrogate = surrogate + self.beta * losses.k3(log_pi, batch.ref_log_probs)
+        if s.average_tokens:
+            lengths = mask.sum(1, keepdim=True)
+            surrogate, log_mass = surrogate / lengths, log_mass / lengths
+        clipped = losses.is_clipped(log_pi, old, s.clip)
+        return surrogate_loss(batch, log_pi, log_mass, surrogate, clipped, s.truncation_kl_coef)

@@ -1,23 +1,25 @@
-"""Soft values, targets and lambda-returns of the token-level MDP (ETPO, arXiv 2402.06700).
+"""Soft values, returns and advantages of the token-level MDP as pure functions.
 
 State x is a prefix (observation and the tokens so far), action w a token of the vocabulary V. The
-discount is 1 inside an action and gamma between actions; with it the token-level recursion has
-exactly the action-level optimum. Every function is pure and keeps the dtype of its inputs.
+discount is 1 inside an action and gamma between actions: the token-level recursion then has exactly
+the action-level optimum (ETPO, arXiv 2402.06700). Shapes: [..., V] over the vocabulary; [N, K] one
+row per environment with its steps (tokens or whole actions) in time order; [B] one number per
+action. Every function keeps the dtype of its inputs.
 """
 
 import torch
 from torch import Tensor
 
 
-def at_taken(values: Tensor, taken: Tensor) -> Tensor:
-    """values(w) of the taken tokens: [..., V], int64 [...] -> [...]."""
-    return values.gather(-1, taken.unsqueeze(-1)).squeeze(-1)
+def gather_tokens(values: Tensor, token_ids: Tensor) -> Tensor:
+    """Select values(w) of the given tokens: [..., V], int64 [...] -> [...]."""
+    return values.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
 
 
 def expectation(log_p: Tensor, values: Tensor) -> Tensor:
     """sum_w p(w) values(w): [..., V], [..., V] -> [...].
 
-    Tokens with p(w) = 0 (masked ids, log_p = -inf) count 0 whatever their value is, nan included.
+    Tokens with p(w) = 0 (masked ids, log_p = -inf) count 0 for any value, NaN included.
     """
     p = log_p.exp()
     return (p * torch.where(p > 0, values, torch.zeros_like(values))).sum(-1)
@@ -37,22 +39,11 @@ def entropy(log_p: Tensor) -> Tensor:
 
 
 def soft_value(log_pi: Tensor, log_ref: Tensor, q: Tensor, beta: float) -> Tensor:
-    """V(x) = E_pi[Q(x, .)] - beta KL(pi || pi_ref), all at the same prefix: [..., V] -> [...].
+    """V(x) = E_pi[Q(x, .)] - beta KL(pi || pi_ref) at the same prefix: [..., V] -> [...].
 
-    `log_pi`, `log_ref` and `q` are [..., V]; `beta` >= 0 is the KL coefficient.
+    `beta` >= 0 is the KL coefficient.
     """
     return expectation(log_pi, q) - beta * kl_divergence(log_pi, log_ref)
-
-
-def one_step_targets(rewards: Tensor, discounts: Tensor, next_values: Tensor) -> Tensor:
-    """The per-token soft Bellman update, the target of Q(x_k, w_k); all [..., K].
-
-    Inside an action R_k = 0 and g_k = 1; at its last token R_k is the action's reward and
-    g_k = gamma (1 - terminated). V_{k+1} is the target critic's soft value of the next prefix,
-    after a truncation that of the true next observation.
-    """
-    # y_k = R_k + g_k V_{k+1}
-    return rewards + discounts * next_values
 
 
 def lambda_returns(
@@ -63,48 +54,126 @@ def lambda_returns(
     lambda_: float,
     continues: Tensor,
 ) -> Tensor:
-    """Soft TD(lambda) with Q as control variate; all [N, K], a row is one sequence of tokens.
+    """Compute soft TD(lambda) targets with Q as control variate; all [N, K].
 
-    `rewards`, `discounts` and `next_values` as in `one_step_targets`; `next_q_taken` is
-    Q(x_{k+1}, w_{k+1}); `lambda_` in [0, 1]. `continues` (bool) is true where token k+1 is in the
-    data and in the same episode; elsewhere (termination, truncation, end of the row) the return
-    bootstraps with V_{k+1} and `next_q_taken` is not read. Padding has rewards and discounts 0.
+    Inside an action R_k = 0 and g_k = 1; at its last token R_k is the action's reward and
+    g_k = gamma (1 - terminated). V_{k+1} is the soft value of the next prefix, after a truncation
+    of the true next observation. Padding has rewards and discounts 0.
 
-    At lambda = 1 and on-policy unbiased for Q^pi with any critic, if V and Q come from the same one
-    (both masked, or neither). Q^pi is a fixed point for every lambda and every behaviour policy,
-    but far off-policy the update need not contract. lambda = 0 is the paper's one-step update. Soft
-    form of Q(lambda) with off-policy corrections (Harutyunyan et al., arXiv 1602.04951).
+    At lambda = 1 and on-policy the return is unbiased for Q^pi with any critic, provided that V and
+    Q come from the same one. Q^pi is a fixed point for every lambda and every behaviour policy, but
+    far off-policy the update need not contract. lambda = 0 is the paper's one-step update (equation
+    12). Soft form of Q(lambda) with off-policy corrections (Harutyunyan et al., arXiv 1602.04951).
+
+    Args:
+        rewards, discounts, next_values: R_k, g_k and V_{k+1}.
+        next_q_taken: Q(x_{k+1}, w_{k+1}); not read where `continues` is false.
+        lambda_: in [0, 1].
+        continues: bool, step k + 1 is in the data and in the same episode; elsewhere the return
+            bootstraps with V_{k+1}.
     """
     after = torch.zeros_like(rewards[:, 0])  # G_{k+1}
     returns = torch.empty_like(rewards)
     for k in reversed(range(rewards.shape[1])):
-        surprise = torch.where(continues[:, k], after - next_q_taken[:, k], 0.0)
+        error = torch.where(continues[:, k], after - next_q_taken[:, k], 0.0)
         # G_k = R_k + g_k [ V_{k+1} + lambda ( G_{k+1} - Q_{k+1}(w_{k+1}) ) ]
-        after = rewards[:, k] + discounts[:, k] * (next_values[:, k] + lambda_ * surprise)
+        after = rewards[:, k] + discounts[:, k] * (next_values[:, k] + lambda_ * error)
         returns[:, k] = after
     return returns
 
 
-def soft_lambda_returns(
+def generalized_advantages(
     rewards: Tensor,
     discounts: Tensor,
+    values: Tensor,
     next_values: Tensor,
-    next_kl: Tensor,
     lambda_: float,
-    beta: float,
     continues: Tensor,
 ) -> Tensor:
-    """Soft TD(lambda) without the control variate; arguments as in `lambda_returns`.
+    """A_k = d_k + g_k lambda A_{k+1} with d_k = R_k + g_k V_{k+1} - V_k; all [N, K].
 
-    `next_kl` is KL(pi || pi_ref) at x_{k+1}, exact or the sampled log-ratio. Same mean as
-    `lambda_returns` on-policy; off-policy Q^pi is not its fixed point unless lambda = 0.
+    Generalized advantage estimation (arXiv 1506.02438, equation 16) with one discount per step.
+    Arguments as in `lambda_returns`.
     """
-    after = torch.zeros_like(rewards[:, 0])  # G_{k+1}
+    after = torch.zeros_like(rewards[:, 0])
+    advantages = torch.empty_like(rewards)
+    for k in reversed(range(rewards.shape[1])):
+        error = rewards[:, k] + discounts[:, k] * next_values[:, k] - values[:, k]
+        after = error + discounts[:, k] * lambda_ * torch.where(continues[:, k], after, 0.0)
+        advantages[:, k] = after
+    return advantages
+
+
+def discounted_returns(rewards: Tensor, discounts: Tensor, continues: Tensor) -> Tensor:
+    """G_k = R_k + g_k G_{k+1}, 0 after the end of an episode; all [N, K]."""
+    after = torch.zeros_like(rewards[:, 0])
     returns = torch.empty_like(rewards)
     for k in reversed(range(rewards.shape[1])):
-        value = next_values[:, k]
-        mixed = (1 - lambda_) * value + lambda_ * (after - beta * next_kl[:, k])
-        # G_k = R_k + g_k [ (1 - lambda) V_{k+1} + lambda ( G_{k+1} - beta KL_{k+1} ) ]
-        after = rewards[:, k] + discounts[:, k] * torch.where(continues[:, k], mixed, value)
+        after = rewards[:, k] + discounts[:, k] * torch.where(continues[:, k], after, 0.0)
         returns[:, k] = after
     return returns
+
+
+def kl_penalized_rewards(
+    rewards: Tensor, log_pi: Tensor, log_ref: Tensor, beta: float, valid: Tensor
+) -> Tensor:
+    """R - beta (log pi - log pi_ref) of the taken steps, 0 where not `valid`; all [..., K].
+
+    KL penalty in the reward (Ouyang et al., arXiv 2203.02155, equation 2). Its mean over pi is
+    beta KL(pi || pi_ref).
+    """
+    return torch.where(valid, rewards - beta * (log_pi - log_ref), torch.zeros_like(rewards))
+
+
+def leave_one_out_baseline(errors: Tensor, valid: Tensor) -> Tensor:
+    """Mean error over the valid steps of all OTHER rows: [N, K], bool [N, K] -> [N].
+
+    Rows are independent (one environment each): subtracting row n's baseline from its own errors
+    G - Q shifts Q(x, .) by a number that does not depend on its actions, so that the doubly robust
+    gradient stays unbiased. 0 where no other row has a step. REINFORCE leave-one-out (Kool et al.,
+    2019), applied to the critic's errors.
+    """
+    errors = torch.where(valid, errors, torch.zeros_like(errors)).sum(1)
+    counts = valid.sum(1)
+    others = counts.sum() - counts
+    return (errors.sum() - errors) / others.clamp(min=1)
+
+
+def group_mean_of_others(returns: Tensor, group: Tensor) -> Tensor:
+    """Mean return of the other actions of the same group; [B], int64 [B] -> [B].
+
+    A group of one gets its own return, hence advantage 0. Leave-one-out baseline of RLOO (Ahmadian
+    et al., arXiv 2402.14740).
+    """
+    same = (group[:, None] == group[None, :]).to(returns.dtype)
+    others = same.sum(1) - 1
+    mean = (same @ returns - returns) / others.clamp(min=1)
+    return torch.where(others > 0, mean, returns)
+
+
+def group_standardized(returns: Tensor, group: Tensor, epsilon: float = 1e-4) -> Tensor:
+    """(R - mean) / (deviation + epsilon) within each group; [B], int64 [B] -> [B].
+
+    Sample deviation (n - 1), 0 for a group of one, as in GRPO (arXiv 2402.03300).
+    """
+    same = (group[:, None] == group[None, :]).to(returns.dtype)
+    count = same.sum(1)
+    mean = same @ returns / count
+    square = (same * (returns[None, :] - mean[:, None]).square()).sum(1)
+    return (returns - mean) / ((square / (count - 1).clamp(min=1)).sqrt() + epsilon)
+
+
+def prompt_groups(prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
+    """Group number of every action: [B, P], bool [B, P] -> int64 [B].
+
+    Actions on equal prompts form a group. All actions whose prompt is unique form one group.
+    """
+    both = torch.cat([torch.where(prompt_mask, prompt_ids, -1), prompt_mask.long()], dim=1)
+    _, group, counts = torch.unique(both, dim=0, return_inverse=True, return_counts=True)
+    return torch.where(counts[group] == 1, len(counts), group)
+
+
+def explained_variance(predictions: Tensor, targets: Tensor) -> float:
+    """1 - Var(targets - predictions) / Var(targets), at most 1; [K], [K]; 0 for equal targets."""
+    variance = targets.var()
+    return float(1 - (targets - predictions).var() / variance) if variance > 0 else 0.0

@@ -1,4 +1,4 @@
-"""The best action of a run, kept as a file that stands by itself."""
+"""Keep the best action of a run as a file."""
 
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ FILES = ("best_action.py", "best_action.txt")
 
 
 class BestAction(Callback):
-    """Keeps the sampled action of the highest reward over ranks and iterations; ties: the first.
+    """Keep the first sampled action with the highest reward over ranks and iterations.
 
-    It is written whenever it improves: by `environment.write_best_action(folder, action)` where the
-    environment has that method and the action did not fail, else as text to `best_action.txt`.
+    The environment writes it, by `environment.write_best_action(folder, action)`, if it has this
+    method and the action did not fail. Otherwise its text is written to `best_action.txt`.
 
-    best: iteration and fields of the record (`etpo.rollout.types.Record`), or None so far.
+    Attributes:
+        best: The iteration and the fields of the action's `etpo.rollout.types.Record`, or None.
     """
 
     def __init__(self, folder: str) -> None:
@@ -37,19 +38,17 @@ class BestAction(Callback):
                 self.write(trainer.datamodule.environment)
 
     def write(self, environment: Any) -> None:
-        """Brings the files of `folder` in line with `best`."""
-        present = None
+        """Write the file of `best`; remove other files."""
+        written = None
         if self.best is not None:
-            action = self.best["action"]
             if self.best["error"] is None and hasattr(environment, "write_best_action"):
-                environment.write_best_action(self.folder, action)
-                present = "best_action.py"
+                written = "best_action.py"
+                environment.write_best_action(self.folder, self.best["action"])
             else:
-                write_text(self.folder / "best_action.txt", action)
-                present = "best_action.txt"
-        for name in FILES:
-            if name != present:
-                (self.folder / name).unlink(missing_ok=True)
+                written = "best_action.txt"
+                write_text(self.folder / written, self.best["action"])
+        for name in {*FILES} - {written}:
+            (self.folder / name).unlink(missing_ok=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}

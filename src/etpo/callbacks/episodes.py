@@ -1,4 +1,4 @@
-"""Every action of a run, as a line of `episodes.jsonl`."""
+"""Log every action of a run to `episodes.jsonl`."""
 
 import json
 from pathlib import Path
@@ -10,10 +10,10 @@ from etpo.files import append_lines
 
 
 class EpisodeLog(Callback):
-    """Appends the iteration's records to `folder/episodes.jsonl`, one JSON object per action.
+    """Append the iteration's records to `folder/episodes.jsonl`, one JSON object per action.
 
-    Keys: iteration (from 0), the fields of `etpo.rollout.types.Record`, and rank where there are
-    several. A resumed run first cuts the file back to the iterations before the restored one.
+    Keys: iteration (from 0), the fields of `etpo.rollout.types.Record` and, with several ranks,
+    rank. A resumed run truncates the file to the iterations before the restored one.
     """
 
     def __init__(self, folder: str) -> None:
@@ -21,7 +21,7 @@ class EpisodeLog(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self.file.exists():
-            cut_back(self.file, trainer.current_epoch)
+            truncate_lines(self.file, trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ranks = gather(trainer.datamodule.rollout.records)
@@ -29,16 +29,15 @@ class EpisodeLog(Callback):
             return
         lines = []
         for rank, records in enumerate(ranks):
+            own = {"rank": rank} if len(ranks) > 1 else {}
             for record in records:
-                line = {"iteration": trainer.current_epoch, **record._asdict()}
-                if len(ranks) > 1:
-                    line["rank"] = rank
+                line = {"iteration": trainer.current_epoch} | record._asdict() | own
                 lines.append(json.dumps(line) + "\n")
         append_lines(self.file, lines)
 
 
-def cut_back(file: Path, iteration: int) -> None:
-    """Keeps the lines before the first that is of `iteration` or later or was not fully written."""
+def truncate_lines(file: Path, iteration: int) -> None:
+    """Cut the file before the first line that is incomplete or of `iteration` or later."""
     end = 0
     with file.open("rb+") as lines:
         for line in lines:

@@ -1,14 +1,14 @@
-"""`learning_curve.png`: what a run learned."""
+"""`learning_curve.png`: rewards and valid rate of a run."""
 
 from pathlib import Path
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from torch import Tensor
 
+from etpo.callbacks.metrics_csv import LoggedMetrics
 from etpo.files import written
 
 # the first two colours of Okabe and Ito's palette that differ in lightness too
@@ -16,28 +16,19 @@ MEAN, GREEDY = "#0072B2", "#D55E00"
 METRICS = ("rollout/reward", "val/reward", "rollout/valid_rate")
 
 
-class LearningCurve(Callback):
-    """Draws reward and valid rate against actions when a run ends or is interrupted.
+class LearningCurve(LoggedMetrics):
+    """Draw reward and valid rate against actions when a run ends or is interrupted.
 
-    TensorBoard gets the figure, too.
-
-    environment, model, seed: name the run in the title.
+    TensorBoard gets the figure, too. environment, model, seed: title of the figure.
     """
 
     def __init__(self, folder: str, environment: str, model: str, seed: int) -> None:
         self.folder = Path(folder)
         self.title = f"{environment}, {model}, seed {seed}"
         self.rows: list[dict[str, float]] = []  # of the completed iterations
-        self.before: dict[str, Tensor] = {}
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.before = dict(trainer.callback_metrics)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        metrics = trainer.callback_metrics
-        # Lightning keeps the last value of what this iteration has not logged
-        logged = [m for m in METRICS if m in metrics and metrics[m] is not self.before.get(m)]
-        row = {name: metrics[name].item() for name in logged}
+        row = {name: value for name, value in self.logged(trainer).items() if name in METRICS}
         self.rows.append({"iteration": trainer.current_epoch, **row})
 
     def state_dict(self) -> dict[str, Any]:
@@ -55,22 +46,21 @@ class LearningCurve(Callback):
         self.draw(trainer)
 
     def draw(self, trainer: Trainer) -> None:
-        """Writes the figure, if an iteration was completed."""
-        if not trainer.is_global_zero:
-            return
-        # without the iteration that an exception has ended before its checkpoint
+        """Write the figure, if an iteration was completed."""
+        # without an iteration that an exception ended before its checkpoint
         rows = [row for row in self.rows if row["iteration"] < trainer.current_epoch]
-        if rows:
-            figure = learning_curve(rows, trainer.datamodule.actions_per_iteration, self.title)
-            with written(self.folder / "learning_curve.png") as part:
-                figure.savefig(part, dpi=150, format="png")
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_figure("learning_curve", figure, trainer.global_step)
+        if not rows or not trainer.is_global_zero:
+            return
+        figure = learning_curve(rows, trainer.datamodule.actions_per_iteration, self.title)
+        with written(self.folder / "learning_curve.png") as part:
+            figure.savefig(part, dpi=150, format="png")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_figure("learning_curve", figure, trainer.global_step)
 
 
 def learning_curve(rows: list[dict[str, float]], actions_per_iteration: int, title: str) -> Figure:
-    """Rewards above, valid rate below, of rows with an iteration and its `METRICS`."""
+    """Draw rewards above and the valid rate below; rows have an iteration and its `METRICS`."""
     figure = Figure(figsize=(7, 5), layout="constrained")
     reward, valid = figure.subplots(2, sharex=True, height_ratios=(2, 1))
     for axes, name, label, colour in (

@@ -1,4 +1,4 @@
-"""Python objects of all ranks."""
+"""Gather Python objects of all ranks."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 
 def gather(value: Any) -> list[Any]:
-    """The picklable `value` of every rank, in rank order; to be called on all ranks."""
+    """Return the picklable `value` of every rank, in rank order; must be called on all ranks."""
     if not (dist.is_available() and dist.is_initialized()):
         return [value]
     values: list[Any] = [None] * dist.get_world_size()

@@ -1,4 +1,4 @@
-"""What was the best on other data is not the best on this."""
+"""Reset best rewards when a run is resumed with other data."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ COMPARING = ("BestAction", "ModelCheckpoint", "EarlyStopping")
 
 
 class SameRewards(Callback):
-    """Forgets the best of a resumed run whose rewards depend on something else by now.
+    """Drop the best reward of a resumed run if its rewards now depend on something else.
 
-    key: names what rewards depend on besides the action: data, splits, limits.
+    key: identifies what rewards depend on besides the action: data, splits, limits.
     """
 
     def __init__(self, key: str) -> None:

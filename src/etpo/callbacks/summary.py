@@ -1,4 +1,4 @@
-"""What a run came to: `summary.json`, and what is printed when it ends."""
+"""`summary.json`: the numbers of a run, and what is printed when it ends."""
 
 import json
 import math
@@ -12,9 +12,13 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from omegaconf import DictConfig
 from rich.console import Console
 
+from etpo.callbacks.best_action import BestAction
 from etpo.callbacks.ranks import gather
+from etpo.callbacks.tracking import track_results
+from etpo.config import algorithm_name
 from etpo.files import write_text
 from etpo.overrides import shell_word
 
@@ -28,7 +32,7 @@ LAST = {
     "valid_rate_last": "rollout/valid_rate",
     "kl_to_reference_last": "rollout/kl_to_reference",
 }
-# label and path of what a run leaves
+# label and path of a run's files
 FILES = (
     ("metrics", "metrics.csv"),
     ("learning curve", "learning_curve.png"),
@@ -38,32 +42,35 @@ FILES = (
     ("token credit", "credit.html"),
     ("checkpoint", "checkpoints/last.ckpt"),
 )
+# label, keys (first and last iteration) and format of the closing's numbers
+NUMBERS = (
+    ("mean reward", ("first_mean_reward", "last_mean_reward"), ".3f"),
+    ("valid actions", ("valid_rate_first", "valid_rate_last"), ".0%"),
+    ("greedy reward", ("last_greedy_reward",), ".3f"),
+    ("best reward", ("best_reward",), ".3f"),
+    ("held-out AUC", ("held_out_auc",), ".3f"),
+    ("KL to reference", ("kl_to_reference_last",), ".3f"),
+    ("tokens per second", ("tokens_per_second",), ".0f"),
+)
 # attributes of RunSummary that a checkpoint keeps
 STATE = (
-    "iterations",
-    "counts",
-    "numbers",
-    "generate_seconds",
-    "wall_seconds",
-    "peak_memory_mib",
+    *("iterations", "counts", "numbers"),
+    *("generate_seconds", "wall_seconds", "peak_memory_mib"),
 )
 
 
 class RunSummary(Callback):
-    """Counts what a run spends and keeps its first and last numbers, over all ranks.
+    """Count the costs of a run and keep its first and last numbers, over all ranks.
 
-    A resumed run goes on counting, so that its summary covers the iterations before it too.
-    Logs `rollout/best_reward_so_far` and `time/iteration_seconds`.
+    A resumed run continues the counts. Logs `rollout/best_reward_so_far` and
+    `time/iteration_seconds`.
     """
 
     def __init__(self) -> None:
         self.iterations = 0
         self.counts = {"env_steps": 0, "action_tokens": 0, "cache_hits": 0}
         self.numbers: dict[str, float | None] = dict.fromkeys([*FIRST, *LAST, "best_reward"])
-        self.generate_seconds = 0.0
-        self.wall_seconds = 0.0
-        self.peak_memory_mib = 0.0
-        self.started = 0.0
+        self.generate_seconds = self.wall_seconds = self.peak_memory_mib = self.started = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.started = time.perf_counter()
@@ -81,12 +88,12 @@ class RunSummary(Callback):
         )
         for key in self.counts:
             self.counts[key] += sum(rank[key] for rank in ranks)
-        best = max(rank["best_reward"] for rank in ranks)
         if self.iterations == 0:
             self.numbers |= {key: metrics.get(name) for key, name in FIRST.items()}
         self.numbers |= {key: metrics.get(name) for key, name in LAST.items()}
-        before = self.numbers["best_reward"]  # None at first, and where the data has changed
-        self.numbers["best_reward"] = best if before is None else max(best, before)
+        best = self.numbers["best_reward"]  # None at first, and after a change of the data
+        found = [rank["best_reward"] for rank in ranks]
+        self.numbers["best_reward"] = max(found if best is None else [best, *found])
         pl_module.log("rollout/best_reward_so_far", self.numbers["best_reward"], sync_dist=True)
         self.generate_seconds += metrics["time/generate_seconds"]
         self.iterations = trainer.current_epoch + 1
@@ -104,7 +111,7 @@ class RunSummary(Callback):
             setattr(self, name, state_dict[name])
 
     def summary(self) -> dict[str, Any]:
-        """The run's numbers by key of `summary.json`; null where no iteration was completed."""
+        """Return the run's numbers by key of `summary.json`; null without a completed iteration."""
         tokens = self.counts["action_tokens"]
         return {
             "iterations": self.iterations,
@@ -117,47 +124,65 @@ class RunSummary(Callback):
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """The largest memory so far: of this process on a CPU, of its tensors on a GPU."""
+    """Return the peak memory so far: of this process on a CPU, of its tensors on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def write_summary(
-    folder: Path,
-    *,
-    status: str,
-    collected: RunSummary | None,
-    identity: dict[str, Any],
-    held_out_auc: float | None,
-) -> dict[str, Any]:
-    """Writes `folder/summary.json` in one step and returns what it holds.
-
-    collected: None leaves its numbers out. Numbers that are not finite become null.
-    """
-    versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+def close(trainer: Trainer, cfg: DictConfig, status: str) -> dict[str, Any]:
+    """Write, track and print the summary of a run on rank zero; return it."""
+    if not trainer.is_global_zero:
+        return {"status": status}
+    environment = trainer.datamodule.environment
+    best = next((c.best for c in trainer.callbacks if isinstance(c, BestAction)), None)
+    held_out_auc = None
+    if best is not None and hasattr(environment, "held_out_score"):
+        held_out_auc = environment.held_out_score(best["action"])
+    value = trainer.callback_metrics.get(cfg.optimized_metric)
+    finite = value is not None and math.isfinite(value)
+    counted = next((c.summary() for c in trainer.callbacks if isinstance(c, RunSummary)), {})
     summary = {
         "status": status,
-        **identity,
-        **({} if collected is None else collected.summary()),
+        "algorithm": algorithm_name(type(trainer.lightning_module).__name__),
+        "environment": environment.task_name,
+        "dataset": cfg.environment.get("dataset"),
+        "data_hash": getattr(environment, "content_hash", None),
+        "model": cfg.model.name_or_path,
+        "seed": cfg.seed,
+        "sandbox": getattr(environment, "sandbox_level", None),
+        "iterations": trainer.current_epoch,
+        "last_metrics": {cfg.optimized_metric: float(value)} if finite else {},
+        **counted,
         "held_out_auc": held_out_auc,
-        "versions": versions,
     }
-    for key, value in summary.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            summary[key] = None
-    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    folder = Path(cfg.paths.output_dir)
+    write_summary(folder, summary)
+    track_results(trainer.loggers, summary, folder)
+    print_closing(summary, folder)
     return summary
 
 
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """Write `folder/summary.json` with the versions of packages; numbers not finite become null."""
+    versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    for key, value in summary.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            summary[key] = None
+    summary["versions"] = versions
+    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
 def print_closing(summary: dict[str, Any], folder: Path) -> None:
-    """Says how the run went, where its files are, and how to go on."""
+    """Print the numbers of a run, its files, and the commands to continue."""
     iterations, finished = summary["iterations"], summary["status"] == "finished"
-    rows = closing_numbers(summary)
-    for label, name in FILES:
-        if (folder / name).exists():
-            rows.append((label, str(folder / name)))
+    rows = []
+    for label, keys, form in NUMBERS:
+        texts = ["-" if summary.get(k) is None else f"{summary[k]:{form}}" for k in keys]
+        if set(texts) != {"-"}:
+            rows.append((label, " -> ".join(texts)))
+    rows += [(label, str(folder / name)) for label, name in FILES if (folder / name).exists()]
     last = folder / "checkpoints" / "last.ckpt"
     if last.exists():
         checkpoint = shell_word("ckpt_path", str(last))
@@ -171,21 +196,3 @@ def print_closing(summary: dict[str, Any], folder: Path) -> None:
     console.print(f"\n[bold]{summary['status'].capitalize()}[/bold] after {counts}")
     for label, text in rows:
         console.print(f"  {label:<18}{text}", markup=False)
-
-
-def closing_numbers(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Label and text of the numbers that are known."""
-
-    def text(key: str, form: str) -> str:
-        return "-" if summary.get(key) is None else f"{summary[key]:{form}}"
-
-    rows = [
-        ("mean reward", f"{text('first_mean_reward', '.3f')} -> {text('last_mean_reward', '.3f')}"),
-        ("valid actions", f"{text('valid_rate_first', '.0%')} -> {text('valid_rate_last', '.0%')}"),
-        ("greedy reward", text("last_greedy_reward", ".3f")),
-        ("best reward", text("best_reward", ".3f")),
-        ("held-out AUC", text("held_out_auc", ".3f")),
-        ("KL to reference", text("kl_to_reference_last", ".3f")),
-        ("tokens per second", text("tokens_per_second", ".0f")),
-    ]
-    return [row for row in rows if row[1] not in ("-", "- -> -")]

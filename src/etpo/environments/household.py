@@ -1,11 +1,12 @@
-"""A household in text: find things in four rooms, carry them where they belong, tidy up.
+"""A household in text: find things in four rooms and put them where they belong.
 
-After the VirtualHome tasks that TWOSOME (arXiv 2401.14151) plays with language models: many small
-steps, and a reward at the end alone. Furniture, texts and rules are this file's own.
+Modelled on the VirtualHome tasks of TWOSOME (arXiv 2401.14151): many small steps and one reward at
+the end. Furniture, texts and rules are new.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -15,8 +16,7 @@ from etpo.environments.text_env import AnyText
 from etpo.errors import ConfigError, check_integer
 
 ROOMS = ("kitchen", "living room", "bedroom", "bathroom")
-# furniture: its room, and whether it is a container with a door
-FURNITURE = {
+FURNITURE = {  # room, and True for a container with a door
     "fridge": ("kitchen", True),
     "microwave": ("kitchen", True),
     "counter": ("kitchen", False),
@@ -34,103 +34,82 @@ MAX_STEPS = 60
 
 @dataclass
 class House:
-    """What is where: the state of one episode."""
+    """State of one episode."""
 
     room: str
     place: dict[str, str]  # thing -> furniture
-    goal: dict[str, str]  # thing -> container that it belongs in
+    goal: dict[str, str]  # thing -> container where it belongs
     held: str | None = None
     open: set[str] = field(default_factory=set)
 
     def here(self) -> list[str]:
-        """The furniture of this room."""
+        """Return the furniture of this room."""
         return [name for name, (room, _) in FURNITURE.items() if room == self.room]
 
     def on(self, furniture: str) -> list[str]:
-        """The things that lie in or on a piece of furniture, seen or not."""
+        """Return the things in or on a piece of furniture, visible or not."""
         return [thing for thing, place in self.place.items() if place == furniture]
 
     def shut(self, furniture: str) -> bool:
         return FURNITURE[furniture][1] and furniture not in self.open
 
     def solved(self) -> bool:
-        """Every thing of the goal is in its place and behind a closed door."""
+        """Return True if every thing of the goal is in its place, behind a closed door."""
         placed = all(self.place.get(thing) == place for thing, place in self.goal.items())
         return placed and not self.open & set(self.goal.values())
 
+    def go(self, room: str) -> None:
+        self.room = room
 
-def admissible(house: House) -> list[str]:
-    """The actions that do something now."""
-    actions = [f"go to the {room}" for room in ROOMS if room != house.room]
-    for name in house.here():
-        if house.shut(name):
-            actions.append(f"open the {name}")
-            continue
-        if FURNITURE[name][1]:
-            actions.append(f"close the {name}")
-        if house.held is None:
-            actions += [f"grab the {thing}" for thing in house.on(name)]
-        else:
-            actions.append(f"put the {house.held} {preposition(name)} the {name}")
-    return actions
+    def grab(self, thing: str) -> None:
+        self.held = thing
+        del self.place[thing]
 
+    def put(self, furniture: str) -> None:
+        self.place[self.held], self.held = furniture, None
 
-def act(house: House, action: str) -> None:
-    """Changes the house by an admissible action."""
-    verb, _, rest = action.partition(" ")
-    name = rest.removeprefix("to ").removeprefix("the ")
-    match verb:
-        case "go":
-            house.room = name
-        case "open":
-            house.open.add(name)
-        case "close":
-            house.open.remove(name)
-        case "grab":
-            house.held = name
-            del house.place[name]
-        case "put":
-            house.place[house.held] = name.rpartition(" the ")[2]
-            house.held = None
+    def actions(self) -> dict[str, Callable[[], None]]:
+        """Return the admissible actions and their effects."""
+        found = {f"go to the {room}": partial(self.go, room) for room in ROOMS if room != self.room}
+        for name in self.here():
+            if self.shut(name):
+                found[f"open the {name}"] = partial(self.open.add, name)
+                continue
+            if FURNITURE[name][1]:
+                found[f"close the {name}"] = partial(self.open.remove, name)
+            if self.held is None:
+                found |= {f"grab the {thing}": partial(self.grab, thing) for thing in self.on(name)}
+            else:
+                preposition = "in" if FURNITURE[name][1] else "on"
+                found[f"put the {self.held} {preposition} the {name}"] = partial(self.put, name)
+        return found
 
+    def describe(self, furniture: str) -> str:
+        """Return the visible state of a piece of furniture."""
+        if self.shut(furniture):
+            return f"The {furniture} is closed."
+        is_container = FURNITURE[furniture][1]
+        place = f"The {furniture} is open; in it" if is_container else f"On the {furniture}"
+        return f"{place}: {listed(self.on(furniture))}."
 
-def preposition(furniture: str) -> str:
-    return "in" if FURNITURE[furniture][1] else "on"
+    def goal_text(self) -> str:
+        parts = [f"the {thing} in the {place}" for thing, place in self.goal.items()]
+        doors = listed([f"the {place}" for place in dict.fromkeys(self.goal.values())])
+        return f"put {listed(parts)}, and leave {doors} closed"
 
 
 def listed(names: Sequence[str]) -> str:
-    """`a, b and c`, or `nothing`."""
-    if not names:
-        return "nothing"
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-
-
-def furniture_text(house: House, name: str) -> str:
-    """What can be seen of a piece of furniture."""
-    if house.shut(name):
-        return f"The {name} is closed."
-    if FURNITURE[name][1]:
-        return f"The {name} is open; in it: {listed(house.on(name))}."
-    return f"On the {name}: {listed(house.on(name))}."
-
-
-def goal_text(house: House) -> str:
-    parts = [f"the {thing} in the {place}" for thing, place in house.goal.items()]
-    doors = listed([f"the {place}" for place in dict.fromkeys(house.goal.values())])
-    return f"put {listed(parts)}, and leave {doors} closed"
+    """Return `a, b and c`, or `nothing`."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "nothing"
 
 
 class HouseholdEnv(gymnasium.Env):
     """Tidy up `num_goals` things; reward 1 when the last is in place and its door closed, else 0.
 
-    What lies behind a closed door is not seen. One thing can be held at a time. An action that
-    does nothing now is a failure: `info["error"]` and the next observation say so, and a step is
-    lost. Registered as `etpo/Household-v0` with 60 steps, after which an episode is truncated.
-
-    num_goals: 1 to 4; three take 10 to 23 actions. list_actions: observations name the admissible
-    actions. history: so many of the last actions are shown. Observations are a Dict of instruction
-    and prefix. Rooms, places and goals are drawn from the generator that `reset(seed=...)` seeds.
-    Raises ConfigError for values out of range.
+    Things behind a closed door are not visible, and only one thing can be held. An inadmissible
+    action is a failure: `info["error"]` and the next observation report it, and the step is lost.
+    `list_actions`: observations list the admissible actions. `history`: number of previous actions
+    in an observation. Registered as `etpo/Household-v0`, truncated after 60 steps.
     """
 
     metadata: Mapping[str, Any] = {"render_modes": ["ansi"], "render_fps": 1}
@@ -143,12 +122,11 @@ class HouseholdEnv(gymnasium.Env):
         history: int = 5,
         render_mode: str | None = None,
     ) -> None:
-        check_integer("environment.kwargs.num_goals", num_goals, 1, 4)
-        check_integer("environment.kwargs.history", history, 0)
+        key = "environment.kwargs"
+        check_integer(f"{key}.num_goals", num_goals, 1, 4)  # three take 10 to 23 actions
+        check_integer(f"{key}.history", history, 0)
         if not isinstance(list_actions, bool):
-            raise ConfigError(
-                f"environment.kwargs.list_actions={list_actions}: allowed are true, false"
-            )
+            raise ConfigError(f"{key}.list_actions={list_actions}: allowed are true, false")
         self.num_goals, self.list_actions, self.history = num_goals, list_actions, history
         self.render_mode = render_mode
         self.action_space = AnyText()
@@ -157,7 +135,7 @@ class HouseholdEnv(gymnasium.Env):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, str], dict[str, Any]]:
-        """A fresh house: no thing of the goal is in the container that it belongs in."""
+        """Draw a house in which no thing of the goal is in its place."""
         super().reset(seed=seed)
         random = self.np_random
         place = {thing: str(random.choice(tuple(FURNITURE))) for thing in THINGS}
@@ -170,33 +148,31 @@ class HouseholdEnv(gymnasium.Env):
         return self._observation(), {}
 
     def step(self, action: str) -> tuple[dict[str, str], float, bool, bool, dict[str, Any]]:
-        """The first line of `action` is what is done."""
+        """Perform the first line of `action`."""
         words = action.strip().partition("\n")[0].lower().rstrip(" .")
-        error = None
-        if words in admissible(self.house):
-            act(self.house, words)
-            self.past.append(words)
-        else:
-            error = f"you cannot {words[:80]!r} now"
-            self.past.append(error)
+        effect = self.house.actions().get(words)
+        error = None if effect else f"you cannot {words[:80]!r} now"
+        if effect:
+            effect()
+        self.past.append(error or words)
         solved = self.house.solved()
         return self._observation(), float(solved), solved, False, {"error": error}
 
     def render(self) -> str:
-        """What an agent reads."""
+        """Return the instruction of the last observation."""
         return self._observation()["instruction"]
 
     def _observation(self) -> dict[str, str]:
         house = self.house
         lines = [
-            f"Task: {goal_text(house)}.",
+            f"Task: {house.goal_text()}.",
             f"Rooms: {listed(ROOMS)}.",
             *(f"Before: {past}." for past in self.past[max(0, len(self.past) - self.history) :]),
-            f"You are in the {house.room} and hold {listed([house.held] if house.held else [])}.",
-            *(furniture_text(house, name) for name in house.here()),
+            f"You are in the {house.room} and hold {house.held or 'nothing'}.",
+            *map(house.describe, house.here()),
         ]
         if self.list_actions:
-            lines.append(f"You can: {'; '.join(admissible(house))}.")
+            lines.append(f"You can: {'; '.join(house.actions())}.")
         text = "\n".join(lines)
         return {
             "instruction": f"{text}\nAnswer with your next action.",

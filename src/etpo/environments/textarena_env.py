@@ -1,4 +1,4 @@
-"""The single-player games of TextArena (arXiv 2504.11442) as gymnasium environments.
+"""Single-player games of TextArena (arXiv 2504.11442) as gymnasium environments.
 
 They need the package `textarena`: `pip install -e ".[textarena]"`.
 """
@@ -16,21 +16,23 @@ from etpo.errors import ConfigError, one_line
 
 _INVALID = "You attempted an invalid move. Reason: "
 _FETCH_WORDS = "python -m nltk.downloader words averaged_perceptron_tagger_eng"
-_ONE_AT_A_TIME = threading.RLock()  # the games draw from the module `random`
+_LOCK = threading.RLock()  # the games draw from the module `random`
 
 
 class TextArenaEnv(gymnasium.Env):
-    """One game of TextArena, paid as the game says when it ends; 0 before.
+    """A game of TextArena; its reward comes at the end, 0 before.
 
-    game: its name in TextArena; with `-train` at the end observations hold the rules, the game's
-    messages and the present board, without it the whole conversation. options: arguments of the
-    game. An invalid move is a failure (`info["error"]`); most games allow one and end at a second.
-    A turn limit belongs to the game: every end is a termination.
+    An invalid move is a failure (`info["error"]`). A turn limit belongs to the game: every end is
+    a termination. A seed determines the whole game, also with parallel copies, and the global
+    generator is left unchanged. Registered as `etpo/TextArena-v0`.
 
-    A seed decides the whole game, side by side with others, and leaves the global generator as it
-    was. Registered as `etpo/TextArena-v0`. Raises ConfigError for a game that is not known or
-    cannot be made (its words or a key are missing), ImportError where `textarena` is missing;
-    `reset` raises ConfigError for a game that needs several players.
+    Args:
+        game: name in TextArena; with `-train` at the end observations hold the rules, the game's
+            messages and the current board, otherwise the whole conversation.
+        options: arguments of the game.
+
+    Raises ConfigError for a game that is unknown, cannot be created (its words or a key are
+    missing) or needs several players; ImportError without `textarena`.
     """
 
     metadata: Mapping[str, Any] = {"render_modes": ["ansi"], "render_fps": 1}
@@ -46,8 +48,7 @@ class TextArenaEnv(gymnasium.Env):
             import textarena
         except ImportError as error:
             raise ImportError('TextArena is missing: pip install -e ".[textarena]"') from error
-        known = textarena.envs.registration.ENV_REGISTRY
-        if game not in known:
+        if game not in textarena.envs.registration.ENV_REGISTRY:
             raise ConfigError(
                 f"environment.kwargs.game={game}: allowed are names of TextArena such as "
                 "FrozenLake-v0-train, GuessTheNumber-v0-train, TowerOfHanoi-v0-train"
@@ -64,15 +65,15 @@ class TextArenaEnv(gymnasium.Env):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[str, dict[str, Any]]:
-        """A new game; without a seed it is drawn from the generator that the last one seeded."""
+        """Start a new game; without a seed it comes from the generator of the last seed."""
         super().reset(seed=seed)
         with self._own_random(), self._one_line():
-            self._game = self._make()  # its wrappers would keep the last game's messages
+            self._game = self._make()  # reused wrappers would keep the last game's messages
             self._game.reset(num_players=1, seed=int(self.np_random.integers(2**31)))
             return self._read(), {}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """One move; brackets around it are added where the game wants them."""
+        """Make one move; TextArena adds brackets around it if the game needs them."""
         state = self._game.state
         errors = state.error_count
         with self._own_random():
@@ -84,7 +85,7 @@ class TextArenaEnv(gymnasium.Env):
         return observed, reward, bool(done), False, {"error": error}
 
     def render(self) -> str:
-        """What the player has read last."""
+        """Return the last observation."""
         return self._observed
 
     def _read(self) -> str:
@@ -92,7 +93,7 @@ class TextArenaEnv(gymnasium.Env):
         return self._observed
 
     def _reason(self) -> str:
-        """What the game says of the last invalid move."""
+        """Return the game's explanation of the last invalid move."""
         state = self._game.state
         if state.game_info[0]["invalid_move"]:
             return state.game_info[0]["reason"]
@@ -101,7 +102,7 @@ class TextArenaEnv(gymnasium.Env):
 
     @contextlib.contextmanager
     def _one_line(self) -> Iterator[None]:
-        """Raises ConfigError where the game cannot be made or played alone."""
+        """Raise ConfigError if the game cannot be created or played alone."""
         key = f"environment.kwargs.game={self._name}"
         try:
             yield
@@ -116,8 +117,8 @@ class TextArenaEnv(gymnasium.Env):
 
     @contextlib.contextmanager
     def _own_random(self) -> Iterator[None]:
-        """`random` is this game's own generator meanwhile."""
-        with _ONE_AT_A_TIME:
+        """Use this game's state of the module `random` inside the context."""
+        with _LOCK:
             before = random.getstate()
             random.setstate(self._state)
             try:

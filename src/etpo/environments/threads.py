@@ -1,4 +1,4 @@
-"""A thread that the end of the process does not wait for."""
+"""A worker thread that does not delay the exit of Python, even if a call never returns."""
 
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -9,11 +9,7 @@ from typing import Any
 
 
 class DaemonThread:
-    """Runs calls one after the other, in a daemon thread.
-
-    Python waits at its end for the threads of a `ThreadPoolExecutor`: a call that never returns
-    would keep the process alive.
-    """
+    """Run calls one after the other; unlike a `ThreadPoolExecutor`, it never delays the exit."""
 
     def __init__(self, name: str) -> None:
         self.calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
@@ -21,18 +17,18 @@ class DaemonThread:
         Thread(target=self._run, name=name, daemon=True).start()
 
     def submit(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
-        """What `function` returns or raises, once the calls before it are done."""
+        """Queue a call and return the future of its result."""
         self.last = Future()
         self.calls.put((self.last, partial(function, *args, **kwargs)))
         return self.last
 
     @property
     def busy(self) -> bool:
-        """Whether a call has not returned yet."""
+        """Return True if a call has not returned yet."""
         return self.last is not None and not self.last.done()
 
     def stop(self) -> None:
-        """Ends the thread after the calls so far."""
+        """End the thread after the queued calls."""
         self.calls.put(None)
 
     def _run(self) -> None:
@@ -40,5 +36,5 @@ class DaemonThread:
             future, function = call
             try:
                 future.set_result(function())
-            except BaseException as error:  # SystemExit would end this thread alone, and silently
+            except BaseException as error:  # SystemExit would silently end only this thread
                 future.set_exception(error)

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import functools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +23,6 @@ from etpo.models.shared_prompt import checkpoint_layers, forward_actions
 from etpo.models.stopping import stop_ids
 from etpo.models.stopping import stop_strings as parse_stop_strings
 from etpo.models.token_text import added_text
-
-
-def tiny_checkpoint() -> str:
-    """Return the folder of the embedded base model."""
-    return str(Path(__file__).parent / "tiny" / "checkpoint")
 
 
 class LanguageModelPolicy(nn.Module):

@@ -1,39 +1,46 @@
-"""The on-policy replay buffer: one iteration's annotated actions in shuffled minibatches."""
+"""The on-policy buffer: one iteration's actions in shuffled minibatches."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from etpo.rollout.types import TokenBatch
 
-def by_length(batch: Any, groups: int) -> list[Any]:
-    """At most `groups` parts of `batch`, its actions sorted by length, without common padding.
 
-    batch: a NamedTuple of tensors whose first dimension is the action, with `prompt_mask` [B, P],
-    padded on the left, and `action_mask` [B, L], padded on the right. Fields named prompt_* are
-    [B, P], all others [B], [B, L] or [B, L, ...]. Parts differ in size where B does not divide.
+def select_rows(batch: Any, rows: Tensor) -> Any:
+    """Index every tensor of a NamedTuple by `rows`; fields that are None stay None."""
+    return type(batch)(*(x if x is None else x[rows.to(x.device)] for x in batch))
+
+
+def split_by_length(batch: TokenBatch, parts: int) -> list[TokenBatch]:
+    """Split actions into at most `parts` of similar length and drop padding that all share.
+
+    Parts differ in size where the number of actions is not divisible by `parts`.
     """
     order = batch.action_mask.sum(1).argsort(stable=True)
-    parts = []
-    for rows in order.chunk(groups):
-        first = int(batch.prompt_mask[rows].any(0).int().argmax())
-        length = int(batch.action_mask[rows].any(0).sum())
-        fields = {}
-        for name, field in batch._asdict().items():
-            if name.startswith("prompt_"):
-                fields[name] = field[rows, first:]
-            else:
-                fields[name] = field[rows] if field.ndim == 1 else field[rows, :length]
-        parts.append(type(batch)(**fields))
-    return parts
+    split = []
+    for rows in order.chunk(parts):
+        part = select_rows(batch, rows)
+        first = int(part.prompt_mask.any(0).int().argmax())
+        length = int(part.action_mask.any(0).sum())
+        cropped = {
+            name: x[:, first:] if name in ("prompt_ids", "prompt_mask") else x[:, :length]
+            for name, x in part._asdict().items()
+            if x is not None and x.ndim > 1
+        }
+        split.append(part._replace(**cropped))
+    return split
 
 
 class OnPolicyBuffer(IterableDataset[Any]):
-    """Fills itself anew whenever it is iterated, then yields `epochs` passes of minibatches.
+    """Refill on every iteration over the dataset, then yield `epochs` passes of minibatches.
 
-    fill: returns (batch, generator): a NamedTuple of tensors whose first dimension is the action,
-    and the generator that shuffles it.
+    Args:
+        fill: returns (batch, generator): a NamedTuple of tensors whose first dimension is the
+            action, and the generator that shuffles it.
     """
 
     def __init__(
@@ -56,7 +63,7 @@ class OnPolicyBuffer(IterableDataset[Any]):
         order = [torch.randperm(len(batch[0]), generator=generator) for _ in range(self.epochs)]
         minibatches = [rows for each in order for rows in torch.split(each, self.minibatch_size)]
         for number, rows in enumerate(minibatches, start=1):
-            minibatch = type(batch)(*(field[rows.to(field.device)] for field in batch))
+            minibatch = select_rows(batch, rows)
             if number == len(minibatches):
-                del batch  # else it lies there until the next iteration is full
+                del batch  # free it before the next iteration fills the buffer
             yield minibatch

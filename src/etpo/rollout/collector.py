@@ -1,4 +1,4 @@
-"""Plays a language model in a text environment; knows nothing of the algorithm or the task."""
+"""Run a language model in a text environment, independent of algorithm and task."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -9,18 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from etpo.environments import plain
+from etpo.environments import validation
 from etpo.environments.text_env import TextObservation, TextVectorEnv
 from etpo.environments.threads import DaemonThread
-from etpo.generation.sampler import Sample, action_texts, sample
-from etpo.models.policy import LanguageModelPolicy, PromptBatch
+from etpo.generation.sampler import Sample, decode_actions, generate
+from etpo.models.policy import LanguageModelPolicy
+from etpo.models.prompting import PromptBatch
 from etpo.rollout.types import Actions, Record, Rollout, pad_stack
 
 OnProgress = Callable[[str, int, int], None]
 
 
-class Round(NamedTuple):
-    """What one step of a group of environments left."""
+class GroupStep(NamedTuple):
+    """Outcome of one step of a group of environments."""
 
     prompts: PromptBatch
     sample: Sample
@@ -28,59 +29,70 @@ class Round(NamedTuple):
     terminated: Tensor
     truncated: Tensor
     step: Tensor
-    following: list[TextObservation]  # true next observations of the truncated actions
+    next_observations: list[TextObservation]  # true next observations of the truncated actions
     records: list[Record]
 
 
-class Group:
-    """Environments that act together: what they see, and what their actions came to."""
+class EnvGroup:
+    """Environments that step together, with their observations and results."""
 
     def __init__(self, envs: np.ndarray, observations: Sequence[TextObservation]) -> None:
         self.envs = envs
         self.observations = [observations[env] for env in envs]
-        self.attempt = torch.zeros(len(envs), dtype=torch.long)
-        self.rounds: list[Round] = []
+        self.step = torch.zeros(len(envs), dtype=torch.long)
+        self.results: list[GroupStep] = []
         self.prompts: PromptBatch
-        self.taken: Sample
+        self.sample: Sample
         self.texts: list[str]
 
     def act(
         self, policy: LanguageModelPolicy, max_new_tokens: int, generator: torch.Generator | None
     ) -> list[str]:
-        """The texts of one action per environment."""
+        """Generate one action per environment and return the texts."""
         self.prompts = policy.encode(self.observations)
-        self.taken = sample(policy, self.prompts, max_new_tokens, generator)
-        self.texts = action_texts(policy, self.prompts, self.taken)
+        self.sample = generate(policy, self.prompts, max_new_tokens, generator)
+        self.texts = decode_actions(policy, self.prompts, self.sample)
         return self.texts
 
-    def receive(self, policy: LanguageModelPolicy, answer: plain.Answer, last: bool) -> None:
-        """Takes what came of the actions; `last`: open episodes are cut here."""
-        ended = torch.tensor(answer.terminated)
-        cut = ~ended if last else torch.tensor(answer.truncated) & ~ended
+    def record_step(
+        self, policy: LanguageModelPolicy, answer: validation.StepResult, last: bool
+    ) -> None:
+        """Store the outcome of the actions; `last`: truncate episodes that are open."""
+        terminated = torch.tensor(answer.terminated)
+        truncated = ~terminated if last else torch.tensor(answer.truncated) & ~terminated
         following = []
-        for row in cut.nonzero().flatten().tolist():
+        for row in truncated.nonzero().flatten().tolist():
             final = answer.final_obs[row]
             following.append(answer.observations[row] if final is None else final)
-        reward = torch.tensor(answer.rewards, dtype=torch.float32)
-        records = self.written(policy, answer)
-        self.rounds.append(
-            Round(self.prompts, self.taken, reward, ended, cut, self.attempt, following, records)
+        self.results.append(
+            GroupStep(
+                self.prompts,
+                self.sample,
+                torch.tensor(answer.rewards, dtype=torch.float32),
+                terminated,
+                truncated,
+                self.step,
+                following,
+                self.to_records(policy, answer),
+            )
         )
-        self.attempt = torch.where(ended | cut, 0, self.attempt + 1)
+        self.step = torch.where(terminated | truncated, 0, self.step + 1)
         self.observations = answer.observations
 
-    def written(self, policy: LanguageModelPolicy, answer: plain.Answer) -> list[Record]:
-        """The actions as a person reads them."""
+    def to_records(
+        self, policy: LanguageModelPolicy, answer: validation.StepResult
+    ) -> list[Record]:
+        """Return the actions in readable form."""
         return [
             Record(
                 int(env),
-                int(self.attempt[row]) + 1,
+                int(self.step[row]) + 1,
                 str(policy.tokenizer.decode(self.prompts.ids[row][self.prompts.mask[row]])),
                 self.texts[row],
                 answer.rewards[row],
                 answer.errors[row],
                 answer.cached[row],
-                bool(self.taken.length_limited[row]),
+                bool(self.sample.length_limited[row]),
             )
             for row, env in enumerate(self.envs)
         ]
@@ -93,85 +105,85 @@ def collect(
     max_new_tokens: int,
     generator: torch.Generator | None,
     seed: int,
-    groups: int = 1,
+    pipeline_groups: int = 1,
     on_progress: OnProgress | None = None,
 ) -> Rollout:
-    """Plays `rounds` actions in every environment, from fresh episodes; greedy without generator.
+    """Take `rounds` actions in every environment, from fresh episodes.
 
-    With several `groups` of environments, the actions of one are answered (`step_part`, in a
-    thread) while those of the next are generated. Episodes that are open after the last round are
-    truncated: their true next prompts are kept for bootstrapping. `on_progress(stage, done,
-    total)` is called with stage "rollout".
+    Episodes that are open after the last round are truncated; their true next prompts are kept for
+    bootstrapping.
 
-    Raises ConfigError for what an environment may not send (`etpo.environments.plain`).
+    Args:
+        generator: source of the sampled tokens; None decodes greedily.
+        pipeline_groups: number of groups of environments; `step_part` of one group runs in a thread
+            while the next group generates.
+        on_progress: called with ("rollout", rounds done, rounds).
+
+    Raises:
+        ConfigError: the environment returns an invalid value (`etpo.environments.validation`).
     """
     first, _ = environment.reset(seed=seed, options={"evaluation": generator is None})
     source = f"environment {environment.task_name}"
-    with plain.sent_by(source):
-        observations = plain.observations(first, environment.num_envs)
-    parts = [
-        Group(envs, observations)
-        for envs in np.array_split(np.arange(environment.num_envs), groups)
+    with validation.error_prefix(source):
+        observations = validation.observations(first, environment.num_envs)
+    groups = [
+        EnvGroup(envs, observations)
+        for envs in np.array_split(np.arange(environment.num_envs), pipeline_groups)
     ]
     answers: dict[int, Callable[[], tuple[Any, ...]]] = {}
     generate_seconds = score_seconds = 0.0
     thread = DaemonThread("environment")
     try:
         for number in range(rounds + 1):
-            for index, part in enumerate(parts):
+            for index, group in enumerate(groups):
                 start = time.perf_counter()
                 if number > 0:
                     returned = answers[index]()
-                    with plain.sent_by(source):
-                        answer = plain.answer(returned, len(part.envs))
-                    part.receive(policy, answer, last=number == rounds)
+                    with validation.error_prefix(source):
+                        answer = validation.step_result(returned, len(group.envs))
+                    group.record_step(policy, answer, last=number == rounds)
                 answered = time.perf_counter()
                 if number < rounds:
-                    texts = part.act(policy, max_new_tokens, generator)
-                    if groups == 1:
+                    texts = group.act(policy, max_new_tokens, generator)
+                    if pipeline_groups == 1:
                         answers[index] = partial(environment.step, texts)
                     else:
-                        answers[index] = thread.submit(
-                            environment.step_part, texts, part.envs
-                        ).result
+                        step = environment.step_part
+                        answers[index] = thread.submit(step, texts, group.envs).result
                 score_seconds += answered - start
                 generate_seconds += time.perf_counter() - answered
             if on_progress is not None and number > 0:
                 on_progress("rollout", number, rounds)
     finally:
         thread.stop()
-    done = [part.rounds[number] for number in range(rounds) for part in parts]
-    next_prompts = encode_any(policy, [o for r in done for o in r.following])
+    steps = [group.results[number] for number in range(rounds) for group in groups]
+    following = [observation for step in steps for observation in step.next_observations]
+    next_prompts = PromptBatch(torch.zeros(0, 1).long(), torch.zeros(0, 1).bool(), 0)
+    if following:
+        next_prompts = policy.encode(following)
     return Rollout(
-        actions=stack(done, policy.pad_id),
+        actions=stack(steps, policy.pad_id),
         bootstrap_ids=next_prompts.ids,
         bootstrap_mask=next_prompts.mask,
-        records=[record for r in done for record in r.records],
+        records=[record for step in steps for record in step.records],
         num_envs=environment.num_envs,
-        dropped_prompt_tokens=sum(r.prompts.dropped for r in done),
+        dropped_prompt_tokens=sum(step.prompts.dropped for step in steps),
         generate_seconds=generate_seconds,
         score_seconds=score_seconds,
     )
 
 
-def encode_any(policy: LanguageModelPolicy, observations: Sequence[TextObservation]) -> PromptBatch:
-    """`policy.encode`, for no observation too: [0, 1]."""
-    if observations:
-        return policy.encode(observations)
-    return PromptBatch(torch.zeros(0, 1).long(), torch.zeros(0, 1).bool(), 0)
-
-
-def stack(rounds: list[Round], pad_id: int) -> Actions:
-    """All rounds as one batch, in their order."""
+def stack(steps: list[GroupStep], pad_id: int) -> Actions:
+    """Concatenate the steps to one batch, in their order."""
+    samples = [step.sample for step in steps]
     return Actions(
-        prompt_ids=pad_stack([r.prompts.ids for r in rounds], pad_id, left=True),
-        prompt_mask=pad_stack([r.prompts.mask for r in rounds], False, left=True),
-        action_ids=pad_stack([r.sample.ids.cpu() for r in rounds], pad_id, left=False),
-        action_mask=pad_stack([r.sample.mask.cpu() for r in rounds], False, left=False),
-        log_probs=pad_stack([r.sample.log_probs.cpu() for r in rounds], 0.0, left=False),
-        features=pad_stack([r.sample.features.cpu() for r in rounds], 0.0, left=False),
-        rewards=torch.cat([r.rewards for r in rounds]),
-        terminated=torch.cat([r.terminated for r in rounds]),
-        truncated=torch.cat([r.truncated for r in rounds]),
-        step=torch.cat([r.step for r in rounds]),
+        prompt_ids=pad_stack([step.prompts.ids for step in steps], pad_id, left=True),
+        prompt_mask=pad_stack([step.prompts.mask for step in steps], False, left=True),
+        action_ids=pad_stack([s.ids.cpu() for s in samples], pad_id, left=False),
+        action_mask=pad_stack([s.mask.cpu() for s in samples], False, left=False),
+        hidden_states=pad_stack([s.hidden_states.cpu() for s in samples], 0.0, left=False),
+        rewards=torch.cat([step.rewards for step in steps]),
+        terminated=torch.cat([step.terminated for step in steps]),
+        truncated=torch.cat([step.truncated for step in steps]),
+        step=torch.cat([step.step for step in steps]),
     )

@@ -1,4 +1,4 @@
-"""The environment as a LightningDataModule: every epoch is one policy iteration."""
+"""The environment as a LightningDataModule; every epoch is one policy iteration."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,45 +16,47 @@ from etpo.rollout.types import Rollout
 from etpo.sharding import full_parameters
 
 PRECISIONS = ("32-true", "bf16-mixed")
-
-
-def derived_seed(*keys: int) -> int:
-    """A 63-bit seed that is a function of `keys` (>= 0) alone."""
-    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
-
-
 OnTargetsComputed = Callable[[Rollout, Any], None]
 
 
+def derived_seed(*keys: int) -> int:
+    """Derive a 63-bit seed from `keys` (>= 0) alone."""
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
+
+
 class RolloutDataModule(LightningDataModule):
-    """Collects fresh actions from the current policy and serves them as minibatches.
+    """Collect fresh actions from the current policy and serve them as minibatches.
 
-    The random numbers of iteration i depend on (seed, i, rank) only, so that a resumed run draws
-    the same ones.
+    The random numbers of iteration i depend on (seed, i, rank) only: a resumed run draws the same
+    ones. `on_targets_computed(rollout, batch)`, if set, is called in every iteration with the
+    rollout and the output of `compute_targets`, in the rollout's order, before the first update.
 
-    environment: `num_envs` copies of the task, per rank.
-    pipeline_groups: so many groups of environments take turns: while one's actions are answered, those of
-    the next are generated. At most `num_envs`; more than 1 needs `environment.step_part`.
-    actions_per_iteration: over all ranks; a multiple of ranks * num_envs and of
-    ranks * minibatch_size.
-    minibatch_size: actions per training step and rank.
-    update_epochs: passes over each iteration's actions.
-    max_new_tokens: length limit of an action.
-    on_targets_computed(rollout, batch), if set, sees every iteration's rollout and what `compute_targets` made of
-    it, both in the rollout's order, before the first update.
-    Raises ConfigError for values out of range.
+    Args:
+        environment: `num_envs` copies of the task, per rank.
+        actions_per_iteration: over all ranks; a multiple of ranks * num_envs and of
+            ranks * minibatch_size.
+        minibatch_size: actions per training step and rank.
+        update_epochs: passes over the actions of an iteration.
+        max_new_tokens: length limit of an action.
+        num_envs: number of environments per rank; None takes it from `environment`.
+        seed: of the actions, the minibatches and the environment.
+        pipeline_groups: number of groups of environments; the actions of one group are scored while
+            the next group generates. More than 1 needs `environment.step_part`.
+
+    Raises:
+        ConfigError: a value is out of range.
     """
 
     def __init__(
         self,
         environment: TextVectorEnv,
         *,
-        actions_per_iteration: int,
-        minibatch_size: int,
-        update_epochs: int,
-        max_new_tokens: int,
-        num_envs: int,
-        seed: int,
+        actions_per_iteration: int = 64,
+        minibatch_size: int = 64,
+        update_epochs: int = 10,
+        max_new_tokens: int = 64,
+        num_envs: int | None = None,
+        seed: int = 0,
         pipeline_groups: int = 1,
     ) -> None:
         super().__init__()
@@ -63,17 +65,17 @@ class RolloutDataModule(LightningDataModule):
         self.minibatch_size = minibatch_size
         self.update_epochs = update_epochs
         self.max_new_tokens = max_new_tokens
-        self.num_envs = num_envs
+        self.num_envs = environment.num_envs if num_envs is None else num_envs
         self.seed = seed
         self.pipeline_groups = pipeline_groups
         self.on_progress: OnProgress | None = None
         self.on_targets_computed: OnTargetsComputed | None = None
         self.rollout: Rollout | None = None
-        self.checked = False  # whether what is sampled is what is trained
-        self.check(world_size=1)
+        self.policy_checked = False
+        self.check_sizes(world_size=1)
 
-    def check(self, world_size: int) -> None:
-        """Raises ConfigError where the sizes do not fit together on `world_size` ranks."""
+    def check_sizes(self, world_size: int) -> None:
+        """Raise ConfigError where the sizes do not fit together on `world_size` ranks."""
         sizes = ("num_envs", "minibatch_size", "update_epochs", "max_new_tokens")
         for key in ("actions_per_iteration", *sizes):
             check_integer(f"rollout.{key}", getattr(self, key), 1)
@@ -83,10 +85,11 @@ class RolloutDataModule(LightningDataModule):
                 f"{self.environment.num_envs}"
             )
         check_integer("rollout.pipeline_groups", self.pipeline_groups, 1, self.num_envs)
-        if self.pipeline_groups > 1 and type(self.environment).step_part is TextVectorEnv.step_part:
+        whole = type(self.environment).step_part is TextVectorEnv.step_part
+        if self.pipeline_groups > 1 and whole:
             raise ConfigError(
-                f"rollout.pipeline_groups={self.pipeline_groups}: allowed is 1, for {self.environment.task_name} can "
-                "only step all environments together"
+                f"rollout.pipeline_groups={self.pipeline_groups}: allowed is 1, because "
+                f"{self.environment.task_name} steps all environments together"
             )
         for key in ("num_envs", "minibatch_size"):
             unit = world_size * getattr(self, key)
@@ -98,49 +101,50 @@ class RolloutDataModule(LightningDataModule):
                 )
 
     def setup(self, stage: str) -> None:
-        self.check(self.running.world_size)
-        batches, joined = self.batches_per_pass, self.running.accumulate_grad_batches
-        if batches % joined:
+        trainer = self.attached_trainer
+        self.check_sizes(trainer.world_size)
+        batches, accumulated = self.batches_per_pass, trainer.accumulate_grad_batches
+        if batches % accumulated:
             raise ConfigError(
-                f"trainer.accumulate_grad_batches={joined}: allowed are divisors of {batches}, a "
-                "process's minibatches of one pass over the actions"
+                f"trainer.accumulate_grad_batches={accumulated}: allowed are divisors of "
+                f"{batches}, the minibatches per process of one pass over the actions"
             )
-        if self.running.precision not in PRECISIONS:
+        if trainer.precision not in PRECISIONS:
             raise ConfigError(
-                f"trainer.precision={self.running.precision}: allowed are {', '.join(PRECISIONS)}, "
-                "for log-probabilities are float32; model.dtype=bfloat16 gives weights in bfloat16"
+                f"trainer.precision={trainer.precision}: allowed are {', '.join(PRECISIONS)}, "
+                "because log-probabilities are float32; model.dtype=bfloat16 stores weights in "
+                "bfloat16"
             )
         policy = self.algorithm.policy
-        used = policy.max_prompt_tokens + self.max_new_tokens
-        if used > policy.context_size:
+        if policy.max_prompt_tokens + self.max_new_tokens > policy.context_size:
             raise ConfigError(
                 f"rollout.max_new_tokens={self.max_new_tokens} and model.max_prompt_tokens="
-                f"{policy.max_prompt_tokens}: allowed is a sum of at most "
-                f"{policy.context_size}, the model's context"
+                f"{policy.max_prompt_tokens}: allowed is a sum of at most {policy.context_size}, "
+                "the context of the model"
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What the environment wants kept in a checkpoint; of rank zero where there are several."""
+        """Return the environment's state for a checkpoint, of rank zero where there are several."""
         return self.environment.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.environment.load_state_dict(state_dict)
 
     @property
-    def running(self) -> Trainer:
-        """The trainer that this is attached to; RuntimeError where there is none."""
+    def attached_trainer(self) -> Trainer:
+        """The trainer; RuntimeError without one."""
         if self.trainer is None:
-            raise RuntimeError("a RolloutDataModule serves actions to a Trainer only")
+            raise RuntimeError("a RolloutDataModule needs a Trainer")
         return self.trainer
 
     @property
     def algorithm(self) -> Any:
-        """The algorithm that is trained: it has a `policy` and annotates what that did."""
-        return self.running.lightning_module
+        """The module in training: has a `policy` and `compute_targets`."""
+        return self.attached_trainer.lightning_module
 
     @property
     def actions_per_rank(self) -> int:
-        return self.actions_per_iteration // self.running.world_size
+        return self.actions_per_iteration // self.attached_trainer.world_size
 
     @property
     def batches_per_pass(self) -> int:
@@ -148,41 +152,38 @@ class RolloutDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         sizes = self.batches_per_pass, self.minibatch_size, self.update_epochs
-        buffer = OnPolicyBuffer(self.fill, *sizes)
-        return DataLoader(buffer, batch_size=None)
+        return DataLoader(OnPolicyBuffer(self.collect_targets, *sizes), batch_size=None)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(GreedyEpisodes(self), batch_size=None)
+        return DataLoader(GreedyRollout(self), batch_size=None)
 
-    def fill(self) -> tuple[Any, torch.Generator]:
-        """Rolls out the current policy and lets the algorithm compute_targets what came of it."""
-        module, trainer = self.algorithm, self.running
-        iteration, rank = trainer.current_epoch, trainer.global_rank
-        device = module.policy.device
-        decoding = torch.Generator(device).manual_seed(derived_seed(self.seed, iteration, rank, 0))
+    def collect_targets(self) -> tuple[Any, torch.Generator]:
+        """Collect a rollout of the current policy and compute its training batch."""
+        module, trainer = self.algorithm, self.attached_trainer
+        keys = self.seed, trainer.current_epoch, trainer.global_rank
+        generator = torch.Generator(module.policy.device).manual_seed(derived_seed(*keys, 0))
         with full_parameters(module), trainer.precision_plugin.forward_context():
             self.rollout = collect(
                 module.policy,
                 self.environment,
                 self.actions_per_rank // self.num_envs,
                 self.max_new_tokens,
-                decoding,
-                seed=derived_seed(self.seed, iteration, rank, 1),
-                groups=self.pipeline_groups,
+                generator,
+                seed=derived_seed(*keys, 1),
+                pipeline_groups=self.pipeline_groups,
                 on_progress=self.on_progress,
             )
-            if not self.checked:
+            if not self.policy_checked:
                 module.check_rollout(self.rollout)
-                self.checked = True
+                self.policy_checked = True
             batch = module.compute_targets(self.rollout)
             if self.on_targets_computed is not None:
                 self.on_targets_computed(self.rollout, batch)
-        shuffling = torch.Generator().manual_seed(derived_seed(self.seed, iteration, rank, 2))
-        return batch, shuffling
+        return batch, torch.Generator().manual_seed(derived_seed(*keys, 2))
 
 
-class GreedyEpisodes(IterableDataset[Rollout]):
-    """One greedy action in every environment: what validation sees of the current policy."""
+class GreedyRollout(IterableDataset[Rollout]):
+    """Validation data: one greedy action in every environment."""
 
     def __init__(self, datamodule: RolloutDataModule) -> None:
         self.datamodule = datamodule
@@ -191,15 +192,11 @@ class GreedyEpisodes(IterableDataset[Rollout]):
         return 1
 
     def __iter__(self) -> Iterator[Rollout]:
-        data = self.datamodule
-        trainer = data.running
+        data, trainer = self.datamodule, self.datamodule.attached_trainer
+        policy = data.algorithm.policy
+        keys = data.seed, trainer.current_epoch, trainer.global_rank, 3
         with full_parameters(data.algorithm), trainer.precision_plugin.forward_context():
             rollout = collect(
-                data.algorithm.policy,
-                data.environment,
-                1,
-                data.max_new_tokens,
-                None,
-                seed=derived_seed(data.seed, trainer.current_epoch, trainer.global_rank, 3),
+                policy, data.environment, 1, data.max_new_tokens, None, seed=derived_seed(*keys)
             )
         yield rollout

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from etpo.environments.sandbox import Outcome, Split
+from etpo_sandbox import Outcome, Split
 
 
 class FakeSandbox:

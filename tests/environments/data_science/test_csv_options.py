@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from etpo.config import CONF
-from etpo.environments.data_science.csv_options import CsvOptions
+from etpo.environments.data_science.csv_file import CsvOptions
 from etpo.environments.data_science.datasets import load_dataset
 from etpo.errors import ConfigError
 
@@ -19,9 +19,9 @@ from etpo.errors import ConfigError
         ("sep", "", "one character"),
         ("decimal", None, "one character"),
         ("thousands", ".", "another character"),
-        ("header", 1, "infer, 0, null"),
+        ("header", 1, "infer, 0 or null"),
         ("na_values", "NA", "a list"),
-        ("keep_default_na", "no", "true, false"),
+        ("keep_default_na", "no", "true or false"),
         ("dtype", "str", "a mapping"),
         ("skiprows", 1, "allowed: sep, encoding, header"),
     ],

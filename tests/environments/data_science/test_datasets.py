@@ -29,10 +29,10 @@ def labelled(rows, header="a,b,label"):
 def test_generated_rows_are_those_of_openml(name, data_dir):
     with (data_dir / f"{name}.csv").open(newline="") as lines:
         header, *rows = csv.reader(lines)
-    table = datasets._GENERATED[name]()
+    table = datasets._GENERATED[name]().map(str)
     assert list(table.columns) == header
-    assert len(table.rows) == len(rows)
-    assert set(table.rows) == set(map(tuple, rows))
+    assert len(table) == len(rows)
+    assert set(table.itertuples(index=False, name=None)) == set(map(tuple, rows))
 
 
 def test_tic_tac_toe_is_encoded_over_sorted_categories():
@@ -166,7 +166,7 @@ MANY = "\n".join(["a,y", *(f"{i},{i * 0.37}" for i in range(40))])
     ("text", "target", "expected"),
     [
         ("", None, "environment.path=.*is empty"),
-        ("a,b,label\n", None, "environment.path=.*no rows"),
+        ("a,b,label\n", None, "environment.path=.*no data rows"),
         (labelled(["1,2"] * 8), "lable", "environment.target=lable is no column.*label"),
         ("a,y\n" + "1,no\n" * 8, None, "environment.path=.*'y' is constant"),
         ("a,y\n" + "1,\n" * 8, None, "target 'y' has no value"),

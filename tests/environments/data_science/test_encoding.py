@@ -1,24 +1,33 @@
 """What the cells of a column and of the target mean: as pandas reads them, and nothing is lost."""
 
+import io
+
 import numpy as np
+import pandas as pd
 import pytest
 
-from etpo.environments.data_science.csv_file import Table
-from etpo.environments.data_science.csv_options import CsvOptions
-from etpo.environments.data_science.encoding import encode
+from etpo.environments.data_science import encoding
+from etpo.environments.data_science.csv_file import CsvOptions
+from etpo.environments.data_science.encoding import Dataset, encode
 from etpo.errors import ConfigError
 
-# what pandas 3.1 documents for read_csv
 MISSING = ["", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND"]
 MISSING += ["1.#QNAN", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"]
+
+
+def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=columns)
+
+
+def encoded(columns: tuple[str, ...], rows: list[tuple[str, ...]], **options) -> Dataset:
+    return encode("d", table(columns, rows), "y", "impute", CsvOptions(**options))
 
 
 def column(*cells: str, **options) -> tuple[list, bool]:
     """The encoded feature of these cells, and whether it is categorical."""
     filled = [*cells] * 4
     rows = [(cell, "constant", f"c{i % 2}") for i, cell in enumerate(filled)]
-    table = Table(("v", "w", "y"), rows)
-    dataset = encode("d", table, "y", "impute", "there", CsvOptions(**options))
+    dataset = encode("d", table(("v", "w", "y"), rows), "y", "impute", CsvOptions(**options))
     numbers = dataset.features[: len(cells), 0].tolist()
     return [None if np.isnan(x) else x for x in numbers], bool(dataset.categorical[0])
 
@@ -26,8 +35,7 @@ def column(*cells: str, **options) -> tuple[list, bool]:
 def classes(*cells: str, **options) -> tuple[str, ...]:
     """The class names of a target of these cells."""
     rows = [(str(i), cell) for i, cell in enumerate([*cells] * 4)]
-    table = Table(("v", "y"), rows)
-    return encode("d", table, "y", "impute", "there", CsvOptions(**options)).class_names
+    return encode("d", table(("v", "y"), rows), "y", "impute", CsvOptions(**options)).class_names
 
 
 @pytest.mark.parametrize("word", [*MISSING, "?"])
@@ -79,7 +87,7 @@ def test_a_column(cells, numbers, categorical):
     ],
 )
 def test_numbers_with_signs_and_separators_are_no_categories(cells):
-    with pytest.raises(ConfigError, match=r"there: column 'v'.*environment\.read_csv\.decimal"):
+    with pytest.raises(ConfigError, match=r"column 'v'.*environment\.read_csv\.decimal"):
         column(*cells)
     assert column(*cells, dtype={"v": "str"})[1]
 
@@ -110,7 +118,7 @@ def test_one_word_makes_no_categories_of_numbers(word):
     ],
 )
 def test_numbers_that_float64_does_not_hold(cells, error):
-    with pytest.raises(ConfigError, match=f"there: column 'v' holds .*{error}"):
+    with pytest.raises(ConfigError, match=f"column 'v' holds .*{error}"):
         column(*cells)
 
 
@@ -125,15 +133,14 @@ def test_a_missing_cell_among_integers_that_int64_does_not_hold(word):
 
 def test_rows_with_a_missing_cell_among_such_integers_are_dropped():
     rows = [(["9223372036854775808", "1", ""][i % 3], "w", f"c{i // 3 % 2}") for i in range(24)]
-    table = Table(("v", "w", "y"), rows)
-    assert len(encode("d", table, "y", "drop", "there").target) == 16
+    assert len(encode("d", table(("v", "w", "y"), rows), "y", "drop").target) == 16
 
 
 def test_a_text_column_by_request():
     assert column("007", "7", "12", dtype={"v": "str"}) == ([0, 2, 1], True)
     with pytest.raises(ConfigError, match=r"environment\.read_csv\.dtype.*'zip'"):
         column("007", "7", dtype={"zip": "str"})
-    with pytest.raises(ConfigError, match=r"there does not fit environment\.read_csv"):
+    with pytest.raises(ConfigError, match=r"environment\.read_csv\.dtype"):
         column("a", "7", dtype={"v": "int"})
 
 
@@ -184,7 +191,7 @@ def test_rows_without_a_class_are_left_out():
 def test_what_stands_below_the_table_makes_no_categories():
     """A last line as `Total,,` has no class."""
     rows = [("1.5", "a", "no"), ("2", "b", "yes")] * 4 + [("Total", "", "")]
-    dataset = encode("d", Table(("v", "w", "y"), rows), "y", "impute", "there")
+    dataset = encoded(("v", "w", "y"), rows)
     assert dataset.categorical.tolist() == [False, True]
     assert len(dataset.target) == 8
 
@@ -199,4 +206,10 @@ def test_a_target_that_is_misspelt():
     rows = [("1", "no"), ("2", "yes")] * 4
     for target in ("Survived ", "survived", "Survivd"):
         with pytest.raises(ConfigError, match=r"environment\.target=.*did you mean Survived\?"):
-            encode("d", Table(("v", "Survived"), rows), target, "impute", "there")
+            encode("d", table(("v", "Survived"), rows), target, "impute")
+
+
+def test_pandas_reads_the_same_words_as_missing_cells():
+    lines = "".join(f'"{word}",x\n' for word in [*sorted(encoding._MISSING), "none", "-", "N.A."])
+    read = pd.read_csv(io.StringIO(lines), header=None, dtype=str)[0]
+    assert read.isna().sum() == len(encoding._MISSING) == len(read) - 3

@@ -10,8 +10,9 @@ from omegaconf import OmegaConf
 
 from etpo.environments.data_science.env import DataScienceEnv
 from etpo.environments.data_science.prompts import HEADER, SUFFIX, program_from_action
-from etpo.environments.sandbox import Sandbox
+from etpo.environments.data_science.scoring import make_sandbox
 from etpo.errors import ConfigError
+from etpo_sandbox import Sandbox, SandboxError
 
 pytestmark = pytest.mark.filterwarnings("ignore:lbfgs failed to converge")
 
@@ -238,3 +239,21 @@ def test_config_builds_the_environment():
     assert env.scorer.split_seed == 0
     assert len(env.scorer.held_out_rows) == 384  # 40% of 958, rounded up
     assert isinstance(env.sandbox, Sandbox)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [("level", "none", "full, bubblewrap, unsafe"), ("workers", 0, "1 or more")],
+)
+def test_bad_sandbox_settings_name_the_key(key, value, allowed):
+    with pytest.raises(ConfigError, match=rf"^environment\.sandbox\.{key}={value} .*{allowed}"):
+        make_sandbox(**{key: value})
+
+
+def test_a_sandbox_that_does_not_hold_is_bad_input(sandbox):
+    def start():
+        raise SandboxError("level=full does not hold on this machine")
+
+    sandbox.start = start
+    with pytest.raises(ConfigError, match=r"^environment\.sandbox\.level=full does not hold"):
+        make(sandbox).reset()

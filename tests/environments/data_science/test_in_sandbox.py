@@ -9,7 +9,7 @@ from etpo.environments.data_science.datasets import load_dataset
 from etpo.environments.data_science.env import DataScienceEnv
 from etpo.environments.data_science.scoring import ProgramScorer
 from etpo.environments.data_science.script import best_program_script, write_program_data
-from etpo.environments.sandbox import Sandbox
+from etpo_sandbox import Sandbox
 
 GOOD = """    from sklearn.tree import DecisionTreeClassifier
     return DecisionTreeClassifier(min_samples_leaf=5).fit(x_train, y_train)

@@ -1,9 +1,9 @@
-"""Scores of a checkpoint are those of its data, splits and limits alone."""
+"""Scores of a checkpoint belong to its data, splits and limits."""
 
 import pytest
 
 from etpo.environments.data_science.env import DataScienceEnv
-from etpo.environments.sandbox import Sandbox
+from etpo_sandbox import Sandbox
 
 
 def environment(deadline: float = 10.0, **options) -> DataScienceEnv:

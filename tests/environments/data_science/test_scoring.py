@@ -1,13 +1,14 @@
 import csv
 
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 
 from etpo.environments.data_science.datasets import load_dataset
-from etpo.environments.data_science.encoding import Table, encode
+from etpo.environments.data_science.encoding import encode
 from etpo.environments.data_science.scoring import (
     ProgramScorer,
     draw_halves,
@@ -53,7 +54,7 @@ def tiny(counts, missing=(), columns=1):
         for i, label in enumerate(labels)
     ]
     names = (*[f"f{j}" for j in range(columns)], "y")
-    return encode("tiny", Table(names, rows), "y", "impute", "test")
+    return encode("tiny", pd.DataFrame(rows, columns=names), "y", "impute")
 
 
 def test_impute_by_hand():
@@ -123,7 +124,7 @@ def test_paper_protocol_uses_all_rows(sandbox):
 def test_split_seed_draws_the_rows(sandbox):
     def rows(split_seed):
         scorer = ProgramScorer(tiny([60, 40]), sandbox, split_seed=split_seed)
-        return scorer.held_out_rows, scorer._splits[0].x_train
+        return scorer.held_out_rows, scorer.folds[0][0].x_train
 
     for same, other in zip(rows(1), rows(1), strict=True):
         np.testing.assert_array_equal(same, other)
@@ -151,7 +152,7 @@ def test_many_rare_classes_fall_back_to_stratified_halves():
 def test_the_smallest_class_allowed_can_be_split(counts, sandbox):
     for split_seed in range(5):
         scorer = ProgramScorer(tiny(counts), sandbox, split_seed=split_seed)
-        labels = [*(split.y_train for split in scorer._splits), *scorer._y_tests]
+        labels = [y for split, y_test in scorer.folds for y in (split.y_train, y_test)]
         labels.append(scorer.dataset.target[scorer.held_out_rows])
         assert all(len(np.unique(label)) == len(counts) for label in labels)
 
@@ -159,10 +160,10 @@ def test_the_smallest_class_allowed_can_be_split(counts, sandbox):
 def test_missing_cells_are_filled_from_the_training_rows_of_the_split(sandbox):
     dataset = tiny([50, 50], missing=range(20, 60))
     scorer = ProgramScorer(dataset, sandbox)
-    for split in scorer._splits:
+    for split, _ in scorer.folds:
         assert not np.isnan(split.x_train).any()
         assert not np.isnan(split.x_test).any()
-    fills = {float(np.median(split.x_train)) for split in scorer._splits}
+    fills = {float(np.median(split.x_train)) for split, _ in scorer.folds}
     assert len(fills) > 1  # one median per split, not one of the whole table
 
 
@@ -179,7 +180,6 @@ def test_equal_programs_run_once(sandbox):
     assert len(sandbox.runs) == 2
     assert [score.cached for score in second] == [True, True]
     assert [score.reward for score in second] == [first[1].reward, first[0].reward]
-    assert scorer.cache_hits == 3
 
 
 def test_what_works_runs_once_under_all_names(sandbox):
@@ -216,7 +216,6 @@ def test_scores_that_another_scorer_knows_run_nothing_again(sandbox):
     assert [program for program, _ in sandbox.runs] == [RANDOM]
     assert [score.cached for score in again] == [True, True, False]
     assert [score[:2] for score in again[:2]] == [scores[1][:2], scores[0][:2]]
-    assert second.cache_hits == 2
     second.load_scores({RANDOM: (0.25, None), SEARCH: (0.75, None)})
     assert second.known_scores()[RANDOM] == again[2][:2]  # what was scored here stays
     assert second.score([SEARCH])[0] == (0.75, None, True)

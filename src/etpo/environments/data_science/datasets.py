@@ -1,35 +1,71 @@
-"""Where the rows come from: code, scikit-learn, a CSV file, OpenML.
+"""Load a data set: generated, from scikit-learn, from a CSV file or from OpenML.
 
-The names are the 14 data sets of the ETPO paper (arXiv 2402.06700, section 5), four sets that
-come with scikit-learn, and `csv` for a file of the user's own.
+The names are the 14 data sets of the ETPO paper (arXiv 2402.06700, section 5), four data sets of
+scikit-learn, and `csv` for any other file.
 """
 
 import difflib
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from sklearn import datasets as bundled
 
-from etpo.environments.data_science import generated
-from etpo.environments.data_science.csv_file import Table, read_table
-from etpo.environments.data_science.csv_options import CsvOptions
+from etpo.environments.data_science.csv_file import CsvOptions, read_table
 from etpo.environments.data_science.encoding import Dataset, encode, sample_rows
+from etpo.environments.validation import error_prefix
 from etpo.errors import ConfigError, check_integer, described
 
 __all__ = ["DATASET_NAMES", "Dataset", "load_dataset"]
 
-_GENERATED = {"tic_tac_toe": generated.tic_tac_toe, "balance_scale": generated.balance_scale}
+_LINES = ("012", "345", "678", "036", "147", "258", "048", "246")  # of tic-tac-toe, by square
+
+
+def tic_tac_toe() -> pd.DataFrame:
+    """Return all 958 boards at the end of a game in which x moves first (OpenML 50), sorted.
+
+    Cells are x, o or b (blank); the class is positive if x has won.
+    """
+    squares = product(("top", "middle", "bottom"), ("left", "middle", "right"))
+    columns = [f"{row}-{column}-square" for row, column in squares]
+    rows = []
+    for board in product("box", repeat=9):
+        x, o = (any(all(board[int(i)] == p for i in line) for line in _LINES) for p in "xo")
+        ahead = board.count("x") - board.count("o")
+        last_by_x = ahead == 1 and not o and (x or "b" not in board)
+        last_by_o = ahead == 0 and not x and o
+        if last_by_x or last_by_o:
+            rows.append((*board, "positive" if x else "negative"))
+    return pd.DataFrame(rows, columns=[*columns, "Class"])
+
+
+def balance_scale() -> pd.DataFrame:
+    """Return the grid of two weights and two distances in 1..5 (OpenML 11, 625 rows).
+
+    The class is the side with the larger product of weight and distance: L, R or B (balanced).
+    """
+    rows = []
+    for left_weight, left_distance, right_weight, right_distance in product(range(1, 6), repeat=4):
+        left, right = left_weight * left_distance, right_weight * right_distance
+        side = "L" if left > right else "R" if right > left else "B"
+        rows.append((left_weight, left_distance, right_weight, right_distance, side))
+    columns = ["left-weight", "left-distance", "right-weight", "right-distance", "class"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+_GENERATED = {"tic_tac_toe": tic_tac_toe, "balance_scale": balance_scale}
 _BUNDLED = {
     "iris": bundled.load_iris,
     "wine": bundled.load_wine,
     "breast_cancer": bundled.load_breast_cancer,
     "digits": bundled.load_digits,
 }
-_OPENML = {  # the numbers of the sets there, as CAAFE and ETPO take them
+_OPENML = {  # ids on OpenML, as in CAAFE and ETPO
     "breast_w": 15,
     "cmc": 23,
     "credit_g": 31,
@@ -62,22 +98,26 @@ def load_dataset(
     seed: int = 0,
     read_csv: Mapping[str, Any] | None = None,
 ) -> Dataset:
-    """Load and encode the data set called `name`, one of `DATASET_NAMES`.
+    """Load and encode the data set `name`, one of `DATASET_NAMES`.
 
-    `csv` reads the file `path`; its target is the column `target`, the last one by default.
-    `read_csv` holds options of `pandas.read_csv` for it and for NAME.csv: see `CsvOptions`.
-    Sets that neither code nor scikit-learn has are read from `data_dir`/NAME.csv (`data_dir`
-    defaults to the environment variable ETPO_DATA_DIR), then from OpenML if they are there.
-    A set of more than `max_rows` rows is a stratified sample of that many, drawn by `seed` and kept
-    in the order of the source; its columns are encoded as those of the whole set.
+    Args:
+        path, target: file and target column (None: the last one) of `name="csv"`.
+        data_dir: folder to search for NAME.csv before OpenML; None: ETPO_DATA_DIR.
+        missing: "impute" keeps missing cells as NaN, "drop" drops their rows.
+        max_rows: size of the stratified sample, drawn by `seed`, of a larger data set.
+        read_csv: options of `pandas.read_csv` for CSV files, see `CsvOptions`.
 
-    Raises ConfigError where the name, the file or its content cannot be used.
+    Raises ConfigError if the name, the file or its content cannot be used.
     """
     if missing not in ("impute", "drop"):
         raise ConfigError(f"environment.missing={missing} is unknown; allowed: impute, drop")
     check_integer("environment.max_rows", max_rows, 1)
     if name not in DATASET_NAMES:
-        raise ConfigError(_unknown(name))
+        near = difflib.get_close_matches(str(name), DATASET_NAMES, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(
+            f"environment.dataset={name} is unknown; {hint}known: {', '.join(DATASET_NAMES)}"
+        )
     options = CsvOptions.of(read_csv)
     if name == "csv":
         dataset = _load_csv(path, target, missing, options)
@@ -92,28 +132,6 @@ def load_dataset(
     return sample_rows(dataset, max_rows, seed)
 
 
-def _load_named(name: str, data_dir: str | None, missing: str, options: CsvOptions) -> Dataset:
-    where = f"environment.dataset={name}"
-    if name in _GENERATED:
-        table = _GENERATED[name]()
-    elif name in _BUNDLED:
-        table = _bundled_table(name)
-    else:
-        file = _file_in(data_dir or os.environ.get("ETPO_DATA_DIR"), name)
-        if file is not None:
-            where += f" ({file})"
-            table = read_table(file, where, options)
-            return encode(name, table, table.columns[-1], missing, where, options)
-        table = _openml_table(name)
-    return encode(name, table, table.columns[-1], missing, where)
-
-
-def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(str(name), DATASET_NAMES, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"environment.dataset={name} is unknown; {hint}known: {', '.join(DATASET_NAMES)}"
-
-
 def _load_csv(path: str | None, target: str | None, missing: str, options: CsvOptions) -> Dataset:
     if path is None:
         raise ConfigError("environment.path=FILE.csv is needed with environment.dataset=csv")
@@ -121,20 +139,33 @@ def _load_csv(path: str | None, target: str | None, missing: str, options: CsvOp
     if "://" in path:
         raise ConfigError(f"{where} is an address; allowed is a file: download it first")
     file = Path(path).expanduser()
-    table = read_table(file, where, options)
     name = re.sub(r"\W+", "_", file.name.partition(".")[0])
-    target = table.columns[-1] if target is None else str(target)
-    return encode(name, table, target, missing, where, options)
+    with error_prefix(where):
+        table = read_table(file, options)
+        target = table.columns[-1] if target is None else str(target)
+        return encode(name, table, target, missing, options)
 
 
-def _bundled_table(name: str) -> Table:
-    content = _BUNDLED[name]()
-    classes = (str(content.target_names[label]) for label in content.target)
-    return _table((*content.feature_names, "class"), content.data.tolist(), classes)
+def _load_named(name: str, data_dir: str | None, missing: str, options: CsvOptions) -> Dataset:
+    where = f"environment.dataset={name}"
+    if name in _GENERATED:
+        table = _GENERATED[name]()
+    elif name in _BUNDLED:
+        content = _BUNDLED[name]()
+        table = pd.DataFrame(content.data.astype(object), columns=list(content.feature_names))
+        table["class"] = content.target_names[content.target]
+    elif file := _file_in(data_dir or os.environ.get("ETPO_DATA_DIR"), name):
+        with error_prefix(f"{where} ({file})"):
+            table = read_table(file, options)
+            return encode(name, table, table.columns[-1], missing, options)
+    else:
+        table = _openml_table(name)
+    with error_prefix(where):
+        return encode(name, table.map(str), table.columns[-1], missing)
 
 
 def _file_in(data_dir: str | None, name: str) -> Path | None:
-    """`data_dir`/`name`.csv if it is there."""
+    """Return `data_dir`/`name`.csv if that file exists."""
     if not data_dir:
         return None
     folder = Path(data_dir).expanduser()
@@ -144,18 +175,18 @@ def _file_in(data_dir: str | None, name: str) -> Path | None:
     return file if file.is_file() else None
 
 
-def _openml_table(name: str) -> Table:
-    """Fetch from OpenML; scikit-learn keeps a copy in its own data folder."""
+def _openml_table(name: str) -> pd.DataFrame:
+    """Fetch a data set from OpenML; scikit-learn caches it."""
     missing_file = f"environment.dataset={name}: no {name}.csv in environment.data_dir"
     if name in _KAGGLE:
         page, target = _KAGGLE[name]
         raise ConfigError(
-            f"{missing_file}; download kaggle.com/{page} and give environment.dataset=csv "
+            f"{missing_file}; download kaggle.com/{page} and set environment.dataset=csv "
             f"environment.path=FILE environment.target={target}, or put {name}.csv (header row, "
             "target last) into environment.data_dir or ETPO_DATA_DIR"
         )
     try:
-        with warnings.catch_warnings(action="ignore"):  # each try that fails warns
+        with warnings.catch_warnings(action="ignore"):  # each failed attempt warns
             content = bundled.fetch_openml(
                 data_id=_OPENML[name], as_frame=True, parser="auto", n_retries=1
             )
@@ -164,14 +195,7 @@ def _openml_table(name: str) -> Table:
             f"{missing_file}, and OpenML (openml.org/d/{_OPENML[name]}) failed with "
             f"{described(error)}; put {name}.csv (header row, target last) into "
             "environment.data_dir or ETPO_DATA_DIR, "
-            "or give environment.dataset=csv environment.path=FILE"
+            "or set environment.dataset=csv environment.path=FILE"
         ) from None
-    features, target = content.data.astype(object), content.target.astype(object)
-    rows = features.where(features.notna(), "").values.tolist()
-    classes = target.where(target.notna(), "")
-    return _table((*features.columns, target.name), rows, map(str, classes))
-
-
-def _table(columns: Iterable[str], rows: Iterable[list], classes: Iterable[str]) -> Table:
-    cells = [(*map(str, row), label) for row, label in zip(rows, classes, strict=True)]
-    return Table(tuple(map(str, columns)), cells)
+    columns = [content.data.astype(object), content.target.astype(object)]
+    return pd.concat(columns, axis="columns").fillna("")

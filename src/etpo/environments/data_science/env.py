@@ -1,44 +1,42 @@
-"""The data-science task: write `build_model`, be paid by ROC AUC, read the error, try again.
+"""The data-science task: write `build_model`, receive its ROC AUC, read the error, try again.
 
-Sources: the task and its repair prompt are those of ETPO (arXiv 2402.06700, section 5);
-`mode="improve"` is an addition that gives several useful actions to one episode; `mode="remember"`
-carries what earlier episodes taught into later ones, after Reflexion (arXiv 2303.11366).
+The task and its repair prompt are from ETPO (arXiv 2402.06700, section 5); `mode="remember"` is
+after Reflexion (arXiv 2303.11366).
 """
 
-import string
+import json
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gymnasium import spaces
 
 from etpo.environments.data_science import prompts
 from etpo.environments.data_science.datasets import load_dataset
+from etpo.environments.data_science.prompts import Attempt, Memory
 from etpo.environments.data_science.scoring import ProgramScorer, Score
 from etpo.environments.data_science.script import best_program_script, write_program_data
-from etpo.environments.sandbox import Sandbox
 from etpo.environments.text_env import Step, TextObservation, TextVectorEnv
 from etpo.errors import MAX_SEED, ConfigError, check_integer
 from etpo.files import write_text
+from etpo_sandbox import Sandbox
 
 
 class DataScienceEnv(TextVectorEnv):
-    """`num_envs` copies of one data set's task, scored together in one sandbox.
+    """`num_envs` copies of the task on one data set, scored together in one sandbox.
 
-    `mode="repair"` (the paper's): a failure (reward -1) leads to the repair prompt; the first
-    success or the `max_attempts`-th attempt ends the episode. `mode="improve"`: an episode always
-    lasts `max_attempts`; a success leads to the improve prompt, and every attempt is paid its
-    own score. `mode="remember"`: as "repair", and prompts also carry the best program and the last
-    different errors of all environments' earlier attempts, those of an evaluation left out.
-    The attempt limit belongs to the task: every end is a termination.
+    The constructor starts no process: the sandbox starts at the first `reset` or `step`. All
+    randomness comes from `split_seed`; the seed of `reset` changes nothing. The attempt limit
+    belongs to the task: every end is a termination.
 
-    The constructor loads and checks everything but starts no process: the sandbox starts at the
-    first `reset` or `step`. The task holds no randomness beyond `split_seed`, so the seed of
-    `reset` changes nothing. The spaces describe printable ASCII; other text is accepted.
+    Args:
+        mode: "repair" (the paper): a failure (reward -1) leads to the repair prompt; the first
+            success or the `max_attempts`-th attempt ends the episode. "improve": an episode always
+            lasts `max_attempts`, and a success leads to the improve prompt. "remember": as
+            "repair", and prompts also show the best program and the last different errors of all
+            environments' earlier attempts, except evaluations.
 
-    Raises ConfigError (from the constructor) for every value that is not allowed.
+    `load_dataset` and `ProgramScorer` document the other arguments.
     """
 
     task_name = "data_science"
@@ -66,25 +64,14 @@ class DataScienceEnv(TextVectorEnv):
     ) -> None:
         _check_choice("mode", mode, ("repair", "improve", "remember"))
         _check_choice("protocol", protocol, ("held_out", "paper"))
-        for key, value in (
-            ("max_attempts", max_attempts),
-            ("n_splits", n_splits),
-            ("score_cache_entries", score_cache_entries),
-        ):
-            check_integer(f"environment.{key}", value, 1)
-        check_integer("environment.num_envs", num_envs, 1)
+        counts = {"max_attempts": max_attempts, "n_splits": n_splits, "num_envs": num_envs}
+        for key, count in (counts | {"score_cache_entries": score_cache_entries}).items():
+            check_integer(f"environment.{key}", count, 1)
         check_integer("environment.split_seed", split_seed, 0, MAX_SEED)
+        csv = {"path": path, "target": target, "data_dir": data_dir, "read_csv": read_csv}
         self.dataset = load_dataset(
-            dataset,
-            path=path,
-            target=target,
-            data_dir=data_dir,
-            read_csv=read_csv,
-            missing=missing,
-            max_rows=max_rows,
-            seed=split_seed,
+            dataset, **csv, missing=missing, max_rows=max_rows, seed=split_seed
         )
-        self.sandbox = sandbox
         self.scorer = ProgramScorer(
             self.dataset,
             sandbox,
@@ -94,10 +81,8 @@ class DataScienceEnv(TextVectorEnv):
             cache_path=score_cache,
             cache_entries=score_cache_entries,
         )
-        self.protocol = protocol
-        self.mode = mode
-        self.max_attempts = max_attempts
-        self.num_envs = num_envs
+        self.sandbox, self.protocol, self.mode = sandbox, protocol, mode
+        self.max_attempts, self.num_envs = max_attempts, num_envs
         self.on_score: Callable[[int, int], None] | None = None
         self.task = prompts.Task(
             name=self.dataset.name,
@@ -105,13 +90,7 @@ class DataScienceEnv(TextVectorEnv):
             features=self.dataset.features.shape[1],
             classes=self.dataset.n_classes,
         )
-        text = spaces.Text(16_384, min_length=0, charset=string.printable)
-        self.single_action_space = text
-        self.single_observation_space = spaces.Dict(
-            {key: deepcopy(text) for key in TextObservation.__annotations__}
-        )
-        self.action_space = _copies(self.single_action_space, num_envs)
-        self.observation_space = _copies(self.single_observation_space, num_envs)
+        self.set_spaces()
         self._attempts = np.zeros(num_envs, dtype=np.int64)
         self._memory = prompts.NO_MEMORY
         self._remembers = False
@@ -119,83 +98,73 @@ class DataScienceEnv(TextVectorEnv):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[tuple[TextObservation, ...], dict[str, Any]]:
-        """Open a new episode in every environment; episodes under way are abandoned.
-
-        `options={"evaluation": True}`: nothing is remembered until the next reset.
-        """
+        """Start a new episode in every environment; an evaluation leaves no memory."""
         super().reset(seed=seed)
         self.scorer.start()
         self._attempts[:] = 0
         self._remembers = self.mode == "remember" and not (options or {}).get("evaluation")
-        return tuple(self._first_observation() for _ in range(self.num_envs)), {}
+        return tuple(self._first_prompt() for _ in range(self.num_envs)), {}
 
-    def _first_observation(self) -> TextObservation:
+    def _first_prompt(self) -> TextObservation:
         return prompts.observation(self.task, memory=self._memory)
 
     def step_part(self, actions: Sequence[str], envs: np.ndarray) -> Step:
-        """Scores one action of each of `envs`; what is returned is told in `TextVectorEnv`."""
+        """Score one action of each of `envs`; see `TextVectorEnv`."""
         programs = [prompts.program_from_action(action) for action in actions]
         scores = self.scorer.score(programs, self.on_score)
         self._attempts[envs] += 1
-        failed = np.array([score.error is not None for score in scores])
         terminations = self._attempts[envs] >= self.max_attempts
         if self.mode != "improve":
-            terminations |= ~failed
-        attempts = [_attempt(*scored) for scored in zip(programs, scores, strict=True)]
+            terminations |= [score.error is None for score in scores]
+        attempts = [
+            Attempt(program, score.error, None if score.error is not None else score.reward)
+            for program, score in zip(programs, scores, strict=True)
+        ]
         observations = [prompts.observation(self.task, a, self._memory) for a in attempts]
         if self._remembers:
             self._memory = prompts.remember(self._memory, attempts)
-        final_observations = np.full(len(envs), None, dtype=object)
         infos = {
-            "final_obs": final_observations,
+            "final_obs": np.full(len(envs), None, dtype=object),
             "error": np.array([score.error for score in scores], dtype=object),
             "attempt": self._attempts[envs],
             "cached": np.array([score.cached for score in scores]),
         }
-        for index in np.flatnonzero(terminations):
-            final_observations[index] = observations[index]
-            observations[index] = self._first_observation()
+        for row in np.flatnonzero(terminations):
+            infos["final_obs"][row], observations[row] = observations[row], self._first_prompt()
         self._attempts[envs[terminations]] = 0
         rewards = np.array([score.reward for score in scores], dtype=np.float64)
-        truncations = np.zeros(len(envs), dtype=bool)
-        return tuple(observations), rewards, terminations, truncations, infos
+        return tuple(observations), rewards, terminations, np.zeros(len(envs), dtype=bool), infos
 
     def held_out(self, programs: Sequence[str]) -> list[Score] | None:
-        """Scores on the rows that enter no reward; None under `protocol="paper"`."""
+        """See `ProgramScorer.held_out`."""
         return self.scorer.held_out(programs)
 
     def held_out_score(self, action: str) -> float | None:
-        """ROC AUC of an action on the held-out rows; None where it fails or none are held out."""
+        """Return the held-out ROC AUC of an action; None if it fails or no rows are held out."""
         scores = self.held_out([prompts.program_from_action(action)])
         return None if scores is None or scores[0].error is not None else scores[0].reward
 
     @property
     def content_hash(self) -> str:
-        """sha256 of the data set as the programs see it."""
         return self.dataset.content_hash
 
     @property
     def reward_key(self) -> str:
-        """Names what a program's score depends on besides its text."""
-        return self.scorer.key
+        """Return JSON of everything besides its program that a score depends on."""
+        return json.dumps(self.scorer.task, sort_keys=True)
 
     @property
     def sandbox_level(self) -> str:
-        """The confinement that programs run under."""
         return self.sandbox.level
 
     def write_best_action(self, folder: Path, action: str) -> None:
-        """Writes `best_action.py`, runnable by itself, and the data file that it reads."""
-        program = prompts.program_from_action(action)
-        text = best_program_script(program, self.scorer)
+        """Write `best_action.py`, which runs without this package, and its data file."""
+        text = best_program_script(prompts.program_from_action(action), self.scorer)
         write_program_data(self.scorer, folder)
         write_text(folder / "best_action.py", text)
 
     def state_dict(self) -> dict[str, Any]:
-        """The scores so far, so that a resumed run scores no program again, and the memory.
-
-        Another environment takes them over where its `reward_key` is the same.
-        """
+        """Return the memory and the scores, which need the same `reward_key` to be loaded."""
         scores = self.scorer.known_scores()
         state: dict[str, Any] = {"reward_key": self.reward_key, "scores": scores}
         if self.mode == "remember":
@@ -205,25 +174,16 @@ class DataScienceEnv(TextVectorEnv):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict.get("reward_key") != self.reward_key:
-            return  # of other data, splits or limits
+            return  # scores of other data, splits or limits
         self.scorer.load_scores(state_dict["scores"])
         if "memory" in state_dict:
             best, errors = state_dict["memory"]["best"], state_dict["memory"]["errors"]
-            self._memory = prompts.Memory(best and prompts.Attempt(*best), tuple(errors))
+            self._memory = Memory(best and Attempt(*best), tuple(errors))
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Stop the sandbox (called once, by `close`)."""
-        if hasattr(self, "scorer"):  # the constructor may have raised
-            self.scorer.close()
-
-
-def _attempt(program: str, score: Score) -> prompts.Attempt:
-    failed = score.error is not None
-    return prompts.Attempt(program, score.error, None if failed else score.reward)
-
-
-def _copies(space: spaces.Space, count: int) -> spaces.Tuple:
-    return spaces.Tuple([deepcopy(space) for _ in range(count)])
+        """Stop the sandbox; called once, by `close`."""
+        if hasattr(self, "sandbox"):  # the constructor may have raised
+            self.sandbox.close()
 
 
 def _check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:

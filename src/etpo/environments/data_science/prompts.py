@@ -1,7 +1,7 @@
-"""What the agent reads and how its answer becomes a program.
+"""Prompts of the data-science task, and programs from actions.
 
 Three prompts: the first attempt, the repair prompt (error and failed code) and the improve prompt
-(working program and its score). Each may also carry a memory of earlier attempts. All continue the
+(working program and its score). Each may also show a memory of earlier attempts. All end with the
 line `def build_model(x_train, y_train):`.
 """
 
@@ -16,15 +16,20 @@ SUFFIX = "\n\nmodel = build_model(x_train, y_train)\nprobabilities = model.predi
 MAX_PROGRAM_CHARACTERS = 2000
 MAX_ERROR_CHARACTERS = 200
 MAX_REMEMBERED_ERRORS = 3  # Reflexion keeps one to three experiences
-# A fence of CommonMark: three or more backticks or tildes on a line, and at the start of a block an
-# info string. Any indentation is allowed, as in a list or after SentencePiece's first blank.
-_FENCE = re.compile(r"(?P<indent>[ \t]*)(?P<fence>`{3,}|~{3,})(?P<info>[^`]*)")
-_BODY = re.compile(r"\s*^(?: {2,}|\t)", re.MULTILINE)  # a first line that is indented
+# A fenced block of CommonMark: three or more backticks or tildes and an info string, to a fence of
+# the same character that is at least as long, or to the end. Any indentation is allowed, as in a
+# list or after SentencePiece's first blank.
+_BLOCK = re.compile(
+    r"^(?P<indent>[ \t]*)(?P<fence>(?P<char>[`~])(?P=char){2,})[^`\n]*(?:\n|\Z)"
+    r"(?P<body>.*?)(?:^[ \t]*(?P=fence)(?P=char)*[ \t\r]*$|\Z)",
+    re.MULTILINE | re.DOTALL,
+)
+_BODY = re.compile(r"\s*^(?: {2,}|\t)", re.MULTILINE)  # an indented first line
 _DEFINITION = re.compile(r"^def\s+build_model\s*\(", re.MULTILINE)
 
 
 class Task(NamedTuple):
-    """What a prompt names: data set, training rows in one split, features, classes."""
+    """Facts in a prompt: data set, training rows of one split, features, classes."""
 
     name: str
     rows: int
@@ -33,7 +38,7 @@ class Task(NamedTuple):
 
 
 class Attempt(NamedTuple):
-    """The last action: its program and either an error text or a score (mean ROC AUC)."""
+    """A program and either its error text or its score (mean ROC AUC)."""
 
     program: str
     error: str | None
@@ -41,7 +46,7 @@ class Attempt(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What earlier attempts taught: the best program, and different errors, the latest last."""
+    """Results of earlier attempts: the best program, and different errors, the latest last."""
 
     best: Attempt | None = None
     errors: tuple[str, ...] = ()
@@ -51,15 +56,14 @@ NO_MEMORY = Memory()
 
 
 def remember(memory: Memory, attempts: Iterable[Attempt]) -> Memory:
-    """`memory` with further attempts: the best (ties: the first) and the last different errors."""
+    """Keep the best attempt (the first of equals) and the last different errors."""
     best, errors = memory
     for attempt in attempts:
-        if attempt.error is None:
-            if best is None or attempt.score > best.score:
-                best = attempt
-        else:
+        if attempt.error is not None:
             error = _one_line(attempt.error)
             errors = (*(known for known in errors if known != error), error)
+        elif best is None or attempt.score > best.score:
+            best = attempt
     return Memory(best, errors[-MAX_REMEMBERED_ERRORS:])
 
 
@@ -68,15 +72,20 @@ def _one_line(error: str) -> str:
 
 
 def program_from_action(action: str) -> str:
-    """The program that an action stands for.
+    """Return the program of an action.
 
-    The first fenced block that defines `build_model` is unwrapped, else the first block; a text
-    that defines `build_model` itself is taken as it is; all other text is the body of
-    `build_model`. A fence below a body only ends it.
+    This is the first fenced block that defines `build_model`, else the first block. Without a
+    block, and for text that starts as code, it is the text before the first fence.
     """
-    text, blocks = _fenced_blocks(action)
-    if blocks and not _defines(text) and not _BODY.match(text):
-        text = next((block for block in blocks if _defines(block)), blocks[0])
+    blocks = list(_BLOCK.finditer(action))
+    text = action[: blocks[0].start()] if blocks else action
+    if not _defines(text) and not _BODY.match(text):
+        contents = [
+            re.sub(f"^{block['indent']}", "", block["body"], flags=re.MULTILINE)
+            for block in blocks
+            if block["body"].strip()
+        ]
+        text = next(filter(_defines, contents), contents[0] if contents else text)
     return text.lstrip(" \t") if _defines(text) else HEADER + text
 
 
@@ -84,44 +93,10 @@ def _defines(text: str) -> bool:
     return _DEFINITION.search(text.lstrip(" \t")) is not None
 
 
-def _fenced_blocks(text: str) -> tuple[str, list[str]]:
-    """The text before the first fence, and the contents of all fenced blocks that have some.
-
-    A block ends with a fence of the same character that is at least as long, or with the text; its
-    lines lose the indentation of its first fence.
-    """
-    before: list[str] = []
-    blocks: list[list[str]] = []
-    opening: re.Match[str] | None = None
-    for line in text.splitlines(keepends=True):
-        fence = _FENCE.fullmatch(line.rstrip())
-        if opening is None and fence:
-            opening = fence
-            blocks.append([])
-        elif opening is None:
-            before += [] if blocks else [line]
-        elif (
-            fence
-            and not fence["info"]
-            and fence["fence"][0] == opening["fence"][0]
-            and len(fence["fence"]) >= len(opening["fence"])
-        ):
-            opening = None
-        else:
-            blocks[-1].append(line.removeprefix(opening["indent"]))
-    contents = ("".join(lines) for lines in blocks)
-    return "".join(before), [content for content in contents if content.strip()]
-
-
 def observation(
     task: Task, last: Attempt | None = None, memory: Memory = NO_MEMORY
 ) -> TextObservation:
-    """The first-attempt prompt, or the repair or improve prompt that the attempts call for.
-
-    `memory` comes before `last`: its errors, a line each, then its best program. A program is cut
-    to its first `MAX_PROGRAM_CHARACTERS` characters, an error to its first `MAX_ERROR_CHARACTERS`;
-    line breaks in an error become spaces.
-    """
+    """Return the prompt for a first attempt, or to repair or improve `last`, after `memory`."""
     facts = (
         f"{task.name}: {task.rows} training rows, {task.features} features, {task.classes} classes"
     )

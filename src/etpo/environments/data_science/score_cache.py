@@ -1,4 +1,4 @@
-"""Scores on disk: what one run has scored, no other run of the same task has to score again."""
+"""Scores on disk, shared by several runs of the same task."""
 
 import hashlib
 import json
@@ -8,52 +8,56 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from etpo.errors import ConfigError, OutputError
+
 _BUSY_SECONDS = 60.0
-_LOOKUPS = 500  # SQLite allows a limited number of variables in one statement
 
 
 class ScoreCache:
-    """(reward, error) by program, in an SQLite file that several runs may share at once.
+    """(reward, error) by program, in an SQLite file that concurrent runs may share.
 
-    path: the file; it and its folder are made where they are missing. task: everything besides the
-    program that its score depends on, as JSON-serialisable values; other tasks in the same file are
-    kept apart. max_entries: scores of all tasks that the file keeps; beyond it the oldest go.
-    Raises sqlite3.DatabaseError where the file is something else.
+    `task` is everything besides the program that its score depends on. Of all tasks together the
+    latest `max_entries` scores are kept. Raises ConfigError if the file cannot be used.
     """
 
     def __init__(self, path: Path, task: Mapping[str, Any], max_entries: int) -> None:
         self.path, self.max_entries = path, max_entries
         self._task = json.dumps(task, sort_keys=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(self._connect()) as connection, connection:
-            connection.execute(
-                "CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, reward REAL, error TEXT)"
-            )
+        table = "scores (key TEXT PRIMARY KEY, reward REAL, error TEXT)"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with closing(self._connect()) as connection, connection:
+                connection.execute(f"CREATE TABLE IF NOT EXISTS {table}")
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(
+                f"environment.score_cache={path}: {error}; allowed is a file that this run may "
+                "write, or null"
+            ) from error
 
     def get(self, programs: Iterable[str]) -> dict[str, tuple[float, str | None]]:
-        """The scores that are known, by program."""
+        """Return the known scores, by program."""
         keys = {self._key(program): program for program in programs}
-        names = list(keys)
-        found = {}
+        known = "SELECT * FROM scores WHERE key IN (SELECT value FROM json_each(?))"
         with closing(self._connect()) as connection:
-            for start in range(0, len(names), _LOOKUPS):
-                part = names[start : start + _LOOKUPS]
-                marks = ", ".join("?" * len(part))
-                query = f"SELECT key, reward, error FROM scores WHERE key IN ({marks})"
-                for key, reward, error in connection.execute(query, part):
-                    found[keys[key]] = (reward, error)
-        return found
+            rows = connection.execute(known, (json.dumps(list(keys)),))
+            return {keys[key]: (reward, error) for key, reward, error in rows}
 
     def put(self, scores: Mapping[str, tuple[float, str | None]]) -> None:
-        """Adds scores by program; one that is there already stays."""
-        rows = [(self._key(program), *score) for program, score in scores.items()]
-        with closing(self._connect()) as connection, connection:
-            connection.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?, ?)", rows)
-            # row ids grow as scores are added
-            connection.execute(
-                "DELETE FROM scores WHERE rowid <= (SELECT max(rowid) FROM scores) - ?",
-                (self.max_entries,),
-            )
+        """Add scores by program, except timeouts: another machine may be faster."""
+        rows = [
+            (self._key(program), reward, error)
+            for program, (reward, error) in scores.items()
+            if not (error or "").startswith("TimeoutError")
+        ]
+        try:
+            with closing(self._connect()) as connection, connection:
+                connection.executemany("INSERT OR IGNORE INTO scores VALUES (?, ?, ?)", rows)
+                connection.execute(  # row ids grow with time
+                    "DELETE FROM scores WHERE rowid <= (SELECT max(rowid) FROM scores) - ?",
+                    (self.max_entries,),
+                )
+        except sqlite3.Error as error:
+            raise OutputError(f"environment.score_cache={self.path}: {error}") from error
 
     def _connect(self) -> sqlite3.Connection:
         return sqlite3.connect(self.path, timeout=_BUSY_SECONDS)

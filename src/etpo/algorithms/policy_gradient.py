@@ -1,0 +1,86 @@
+"""Steps that PPO, REINFORCE and ArCHer share: batch, metrics and surrogate loss."""
+
+from torch import Tensor
+
+from etpo.algorithms import losses
+from etpo.algorithms.base import Metrics, OnPolicyAlgorithm
+from etpo.algorithms.evaluation import TokenEvaluation
+from etpo.algorithms.returns import explained_variance
+from etpo.rollout.metrics import rollout_metrics
+from etpo.rollout.types import Actions, Rollout, TokenBatch
+
+
+def policy_gradient_batch(
+    module: OnPolicyAlgorithm,
+    rollout: Rollout,
+    actions: Actions,
+    old: TokenEvaluation,
+    advantages: Tensor,
+    returns: Tensor,
+    trained_prefixes: Tensor | None = None,
+) -> TokenBatch:
+    """Build the training batch and set the metrics of the iteration.
+
+    Args:
+        advantages, returns: [B, L] or, for whole actions, [B, 1].
+        trained_prefixes: bool [B, L], prefixes that the critic is trained at; None without one.
+    """
+    mask = actions.action_mask
+    advantages, returns = (x.expand_as(old.value) for x in (advantages, returns))
+    module.iteration_metrics = rollout_metrics(rollout) | {
+        "rollout/kl_to_reference": float((old.kl * mask).sum(1).mean()),
+        "train/entropy": float(module.mean_over_tokens(old.entropy, mask)),
+    }
+    if trained_prefixes is not None:
+        module.iteration_metrics |= {
+            "rollout/value": float(old.value[:, 0].mean()),
+            "rollout/explained_variance": explained_variance(
+                old.value[trained_prefixes], returns[trained_prefixes]
+            ),
+        }
+    return TokenBatch(
+        *actions[:4],
+        old_hidden=old.old_hidden,
+        ref_hidden=old.ref_hidden,
+        old_log_probs=old.log_pi.where(mask, 0.0),
+        ref_log_probs=old.log_ref.where(mask, 0.0),
+        advantages=advantages,
+        returns=returns,
+        weights=actions.rewards.new_ones(len(mask)),
+    )
+
+
+def standardized(module: OnPolicyAlgorithm, values: Tensor, mask: Tensor) -> Tensor:
+    """(x - mean) / (deviation + 1e-4) over the mask and all ranks: [B, L], bool [B, L] -> [B, L].
+
+    With a smaller term the rounding errors of equal values would become advantages of 1.
+    """
+    mean = module.mean_over_tokens(values, mask)
+    square = module.mean_over_tokens(values.square(), mask)
+    deviation = (square - mean.square()).clamp(min=0).sqrt()
+    return (values - mean) / (deviation + 1e-4)
+
+
+def surrogate_loss(
+    batch: TokenBatch,
+    log_pi: Tensor,
+    log_mass: Tensor,
+    surrogate: Tensor,
+    clipped: Tensor,
+    truncation_kl_coef: float,
+) -> tuple[Tensor, Metrics]:
+    """Mean over actions of the surrogate with the truncation penalty, and its metrics.
+
+    Args:
+        log_pi, log_mass: [B, L], outputs of `taken_log_probs`.
+        surrogate, clipped: [B, K] of the steps; K = L for tokens, 1 for whole actions.
+    """
+    mask = batch.action_mask[:, : surrogate.shape[1]]
+    loss = ((surrogate * mask).sum(1) - truncation_kl_coef * log_mass.sum(1)).mean()
+    kl = (losses.k3(batch.old_log_probs, log_pi.detach()) * batch.action_mask).sum(1).mean()
+    count = int(mask.sum())
+    return loss, {
+        "train/policy_loss": (loss, len(mask)),
+        "train/kl_to_old": (kl, len(mask)),
+        "train/clip_fraction": ((clipped * mask).sum() / count, count),
+    }

@@ -1,0 +1,95 @@
+"""Typed, frozen settings of the algorithms; `conf/algorithm` mirrors their defaults."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, get_args, get_type_hints
+
+from etpo.errors import ConfigError, check_integer, check_range
+
+
+def bounded(
+    default: Any, low: float = 0, high: float = float("inf"), *, above: bool = False
+) -> Any:
+    """Return a numeric dataclass field with a default and a range; `above`: excludes `low`."""
+    return field(default=default, metadata={"low": low, "high": high, "above": above})
+
+
+def one_of(default: str, *others: str) -> Any:
+    """Return a text dataclass field with its allowed values."""
+    return field(default=default, metadata={"allowed": (default, *others)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSettings:
+    """Sizes of forward passes, which affect memory and time only.
+
+    Args:
+        forward_batch_size: number of actions per forward when targets are computed.
+        logits_chunk_size: number of tokens whose logits are held at once.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    forward_batch_size: int = bounded(64, 1)
+    logits_chunk_size: int = bounded(4096, 1)
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for each in fields(self):
+            check_value(f"algorithm.{each.name}", getattr(self, each.name), hints[each.name], each)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(BatchSettings):
+    """Settings of every on-policy algorithm, besides `BatchSettings`.
+
+    Args:
+        beta: KL coefficient to the reference, >= 0, per nat, in the first iteration.
+        beta_final_factor: `beta` is annealed linearly to this multiple of itself.
+        beta_anneal_iters: number of iterations of the annealing.
+        truncation_kl_coef: weight of KL(pi || softmax), where pi is the softmax truncated by
+            `min_p`; pulls the softmax away from tokens that were cut off.
+        max_kl: mean KL(pi_old || pi) of an action, in nats, that ends the policy's updates of an
+            iteration. None: no limit.
+        policy_lr, critic_lr: learning rates of the first iteration.
+        max_grad_norm: limit of the gradient norm, of policy and critic separately.
+    """
+
+    beta: float = bounded(0.02)
+    beta_final_factor: float = bounded(0.25)
+    beta_anneal_iters: int = bounded(25, 1)
+    truncation_kl_coef: float = bounded(0.2)
+    max_kl: float | None = bounded(0.5, above=True)
+    policy_lr: float = bounded(5e-4)
+    critic_lr: float = bounded(1e-3)
+    max_grad_norm: float = bounded(1.0, above=True)
+
+
+def check_value(key: str, value: Any, hint: Any, setting: Any) -> None:
+    """Raise ConfigError unless `value` has the type `hint` and is allowed by the field."""
+    types, allowed = get_args(hint) or (hint,), setting.metadata.get("allowed")
+    if value is None and type(None) in types:
+        return
+    if bool in types and not isinstance(value, bool):
+        raise ConfigError(f"{key}={value}: allowed are true, false")
+    if allowed is not None and value not in allowed:
+        raise ConfigError(f"{key}={value}: allowed are {', '.join(allowed)}")
+    limits = dict(setting.metadata)
+    if int in types:
+        high = limits["high"]
+        check_integer(key, value, limits["low"], None if high == float("inf") else high)
+    elif float in types:
+        check_range(key, value, limits["low"], limits["high"], above=limits["above"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyGradientSettings(Settings):
+    """Settings of the algorithms that use sampled tokens only.
+
+    Args:
+        gamma: discount between actions.
+        clip: limit of the distance between the probability ratio and 1. None: no limit.
+    """
+
+    gamma: float = bounded(0.99, 0, 1)
+    clip: float | None = bounded(0.2, 0, 1, above=True)

@@ -1,0 +1,58 @@
+"""Token credit of a run as one HTML page; docs/credit.md explains it."""
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from etpo.files import write_text
+from etpo.studies.pages import render
+
+PAGE_ITERATIONS = 50  # limits the size of a page
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Read the lines of a `credit.jsonl`."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def write_page(page: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
+    """Replace `page` in one step, or remove it if there are no rows."""
+    if rows:
+        write_text(page, to_html(rows, title))
+    else:
+        page.unlink(missing_ok=True)
+
+
+def to_html(rows: Sequence[dict[str, Any]], title: str) -> str:
+    """Render the lines of a `credit.jsonl`, in their order; at least one.
+
+    Texts in the rows are untrusted. They reach the page as JSON and become text nodes. The content
+    security policy of the page allows only its own script and no loading.
+    """
+    iterations = [
+        {"iteration": number, "actions": list(actions)}
+        for number, actions in groupby(rows, key=lambda row: row["iteration"])
+    ]
+    script = Path(__file__).with_name("credit.js").read_text(encoding="utf-8")
+    return render(
+        "credit.html.j2",
+        title=title,
+        no_advantages=not any(x for row in rows for x in row.get("advantage") or ()),
+        iterations=evenly_spaced(iterations, PAGE_ITERATIONS),
+        omitted=max(0, len(iterations) - PAGE_ITERATIONS),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+
+
+def evenly_spaced(items: Sequence[Any], count: int) -> list[Any]:
+    """Select at most `count` >= 2 evenly spaced items, including the first and the last."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]

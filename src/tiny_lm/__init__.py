@@ -1,0 +1,1 @@
+"""Builder of the embedded model; it is not part of the wheel."""
