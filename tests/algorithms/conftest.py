@@ -5,123 +5,94 @@ import functools
 import numpy as np
 import pytest
 import torch
-from etpo.algorithms.ntpo import NTPO
-from etpo.algorithms.poad import POAD
-from etpo.algorithms.ppo_kl import PPOKL
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from etpo.algorithms.archer import ArCHer
 from etpo.algorithms.etpo import ETPO
+from etpo.algorithms.ppo import PPO
+from etpo.algorithms.reinforce import Reinforce
+from etpo.environments.text_env import TextVectorEnv
 from etpo.models.critics import HeadCritic, LanguageModelCritic, LoraCritic
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 from etpo.rollout.datamodule import RolloutDataModule
 
-ETPO_SETTINGS = {
+SHARED = {"beta_final_factor": 1.0, "policy_lr": 3e-3, "critic_lr": 3e-3, "forward_batch_size": 8}
+ETPO_SETTINGS = SHARED | {
     "beta": 0.01,
-    "beta_final_factor": 1.0,
-    "beta_anneal_iters": 1,
     "gamma": 0.9,
-    "lambda_": 0.9,
     "lambda_anneal_iters": None,
-    "eta": 0.05,
     "pessimism_threshold": 0.0,
-    "doubly_robust": True,
     "normalize_by_advantage_rms": False,
-    "clip_low": 0.2,
-    "clip_high": 0.2,
-    "truncation_kl_coef": 1.0,
-    "max_kl": 0.5,
-    "tau": 1.0,
-    "policy_lr": 3e-3,
-    "critic_lr": 3e-3,
-    "critic_loss": "huber",
-    "huber_delta": 1.0,
-    "max_grad_norm": 1.0,
-    "forward_batch_size": 8,
-    "logits_chunk_size": None,
-}
-
-WITH_CRITIC = {POAD: {"lambda_": 0.5}, NTPO: {"lambda_": 0.5}, PPOKL: {"lambda_": 0.5}}
-BASELINE_SETTINGS = {
-    "beta": 0.5,
-    "beta_final_factor": 1.0,
-    "beta_anneal_iters": 1,
-    "truncation_kl_coef": 0.2,
-    "gamma": 0.8,
     "clip": 0.2,
-    "max_kl": None,
-    "policy_lr": 3e-3,
-    "critic_lr": 3e-3,
-    "max_grad_norm": 1.0,
-    "forward_batch_size": 8,
-    "logits_chunk_size": None,
+    "truncation_kl_coef": 1.0,
 }
+BASELINE_SETTINGS = SHARED | {"beta": 0.5, "gamma": 0.8, "clip": 0.2, "max_kl": None}
+GROUPS = {"baseline": "group", "kl_in_loss": True, "average_tokens": True}
+ALGORITHMS = {
+    "etpo": (ETPO, ETPO_SETTINGS),
+    "poad": (PPO, BASELINE_SETTINGS | {"lambda_": 0.5}),
+    "ntpo": (PPO, BASELINE_SETTINGS | {"lambda_": 0.5, "token_discount": 0.8}),
+    "ppo_kl": (PPO, BASELINE_SETTINGS | {"lambda_": 0.5, "unit": "action"}),
+    "archer": (ArCHer, BASELINE_SETTINGS),
+    "reinforce": (Reinforce, BASELINE_SETTINGS),
+    "rloo": (Reinforce, BASELINE_SETTINGS | {"baseline": "leave_one_out"}),
+    "grpo": (Reinforce, BASELINE_SETTINGS | GROUPS),
+}
+LORA_CRITIC = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 
 
 @pytest.fixture
-def etpo_settings():
-    """The keyword arguments of `build_etpo`'s module."""
-    return dict(ETPO_SETTINGS)
+def build_algorithm():
+    """build_algorithm(name, policy, critic, ...): an algorithm from its parts."""
 
-
-@pytest.fixture
-def build_etpo(checkpoint, etpo_settings):
-    """build_etpo(critic, ...): ETPO, or a `variant` of it, on a small random model."""
-
-    def build(critic=HeadCritic, min_p=0.0, variant=ETPO, **changes):
-        return variant(
-            lambda: LanguageModelPolicy(
-                str(checkpoint("llama")), CompletionTemplate(), min_p=min_p
-            ),
-            functools.partial(critic, hidden_size=32),
-            functools.partial(torch.optim.AdamW, eps=1e-5, weight_decay=0.0),
-            **(etpo_settings | changes),
-        )
+    def build(name, policy, critic, hidden_size=16, **changes):
+        algorithm, settings = ALGORITHMS[name]
+        if algorithm is Reinforce or critic is None:
+            make = None
+        elif critic is LanguageModelCritic:
+            make = critic
+        else:
+            sizes = {"lora": LORA_CRITIC} if critic is LoraCritic else {}
+            make = functools.partial(critic, hidden_size=hidden_size, **sizes)
+        return algorithm.from_config(policy, make, **(settings | changes))
 
     return build
 
 
 @pytest.fixture
-def build_baseline(checkpoint):
-    """build_baseline(algorithm, ...): a baseline on a small random model, the same every time."""
+def make_policy(checkpoint):
+    """make_policy(family, ...): a function that builds a small random policy."""
 
-    def make(algorithm, min_p=0.0, **changes):
-        own = WITH_CRITIC.get(algorithm, {"tau": 1.0} if algorithm is ArCHer else {})
-        torch.manual_seed(0)
-        has_critic = algorithm in WITH_CRITIC or algorithm is ArCHer
-        return algorithm(
-            lambda: LanguageModelPolicy(
-                str(checkpoint("llama")), CompletionTemplate(), min_p=min_p
-            ),
-            functools.partial(HeadCritic, hidden_size=16) if has_critic else None,
-            functools.partial(torch.optim.AdamW, eps=1e-5, weight_decay=0.0),
-            **(BASELINE_SETTINGS | own | changes),
+    def make(family="llama", **settings):
+        return functools.partial(
+            LanguageModelPolicy, str(checkpoint(family)), CompletionTemplate(), **settings
         )
 
     return make
 
 
 @pytest.fixture
-def build_algorithm():
-    """build_algorithm(algorithm, policy, critic, ...): any algorithm, from its parts."""
+def build_etpo(build_algorithm, make_policy):
+    """build_etpo(critic, ...): ETPO on a small random model."""
 
-    def make(algorithm, policy, critic, **changes):
-        settings = ETPO_SETTINGS if issubclass(algorithm, ETPO) else BASELINE_SETTINGS
-        own = WITH_CRITIC.get(algorithm, {"tau": 1.0} if algorithm is ArCHer else {})
-        sizes = {} if critic is LanguageModelCritic else {"hidden_size": 16}
-        if critic is LoraCritic:
-            sizes["lora"] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
-        return algorithm(
-            policy,
-            None if critic is None else functools.partial(critic, **sizes),
-            functools.partial(torch.optim.AdamW, eps=1e-5, weight_decay=0.0),
-            **(settings | own | changes),
-        )
+    def build(critic=HeadCritic, min_p=0.0, **changes):
+        return build_algorithm("etpo", make_policy(min_p=min_p), critic, 32, **changes)
 
-    return make
+    return build
+
+
+@pytest.fixture
+def build_baseline(build_algorithm, make_policy):
+    """build_baseline(name, ...): a baseline on a small random model, the same every time."""
+
+    def build(name, min_p=0.0, **changes):
+        torch.manual_seed(0)
+        return build_algorithm(name, make_policy(min_p=min_p), HeadCritic, **changes)
+
+    return build
 
 
 @pytest.fixture
@@ -178,7 +149,7 @@ def assert_same_gradient():
     return check
 
 
-class Paid:
+class Paid(TextVectorEnv):
     """An environment whose rewards are `reward(action)`."""
 
     task_name = "paid"
@@ -200,9 +171,9 @@ def paid():
 
 
 class MostTokens(TorchDispatchMode):
-    """Watches, in `tokens`, for how many tokens at once a tensor over the vocabulary is computed.
+    """Record the largest number of tokens in a tensor over the vocabulary.
 
-    weights: shapes that have the vocabulary too, and no token.
+    weights: shapes of the weights, which have the vocabulary but no tokens.
     """
 
     def __init__(self, vocabulary, weights):
@@ -212,9 +183,12 @@ class MostTokens(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         outputs = function(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(outputs):
-            shape = tuple(getattr(tensor, "shape", ()))
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            shape = tuple(tensor.shape)
             weight = {shape, shape[::-1]} & self.weights
-            if self.vocabulary in shape and len(shape) > 1 and not weight:
+            expanded = tensor.nbytes > tensor.untyped_storage().nbytes()  # a weight's view
+            if self.vocabulary in shape and len(shape) > 1 and not weight and not expanded:
                 self.tokens = max(self.tokens, tensor.numel() // self.vocabulary)
         return outputs
 

@@ -1,15 +1,10 @@
 """What a checkpoint of an algorithm holds, and holds once."""
 
-import functools
-
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from etpo.algorithms.etpo import ETPO
 from etpo.models.critics import LoraCritic, TrunkCritic
-from etpo.models.policy import LanguageModelPolicy
-from etpo.models.prompting import CompletionTemplate
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}
 
@@ -22,14 +17,11 @@ def stored(content):
 
 
 @pytest.fixture
-def saved(checkpoint, build_algorithm, letter_env, fit, tmp_path):
+def saved(make_policy, build_algorithm, letter_env, fit, tmp_path):
     """saved(...): module and the content of best.ckpt and last.ckpt of one iteration of ETPO."""
 
     def run(critic, tau, lora=None):
-        policy = functools.partial(
-            LanguageModelPolicy, str(checkpoint("qwen")), CompletionTemplate(), lora=lora
-        )
-        module = build_algorithm(ETPO, policy, critic, tau=tau)
+        module = build_algorithm("etpo", make_policy("qwen", lora=lora), critic, tau=tau)
         folder = {"dirpath": tmp_path, "save_on_train_epoch_end": True}
         callbacks = [
             ModelCheckpoint(

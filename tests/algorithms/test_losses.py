@@ -7,27 +7,27 @@ import torch
 
 from etpo.algorithms.losses import (
     action_weights,
-    centred_advantage,
+    clipped_surrogate,
     critic_loss,
     doubly_robust_objective,
+    dueling_baseline,
     dueling_q,
-    explained_variance,
-    leave_one_out_baseline,
-    objective_scale,
+    inverse_rms,
+    k3,
     pessimistic_q,
     policy_objective,
-    rebased_q,
-    taken_token_correction,
 )
 from etpo.algorithms.returns import (
     expectation,
+    explained_variance,
     kl_divergence,
     lambda_returns,
-    soft_lambda_returns,
+    leave_one_out_baseline,
     soft_value,
 )
 
 from ..token_mdp_oracle import TokenMDP
+from .kl_returns import kl_lambda_returns
 
 BETA = 0.3
 
@@ -62,7 +62,7 @@ def test_gradcheck_through_the_log_softmax(eta, clip):
 
     def robust(x):
         return doubly_robust_objective(
-            x.log_softmax(-1), log_ref, log_old, q, taken, advantages, BETA, eta, clip, clip
+            x.log_softmax(-1), log_ref, log_old, q, taken, advantages, BETA, eta, clip
         )
 
     assert torch.autograd.gradcheck(plain, logits)
@@ -135,25 +135,21 @@ def test_masked_ids_leave_loss_and_gradient_alone():
 
 
 @pytest.mark.parametrize(
-    ("ratio", "advantage", "low", "high", "loss", "slope"),
+    ("ratio", "advantage", "clip", "loss", "slope"),
     [  # slope = d loss / d ratio
-        (1.0, 2.0, 0.2, 0.2, -2.0, -2.0),
-        (1.5, 1.0, 0.2, 0.2, -1.2, 0.0),  # gained enough: stop
-        (1.5, -1.0, 0.2, 0.2, 1.5, 1.0),  # went the wrong way: pull back in full
-        (0.5, 1.0, 0.2, 0.2, -0.5, -1.0),
-        (0.5, -1.0, 0.2, 0.2, 0.8, 0.0),
-        (1.5, 1.0, None, None, -1.5, -1.0),
-        (0.5, -1.0, None, None, 0.5, 1.0),
-        (0.5, -1.0, None, 0.2, 0.5, 1.0),  # each limit bounds its own side only
-        (1.5, 1.0, None, 0.2, -1.2, 0.0),
-        (1.5, 1.0, 0.2, None, -1.5, -1.0),
-        (0.5, -1.0, 0.2, None, 0.8, 0.0),
+        (1.0, 2.0, 0.2, -2.0, -2.0),
+        (1.5, 1.0, 0.2, -1.2, 0.0),  # gained enough: stop
+        (1.5, -1.0, 0.2, 1.5, 1.0),  # went the wrong way: pull back in full
+        (0.5, 1.0, 0.2, -0.5, -1.0),
+        (0.5, -1.0, 0.2, 0.8, 0.0),
+        (1.5, 1.0, None, -1.5, -1.0),
+        (0.5, -1.0, None, 0.5, 1.0),
     ],
 )
-def test_taken_token_correction_by_hand(ratio, advantage, low, high, loss, slope):
+def test_clipped_surrogate_by_hand(ratio, advantage, clip, loss, slope):
     log_old = f64(0.3).log()
     log_pi = (f64(ratio).log() + log_old).requires_grad_()
-    value = taken_token_correction(log_pi, log_old, f64(advantage), low, high)
+    value = clipped_surrogate(log_pi, log_old, f64(advantage), clip)
     value.sum().backward()
     assert value.item() == pytest.approx(loss)
     assert log_pi.grad.item() / ratio == pytest.approx(slope)
@@ -186,7 +182,7 @@ class Enumerated:
             q_taken = q[e.next_state, e.next_prefix, e.next_token]
             return lambda_returns(e.rewards, e.discounts, v, q_taken, lambda_, e.continues)
         kl = kl_divergence(self.log_old, self.log_ref)[e.next_state, e.next_prefix]
-        return soft_lambda_returns(e.rewards, e.discounts, v, kl, lambda_, BETA, e.continues)
+        return kl_lambda_returns(e.rewards, e.discounts, v, kl, lambda_, BETA, e.continues)
 
     def losses(self, q, returns, eta=0.0, clip=0.2):
         return doubly_robust_objective(
@@ -198,7 +194,6 @@ class Enumerated:
             returns - q[(*self.at, self.e.token)],
             BETA,
             eta,
-            clip,
             clip,
         )
 
@@ -258,16 +253,16 @@ def test_doubly_robust_gradient_needs_sums_and_discounted_actions(case):
 
 
 @pytest.mark.parametrize("pessimism_threshold", [0.2, 1.0])
-def test_pessimistic_q_must_stand_in_both_terms(case, floor):
+def test_pessimistic_q_must_stand_in_both_terms(case, pessimism_threshold):
     value = expectation(case.log_old, case.critic)
-    q = pessimistic_q(case.critic, value, case.log_old, floor)
+    q = pessimistic_q(case.critic, value, case.log_old, pessimism_threshold)
     assert (q != case.critic).any()
     for returns in (case.returns(case.critic, 1.0), case.returns(q, 1.0)):
         assert case.error(case.losses(q, returns)) < 1e-12
         exact_term = policy_objective(case.log_pi, case.log_ref, None, q, BETA)[case.at]
         taken = (*case.at, case.e.token)
-        raw_correction = taken_token_correction(
-            case.log_pi[taken], case.log_old[taken], returns - case.critic[taken], 0.2, 0.2
+        raw_correction = clipped_surrogate(
+            case.log_pi[taken], case.log_old[taken], returns - case.critic[taken], 0.2
         )
         assert case.error(exact_term + raw_correction) > 0.05
 
@@ -280,9 +275,7 @@ def test_exact_critic_makes_the_control_variate_pay(case):
         - BETA * (case.log_old - case.log_ref)[taken]
         - soft_value(case.log_old, case.log_ref, case.exact_q, BETA)[case.at]
     )
-    policy_gradient = taken_token_correction(
-        case.log_pi[taken], case.log_old[taken], advantage, None, None
-    )
+    policy_gradient = clipped_surrogate(case.log_pi[taken], case.log_old[taken], advantage, None)
     assert case.error(policy_gradient) < 1e-12
     plain = case.variance(exact_term)
     robust = case.variance(case.losses(case.exact_q, case.returns(case.exact_q, 1.0)))
@@ -311,28 +304,27 @@ def test_unweighted_vocabulary_mean_ignores_q():
 def test_pessimistic_q_takes_warnings_and_no_promises_of_rare_tokens():
     log_old = f64(0.01, 0.01, 0.02, 0.96).log()
     q, value = f64(5, -5, 6, 7), f64(1).squeeze()
-    assert pessimistic_q(q, value, log_old, pessimism_threshold=0.015).tolist() == [1, -5, 6, 7]
-    assert pessimistic_q(q, value, log_old, pessimism_threshold=0.0).tolist() == [5, -5, 6, 7]
-    assert pessimistic_q(q, value, log_old, pessimism_threshold=1.0).tolist() == [1, -5, 1, 1]
+    assert pessimistic_q(q, value, log_old, threshold=0.015).tolist() == [1, -5, 6, 7]
+    assert pessimistic_q(q, value, log_old, threshold=0.0).tolist() == [5, -5, 6, 7]
+    assert pessimistic_q(q, value, log_old, threshold=1.0).tolist() == [1, -5, 1, 1]
 
 
-def test_objective_scale_is_one_over_the_rms_within_a_limit():
-    assert objective_scale(f64(0.25)).item() == 2
-    assert objective_scale(f64(0.0)).item() == pytest.approx(100)
-    assert objective_scale(f64(0.0), least=0.5).item() == 2
+def test_inverse_rms_has_a_limit():
+    assert inverse_rms(f64(0.25)).item() == 2
+    assert inverse_rms(f64(0.0)).item() == pytest.approx(100)
+    assert inverse_rms(f64(0.0), least=0.5).item() == 2
 
 
-def test_centred_advantage_has_zero_mean_under_the_policy():
-    advantage, log_pi = normal(4, 5).requires_grad_(), normal(4, 5, seed=1).log_softmax(-1)
-    log_pi.requires_grad_()
-    centred = centred_advantage(advantage, log_pi)
-    mean = (log_pi.exp() * centred).sum(-1)
-    torch.testing.assert_close(mean, torch.zeros_like(mean))
+def test_dueling_q_has_the_value_as_its_mean_and_no_gradient_to_the_policy():
+    value, advantage = normal(4), normal(4, 5, seed=1).requires_grad_()
+    log_pi = normal(4, 5, seed=2).log_softmax(-1).requires_grad_()
+    q = dueling_q(value, advantage, log_pi)
+    torch.testing.assert_close((log_pi.exp() * q).sum(-1), value)
     # a shift per prefix, nothing else
-    torch.testing.assert_close(
-        (centred - centred[:, :1]).detach(), (advantage - advantage[:, :1]).detach()
-    )
-    centred.square().sum().backward()
+    shift = q - advantage
+    torch.testing.assert_close(shift, shift[:, :1].expand_as(shift))
+    torch.testing.assert_close(shift[:, 0], dueling_baseline(value, advantage, log_pi))
+    q.square().sum().backward()
     assert log_pi.grad is None
     assert advantage.grad.abs().max() > 0.1
 
@@ -358,31 +350,6 @@ def test_action_weights_are_powers_of_gamma():
     torch.testing.assert_close(action_weights(0.5, steps), torch.tensor([1, 0.5, 0.125]))
     assert action_weights(0.0, steps).tolist() == [1, 0, 0]
     assert action_weights(1, steps).tolist() == [1, 1, 1]
-
-
-def test_the_mean_of_dueling_q_is_the_value():
-    value, advantage = normal(4), normal(4, 5, seed=1)
-    log_pi = normal(4, 5, seed=2).log_softmax(-1)
-    q = dueling_q(value, advantage, log_pi)
-    torch.testing.assert_close((log_pi.exp() * q).sum(-1), value)
-    torch.testing.assert_close(q - q[:, :1], advantage - advantage[:, :1])
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.2])
-def test_rebased_q_moves_the_reference_to_the_old_policy(eta):
-    logits, q = normal(4, 5).requires_grad_(), normal(4, 5, seed=1)
-    log_ref, log_old = normal(2, 4, 5, seed=2).log_softmax(-1)
-    log_pi = logits.log_softmax(-1)
-    rebased = policy_objective(
-        log_pi, log_old, None, rebased_q(q, log_ref, log_old, BETA), BETA + eta
-    )
-    plain = policy_objective(log_pi, log_ref, log_old, q, BETA, eta)
-    torch.testing.assert_close(rebased, plain)
-    gradients = [
-        torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0] for loss in (rebased, plain)
-    ]
-    torch.testing.assert_close(*gradients)
-    assert gradients[0].abs().max() > 0.01
 
 
 def test_leave_one_out_baseline_by_hand():
@@ -413,3 +380,10 @@ def test_explained_variance_by_hand():
     assert explained_variance(f64(5, 5, 5), targets) == 0.0
     assert explained_variance(f64(-2, -4, -6), targets) == -3.0  # errors 4, 8, 12: variance 16
     assert explained_variance(f64(1, 2, 3), f64(5, 5, 5)) == 0.0
+
+
+def test_k3_is_an_unbiased_kl_and_never_negative():
+    log_pi, log_ref = normal(2, 7).log_softmax(-1)
+    estimates = k3(log_pi, log_ref)
+    assert (estimates >= 0).all()
+    torch.testing.assert_close(expectation(log_pi, estimates), kl_divergence(log_pi, log_ref))

@@ -9,15 +9,10 @@ from etpo.algorithms.losses import (
     doubly_robust_objective,
     policy_objective,
 )
-from etpo.algorithms.returns import (
-    kl_divergence,
-    lambda_returns,
-    one_step_targets,
-    soft_lambda_returns,
-    soft_value,
-)
+from etpo.algorithms.returns import kl_divergence, lambda_returns, soft_value
 
 from ..token_mdp_oracle import TokenMDP
+from .kl_returns import kl_lambda_returns
 
 BETA = 0.3
 # vocabulary size, length, with an end token
@@ -83,11 +78,9 @@ def test_policy_objective_with_exact_q_trains_to_the_optimum(vocabulary_size, le
 def returns_of(form, episodes, log_pi, log_ref, q, lambda_):
     e = episodes
     v = soft_value(log_pi, log_ref, q, BETA)[e.next_state, e.next_prefix]
-    if form == "one_step":
-        return one_step_targets(e.rewards, e.discounts, v)
     if form == "kl":
         kl = kl_divergence(log_pi, log_ref)[e.next_state, e.next_prefix]
-        return soft_lambda_returns(e.rewards, e.discounts, v, kl, lambda_, BETA, e.continues)
+        return kl_lambda_returns(e.rewards, e.discounts, v, kl, lambda_, BETA, e.continues)
     q_taken = q[e.next_state, e.next_prefix, e.next_token]
     return lambda_returns(e.rewards, e.discounts, v, q_taken, lambda_, e.continues)
 
@@ -133,7 +126,7 @@ def train(mdp, log_ref, episodes, objective, form, lambda_, iterations=400):
 @pytest.mark.parametrize(
     ("objective", "form", "lambda_"),
     [
-        ("plain", "one_step", 0.0),
+        ("plain", "q", 0.0),
         ("plain", "kl", 1.0),
         ("doubly_robust", "q", 0.9),
         ("doubly_robust", "q", 1.0),
@@ -169,6 +162,6 @@ def test_actor_critic_with_a_discount_at_every_token_misses_the_optimum():
         discounts=torch.where(inside, mdp.gamma, episodes.discounts),
         step=torch.zeros_like(episodes.step),  # plain weights: any will do for the fixed point
     )
-    log_pi = train(mdp, log_ref, episodes, "plain", "one_step", 0.0)
+    log_pi = train(mdp, log_ref, episodes, "plain", "q", 0.0)
     assert divergence(mdp, naive_optimum, log_pi) < 1e-3
     assert divergence(mdp, log_optimum, log_pi) > 1e-2

@@ -6,15 +6,20 @@ import pytest
 import torch
 
 from etpo.algorithms.returns import (
+    discounted_returns,
     expectation,
+    generalized_advantages,
+    group_mean_of_others,
+    group_standardized,
     kl_divergence,
+    kl_penalized_rewards,
     lambda_returns,
-    one_step_targets,
-    soft_lambda_returns,
+    prompt_groups,
     soft_value,
 )
 
 from ..token_mdp_oracle import TokenMDP
+from .kl_returns import kl_lambda_returns
 
 BETA = 0.3
 
@@ -62,7 +67,6 @@ def test_dtype_is_kept(dtype):
     true = torch.ones(2, 3, dtype=torch.bool)
     assert soft_value(x.log_softmax(-1), x.log_softmax(-1), x, BETA).dtype == dtype
     assert lambda_returns(x, x, x, x, 0.5, true).dtype == dtype
-    assert soft_lambda_returns(x, x, x, x, 0.5, BETA, true).dtype == dtype
 
 
 # Two actions over three tokens; pi and pi_ref as above at every prefix, beta = 1/2, gamma = 0.9.
@@ -76,7 +80,7 @@ Q_NEXT = f64([1, 2, 4], [4, 0, -4], [2, 2, 2])
 
 
 def example(terminated):
-    """rewards, discounts, next_values, next_q_taken, continues, next KL: [1, 5]
+    """rewards, discounts, next_values, next_q_taken, continues: [1, 5]
 
     A second episode (one token, reward 100, terminated) and one padding token follow in the row.
     """
@@ -85,17 +89,16 @@ def example(terminated):
     discounts = f64(1, 0.9, 0.0 if terminated else 0.9, 0, 0)
     continues = torch.tensor([True, True, False, False, False])
     q_taken = f64(4, 0, nan, nan, nan)  # never read where the episode does not go on
-    kl = kl_divergence(PI.log(), REF.log()).repeat(5)
-    rows = (rewards, discounts, torch.cat([values, f64(7, 7)]), q_taken, continues, kl)
+    rows = (rewards, discounts, torch.cat([values, f64(7, 7)]), q_taken, continues)
     return tuple(row.unsqueeze(0) for row in rows)
 
 
-def test_one_step_targets_by_hand():
+def test_returns_at_lambda_zero_by_hand():
     # y_1 = V_2 = 2 - c;  y_2 = -1 + 0.9 (1 - c);  y_3 = 3, or 3 + 0.9 (2 - c) if truncated
     for terminated, last in ((True, 3), (False, 4.8 - 0.9 * C)):
-        rewards, discounts, values, *_ = example(terminated)
+        *rows, continues = example(terminated)
         expected = f64([2 - C, -0.1 - 0.9 * C, last, 100, 0])
-        torch.testing.assert_close(one_step_targets(rewards, discounts, values), expected)
+        torch.testing.assert_close(lambda_returns(*rows, 0.0, continues), expected)
 
 
 def test_lambda_returns_by_hand():
@@ -112,27 +115,9 @@ def test_lambda_returns_by_hand():
         False: f64([1.03 - 1.6525 * C, 2.06 - 1.305 * C, 4.8 - 0.9 * C, 100, 0]),
     }
     for terminated in (True, False):
-        rewards, discounts, values, q_taken, continues, _ = example(terminated)
-        returns = lambda_returns(rewards, discounts, values, q_taken, 0.5, continues)
+        *rows, continues = example(terminated)
+        returns = lambda_returns(*rows, 0.5, continues)
         torch.testing.assert_close(returns, expected[terminated])
-        one_step = lambda_returns(rewards, discounts, values, q_taken, 0.0, continues)
-        torch.testing.assert_close(one_step, one_step_targets(rewards, discounts, values))
-
-
-def test_soft_lambda_returns_by_hand():
-    # lambda = 1/2, terminated:
-    #   G_3 = 3
-    #   G_2 = -1 + 0.9 [1/2 (1 - c) + 1/2 (3 - c)] = 0.8 - 0.9 c
-    #   G_1 = 1/2 (2 - c) + 1/2 (0.8 - 0.9 c - c) = 1.4 - 1.45 c
-    # lambda = 1, truncated:
-    #   G_3 = 4.8 - 0.9 c,  G_2 = -1 + 0.9 (4.8 - 1.9 c) = 3.32 - 1.71 c,  G_1 = 3.32 - 2.71 c
-    rewards, discounts, values, _, continues, kl = example(terminated=True)
-    returns = soft_lambda_returns(rewards, discounts, values, kl, 0.5, 0.5, continues)
-    torch.testing.assert_close(returns, f64([1.4 - 1.45 * C, 0.8 - 0.9 * C, 3, 100, 0]))
-    rewards, discounts, values, _, continues, kl = example(terminated=False)
-    returns = soft_lambda_returns(rewards, discounts, values, kl, 1.0, 0.5, continues)
-    expected = f64([3.32 - 2.71 * C, 3.32 - 1.71 * C, 4.8 - 0.9 * C, 100, 0])
-    torch.testing.assert_close(returns, expected)
 
 
 class Enumerated:
@@ -154,7 +139,7 @@ class Enumerated:
             q_taken = q[e.next_state, e.next_prefix, e.next_token]
             return lambda_returns(e.rewards, e.discounts, v, q_taken, lambda_, e.continues)
         kl = kl_divergence(self.log_pi, self.log_ref)[e.next_state, e.next_prefix]
-        return soft_lambda_returns(e.rewards, e.discounts, v, kl, lambda_, BETA, e.continues)
+        return kl_lambda_returns(e.rewards, e.discounts, v, kl, lambda_, BETA, e.continues)
 
     def mean(self, values):
         total, mass = torch.zeros(2, *self.log_pi.shape, dtype=torch.float64)
@@ -231,3 +216,50 @@ def test_truncation_bootstraps_at_the_true_next_observation(lambda_, form):
 
 def test_expectation_ignores_tokens_of_zero_probability():
     assert expectation(f64(0.25, 0.75, 0).log(), f64(4, 8, nan)).item() == pytest.approx(7)
+
+
+def test_kl_penalized_rewards_leave_padding_at_zero():
+    rewards = kl_penalized_rewards(
+        torch.tensor([[0.0, 1.0, 5.0]]),
+        torch.tensor([[-1.0, -2.0, 3.0]]),
+        torch.tensor([[-1.5, -1.0, 0.0]]),
+        0.5,
+        torch.tensor([[True, True, False]]),
+    )
+    assert rewards.tolist() == [[-0.25, 1.5, 0.0]]
+
+
+def test_generalized_advantages_at_lambda_one_are_returns_less_values():
+    random = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(2, 3, 6, generator=random, dtype=torch.float64)
+    following = torch.nn.functional.pad(values[:, 1:], (0, 1), value=0.7)
+    discounts = torch.full_like(rewards, 0.9)
+    continues = torch.arange(6).expand(3, 6) < 5
+    advantages = generalized_advantages(rewards, discounts, values, following, 1.0, continues)
+    powers = 0.9 ** torch.arange(6, dtype=torch.float64)
+    for k in range(6):
+        returns = rewards[:, k:] @ powers[: 6 - k] + 0.9 ** (6 - k) * 0.7
+        torch.testing.assert_close(advantages[:, k], returns - values[:, k])
+
+
+def test_equal_prompts_form_a_group_for_any_padding():
+    ids = torch.tensor([[0, 5], [9, 5], [4, 5], [9, 6], [8, 8]])
+    mask = torch.tensor([[0, 1], [0, 1], [1, 1], [0, 1], [1, 1]]).bool()
+    group = prompt_groups(ids, mask).tolist()
+    assert group[0] == group[1]
+    assert group[2] == group[3] == group[4] != group[0]
+
+
+def test_a_group_of_one_has_no_advantage():
+    returns, group = torch.tensor([1.0, 2.0, 6.0, 5.0]), torch.tensor([0, 0, 0, 1])
+    assert group_mean_of_others(returns, group).tolist() == [4.0, 3.5, 1.5, 5.0]
+    standardized = group_standardized(returns, group, epsilon=0.0)
+    assert standardized[:3].tolist() == pytest.approx([-2 / 7**0.5, -1 / 7**0.5, 3 / 7**0.5])
+    assert group_standardized(returns, group)[3] == 0
+
+
+def test_discounted_returns_by_hand():
+    rewards, discounts = f64([1, 2, 3, 9]), f64([0.5, 0.5, 0, 0.5])
+    continues = torch.tensor([[True, True, False, False]])
+    returns = discounted_returns(rewards, discounts, continues)
+    assert returns.tolist() == [[1 + 0.5 * 3.5, 2 + 0.5 * 3, 3, 9]]

@@ -1,17 +1,14 @@
-"""Numbers of `credit.jsonl`, against plain loops over what `compute_targets` gives and over the models."""
+"""Numbers of `credit.jsonl` against plain loops over training batches and distributions."""
 
 import json
 import math
 
 import pytest
 import torch
-from etpo.algorithms.poad import POAD
-from etpo.algorithms.ppo_kl import PPOKL
 from lightning import Callback
 
-from etpo.algorithms.archer import ArCHer
-from etpo.algorithms.no_update import ZeroShot
-from etpo.algorithms.reinforce import GRPO
+from etpo.algorithms.etpo import ETPO
+from etpo.algorithms.no_update import NoUpdate, NoUpdateSettings
 from etpo.callbacks.credit import TokenCredit
 from etpo.errors import ConfigError
 from etpo.models.critics import TrunkCritic
@@ -20,7 +17,7 @@ ACTIONS = 10  # of 2 environments with 8 each: all of the first and two of the s
 
 
 class Kept(Callback):
-    """Per iteration: the rollout, what `compute_targets` says of it, and each row alone."""
+    """Per iteration: rollout, training batch, distributions of each row alone, beta and Q."""
 
     def __init__(self):
         self.seen = []
@@ -33,11 +30,11 @@ class Kept(Callback):
         alone = []
         for row in range(len(rollout.records)):
             alone.append(distributions(module, *unpadded(rollout.actions, row)))
-        self.seen.append((rollout, module.compute_targets(rollout), alone, beta_of(module)))
-
-
-def beta_of(module):
-    return getattr(module, "beta", 0.0)
+        batch, q = module.compute_targets(rollout), None
+        if isinstance(module, ETPO):
+            hidden = batch.old_hidden, batch.ref_hidden, batch.critic_hidden
+            q = module.old_distributions(batch.action_ids, *hidden)[2]
+        self.seen.append((rollout, batch, alone, module.beta, q))
 
 
 def unpadded(actions, row):
@@ -48,7 +45,11 @@ def unpadded(actions, row):
 
 def distributions(module, *inputs):
     """log pi and log pi_ref [l, V] of one action."""
-    return tuple(module.policy(*inputs, reference=r).log_probs[0] for r in (False, True))
+    hidden = [module.policy.hidden_states(*inputs, reference=r) for r in (False, True)]
+    return tuple(
+        module.policy.log_probs(states, inputs[2], reference=r).log_probs[0]
+        for states, r in zip(hidden, (False, True), strict=True)
+    )
 
 
 def rows_of(folder):
@@ -59,7 +60,7 @@ def rows_of(folder):
 
 @pytest.fixture
 def recorded(tmp_path, fit, letter_env, paid):
-    """recorded(module): lines per iteration, those of followed actions, and what `Kept` has."""
+    """recorded(module): lines per iteration, lines of followed actions, and `Kept.seen`."""
 
     def run(module, iterations=2):
         kept = Kept()
@@ -105,14 +106,12 @@ def test_etpo(recorded, build_etpo, settings):
     module = build_etpo(**settings)
     parts, _, seen = recorded(module)
     some_q = False
-    for lines, (rollout, batch, alone, beta) in zip(parts, seen, strict=True):
+    for lines, (rollout, batch, alone, beta, q) in zip(parts, seen, strict=True):
         rows = [0, 2, 4, 6, 8, 10, 12, 14, 1, 3]
         for line, row in zip(lines, rows, strict=True):
             record = rollout.records[row]
-            told = [line[name] for name in ("env", "attempt", "prompt", "reward", "error")]
-            assert told == [
-                getattr(record, n) for n in ("env", "attempt", "prompt", "reward", "error")
-            ]
+            for name in ("env", "attempt", "prompt", "reward", "error"):
+                assert line[name] == getattr(record, name)
             assert "".join(line["text"]) == record.action
             ids = rollout.actions.action_ids[row][rollout.actions.action_mask[row]].tolist()
             assert len(line["text"]) == len(ids)
@@ -121,12 +120,13 @@ def test_etpo(recorded, build_etpo, settings):
             for place, token in enumerate(ids):
                 p = log_pi[place].exp().tolist()
                 cost = [beta * (a - b) for a, b in zip(log_pi[place], log_ref[place], strict=True)]
-                # the batch has Q - beta log(pi/pi_ref)
-                rebased = batch.q[row, place].tolist()
-                value = sum(p[w] * rebased[w] for w in range(len(p)) if p[w] > 0)
-                exact, sampled = rebased[token] - value, float(batch.advantages[row, place])
+                own_q = q[row, place].tolist()
+                # V = E_pi[Q - beta log(pi/pi_ref)]
+                value = sum(p[w] * (own_q[w] - float(cost[w])) for w in range(len(p)) if p[w] > 0)
+                exact = own_q[token] - float(cost[token]) - value
+                sampled = float(batch.advantages[row, place])
                 assert line["value"][place] == near(value)
-                assert line["q"][place] == near(rebased[token] + float(cost[token]))
+                assert line["q"][place] == near(own_q[token])
                 if settings.get("doubly_robust", True):
                     assert line["critic_advantage"][place] == near(exact)
                     assert line["sampled_advantage"][place] == near(sampled)
@@ -136,26 +136,26 @@ def test_etpo(recorded, build_etpo, settings):
                     assert line["advantage"][place] == near(exact)
                 by_p = sorted(range(len(p)), key=lambda w: -p[w])
                 others = [w for w in by_p if p[w] > 0 and w != token][:5]
-                told = [cells[2] for cells in line["alternatives"][place]]
-                assert told == near([rebased[w] + float(cost[w]) for w in others])
-                some_q = some_q or any(abs(x) > 0.01 for x in told)
-    assert some_q, "the critic says nothing"
+                other_q = [cells[2] for cells in line["alternatives"][place]]
+                assert other_q == near([own_q[w] for w in others])
+                some_q = some_q or any(abs(x) > 0.01 for x in other_q)
+    assert some_q, "Q is 0"
     assert [line["episode"] for line in parts[0]] == [1, 1, 1, 2, 2, 2, 3, 3, 1, 1]
 
 
-@pytest.mark.parametrize("algorithm", [POAD, PPOKL, ArCHer, GRPO])
+@pytest.mark.parametrize("algorithm", ["poad", "ppo_kl", "archer", "grpo"])
 def test_baselines_show_what_they_have(algorithm, recorded, build_baseline):
     module = build_baseline(algorithm)
     parts, followed, seen = recorded(module)
-    for lines, (rollout, batch, alone, _) in zip(parts, seen, strict=True):
+    for lines, (rollout, batch, alone, *_) in zip(parts, seen, strict=True):
         for line, row in zip(lines, [0, 2, 4, 6, 8, 10, 12, 14, 1, 3], strict=True):
             ids = rollout.actions.action_ids[row][rollout.actions.action_mask[row]].tolist()
             assert_policy_numbers(line, *alone[row], ids)
             assert line["advantage"] == near(batch.advantages[row, : len(ids)].tolist())
             assert not {"q", "critic_advantage", "sampled_advantage"} & set(line)
-            if algorithm is GRPO:
+            if algorithm == "grpo":
                 assert "value" not in line
-            elif algorithm is POAD:
+            elif algorithm == "poad":
                 assert None not in line["value"]
             else:  # of the prompt alone
                 assert line["value"][0] is not None
@@ -163,15 +163,15 @@ def test_baselines_show_what_they_have(algorithm, recorded, build_baseline):
     assert all("advantage" not in line for line in followed)
 
 
-def test_the_value_is_that_of_the_critic_before_the_update(recorded, build_baseline):
-    module = build_baseline(POAD)
+def test_values_are_computed_before_the_update(recorded, build_baseline):
+    module = build_baseline("poad")
     parts, _, _ = recorded(module)
-    assert all(set(line["value"]) == {0.0} for line in parts[0])  # a fresh one says 0
+    assert all(set(line["value"]) == {0.0} for line in parts[0])  # a fresh critic's
     assert any(abs(x) > 1e-3 for line in parts[1] for x in line["value"])
 
 
-def test_a_frozen_model_has_no_advantage(tmp_path, fit, letter_env, build_etpo):
-    module = ZeroShot(lambda: build_etpo(min_p=0.02).policy, forward_batch_size=4)
+def test_a_frozen_model_has_no_advantage(tmp_path, fit, letter_env, make_policy):
+    module = NoUpdate(make_policy(min_p=0.02)(), NoUpdateSettings(forward_batch_size=4))
     fit(module, letter_env(2), 1, [TokenCredit(tmp_path, "letters", 1, 4)], update_epochs=1)
     sampled, _ = rows_of(tmp_path)
     for line in sampled:
@@ -195,7 +195,7 @@ def test_the_worst_first_action_is_followed(recorded, build_etpo):
     for name in ("log_ratio", "q", "value"):
         assert followed[1][name] != followed[2][name]
     place = parts[0].index(worst)
-    rollout, _, alone, _ = seen[0]
+    rollout, _, alone, *_ = seen[0]
     row = [0, 2, 4, 6, 8, 10, 12, 14, 1, 3][place]
     ids = rollout.actions.action_ids[row][rollout.actions.action_mask[row]].tolist()
     assert_policy_numbers(followed[0], *alone[row], ids)

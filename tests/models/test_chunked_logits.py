@@ -6,9 +6,8 @@ from torch.autograd import gradcheck
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from etpo.algorithms import losses as objectives
-from etpo.algorithms import returns as soft_bellman
-from etpo.algorithms.returns import at_taken
+from etpo.algorithms import losses, returns
+from etpo.algorithms.returns import gather_tokens
 from etpo.models import chunked_logits
 from etpo.models.chunked_logits import in_chunks, reduce_in_chunks
 
@@ -29,24 +28,24 @@ def reference(features, head):
 
 
 def value_of_q(x, given, taken, policy, critic, *_):
-    return (soft_bellman.expectation(log_probs(x, policy), linear(x, critic)),)
+    return (returns.expectation(log_probs(x, policy), linear(x, critic)),)
 
 
 def kl_to_reference(x, given, taken, policy, critic, ref, _):
-    return (soft_bellman.kl_divergence(log_probs(x, policy), reference(x, ref)),)
+    return (returns.kl_divergence(log_probs(x, policy), reference(x, ref)),)
 
 
 def log_prob_taken(x, given, taken, policy, *_):
-    return (at_taken(log_probs(x, policy), taken),)
+    return (gather_tokens(log_probs(x, policy), taken),)
 
 
 def q_taken(x, given, taken, policy, critic, *_):
-    return (at_taken(linear(x, critic), taken),)
+    return (gather_tokens(linear(x, critic), taken),)
 
 
 def entropy(x, given, taken, policy, *_):
     log_pi = log_probs(x, policy)
-    return (soft_bellman.expectation(log_pi, -log_pi),)
+    return (returns.expectation(log_pi, -log_pi),)
 
 
 def held(given, critic, ref, old):
@@ -57,19 +56,19 @@ def held(given, critic, ref, old):
 def policy_objective(x, given, taken, policy, *heads):
     log_ref, log_old, q = held(given, *heads)
     return (
-        objectives.policy_objective(log_probs(x, policy), log_ref, log_old, q, BETA, ETA),
-        soft_bellman.kl_divergence(log_old, log_ref).detach(),
+        losses.policy_objective(log_probs(x, policy), log_ref, log_old, q, BETA, ETA),
+        returns.kl_divergence(log_old, log_ref).detach(),
     )
 
 
 def doubly_robust_objective(x, given, taken, policy, *heads):
     log_ref, log_old, q = held(given, *heads)
-    advantages = q.mean(-1) + 0.7 - at_taken(q, taken)
+    advantages = q.mean(-1) + 0.7 - gather_tokens(q, taken)
     log_pi = log_probs(x, policy)
-    objective = objectives.doubly_robust_objective(
-        log_pi, log_ref, log_old, q, taken, advantages, BETA, ETA, clip_low=0.3, clip_high=0.3
+    objective = losses.doubly_robust_objective(
+        log_pi, log_ref, log_old, q, taken, advantages, BETA, ETA, clip=0.3
     )
-    return objective, soft_bellman.expectation(log_pi, linear(x, policy))
+    return objective, returns.expectation(log_pi, linear(x, policy))
 
 
 OPERATORS = {

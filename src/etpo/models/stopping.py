@@ -67,7 +67,7 @@ def as_texts(key: str, values: str | Sequence[str] | None) -> list[str]:
 
 
 def completes_stop_string(
-    tokenizer: PreTrainedTokenizerBase, strings: Sequence[str], ids: Sequence[int], rest: str
+    tokenizer: PreTrainedTokenizerBase, strings: Sequence[str], ids: Sequence[int], rest: str = ""
 ) -> bool:
     """Return whether the last of an action's tokens [l] completes a stop string after `rest`."""
     # a token without text is a part of a character: n bytes are at most n tokens
