@@ -5,7 +5,6 @@ and a prompt is held once. `PerRowCache` holds it for every row, as keys and val
 states; it serves any causal LM with a `DynamicCache`.
 """
 
-import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -159,9 +158,8 @@ class Decoder:
         max_new_tokens: int,
         share_prefixes: bool,
     ) -> None:
-        self.run = functools.partial(last_hidden_states, trunk)
-        self.config: PreTrainedConfig = trunk.config
-        prefilled = prefill(self.run, self.config, prompt_ids, prompt_mask)
+        self.trunk = trunk
+        prefilled = prefill(trunk, prompt_ids, prompt_mask)
         size = prompt_ids.shape[1] + max_new_tokens
         self.shared = share_prefixes and all(
             type(layer) is DynamicLayer
@@ -177,8 +175,9 @@ class Decoder:
     def step(self, token: Tensor, seen: Tensor) -> None:
         """Append `token` [b] to the rows; `seen` [b] is false for a token that is not attended."""
         self.mask = torch.cat([self.mask, seen[:, None]], dim=1)
-        with self.cache.attention(self.config):
-            self.hidden_states = self.run(
+        with self.cache.attention(self.trunk.config):
+            self.hidden_states = last_hidden_states(
+                self.trunk,
                 last=1,
                 input_ids=token[:, None],
                 attention_mask=self.mask.long(),

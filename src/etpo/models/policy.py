@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from etpo.environments.text_env import TextObservation
 from etpo.errors import ConfigError, check_integer, check_range
 from etpo.models.adapters import add_adapter
-from etpo.models.causal_lm import last_hidden_states, trunk_of
+from etpo.models.causal_lm import trunk_of
 from etpo.models.chunked_logits import project_to_vocabulary
 from etpo.models.distribution import TokenDistribution, scale_logits, token_distribution
 from etpo.models.loading import check_vocabulary, expanded, load_model, load_tokenizer
@@ -149,9 +148,8 @@ class LanguageModelPolicy(nn.Module):
         checkpointed. No gradient reaches the reference.
         """
         with self._weights(reference) as model:
-            run = functools.partial(last_hidden_states, trunk_of(model))
             inputs = prompt_ids, prompt_mask, action_ids
-            return forward_actions(run, self.model.config, *inputs, self.checkpointed)
+            return forward_actions(trunk_of(model), *inputs, self.checkpointed)
 
     def logits(
         self, hidden: Tensor, *, reference: bool = False, lm_head: nn.Module | None = None
