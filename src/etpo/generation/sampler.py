@@ -115,8 +115,8 @@ def stopped(policy: LanguageModelPolicy, ids: Tensor, rows: Tensor, rests: Seque
 def distinct_prompts(prompts: PromptBatch) -> tuple[PromptBatch, list[int]]:
     """Return each distinct prompt once, and the place of every row's among them."""
     rests = prompts.rests or ("",) * len(prompts.ids)
-    rows = zip(prompts.ids.tolist(), prompts.mask.tolist(), rests, strict=True)
-    keys = [(*ids, *mask, rest) for ids, mask, rest in rows]
+    fields = zip(prompts.ids.tolist(), prompts.mask.tolist(), rests, strict=True)
+    keys = [(*ids, *mask, rest) for ids, mask, rest in fields]
     first = {key: row for row, key in reversed(list(enumerate(keys)))}
     place = {key: number for number, key in enumerate(first)}
     rows = list(first.values())
