@@ -39,10 +39,10 @@ def variants(
         output = policy.model.generate(input_ids=prompts.ids, attention_mask=prompts.mask.long())
         return output[:, prompts.ids.shape[1] :]
 
-    def sampler() -> torch.Tensor:
-        return generate(policy, prompts, NEW_TOKENS, torch.Generator().manual_seed(0)).ids
+    def sample() -> torch.Tensor:
+        return sampler.generate(policy, prompts, NEW_TOKENS, torch.Generator().manual_seed(0)).ids
 
-    return {"generate": generate, "sampler": sampler}
+    return {"generate": generate, "sampler": sample}
 
 
 @torch.no_grad()
