@@ -19,6 +19,7 @@ from common import MODELS, RESULTS, endless, observation, prompt_of, save_model,
 from matplotlib.figure import Figure
 from transformers import GenerationConfig
 
+from etpo.generation import sampler
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import PromptBatch
 
