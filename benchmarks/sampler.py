@@ -19,7 +19,9 @@ from common import MODELS, RESULTS, endless, observation, prompt_of, save_model,
 from matplotlib.figure import Figure
 from transformers import GenerationConfig
 
-from etpo.models.policy import LanguageModelPolicy, PromptBatch
+from etpo.generation import sampler
+from etpo.models.policy import LanguageModelPolicy
+from etpo.models.prompting import PromptBatch
 
 ACTIONS, PROMPT_TOKENS, NEW_TOKENS = 64, 165, 100
 PROMPTS = {"1 prompt": 1, "16 prompts": 16, "64 prompts": 64}
@@ -38,10 +40,10 @@ def variants(
         output = policy.model.generate(input_ids=prompts.ids, attention_mask=prompts.mask.long())
         return output[:, prompts.ids.shape[1] :]
 
-    def sampler() -> torch.Tensor:
-        return generate(policy, prompts, NEW_TOKENS, torch.Generator().manual_seed(0)).ids
+    def sample() -> torch.Tensor:
+        return sampler.generate(policy, prompts, NEW_TOKENS, torch.Generator().manual_seed(0)).ids
 
-    return {"generate": generate, "sampler": sampler}
+    return {"generate": generate, "sampler": sample}
 
 
 @torch.no_grad()

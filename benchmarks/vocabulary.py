@@ -21,12 +21,12 @@ import pandas as pd
 import torch
 from common import RESULTS, write
 from matplotlib.figure import Figure
-from torch import Tensor
-from torch.nn.functional import linear
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from etpo.algorithms import losses, returns
 from etpo.algorithms.returns import gather_tokens
-from etpo.models.chunked_logits import in_chunks, reduce_in_chunks
+from etpo.models.chunked_logits import in_chunks, project_to_vocabulary, reduce_in_chunks
 
 MIB = 2**20
 M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -40,17 +40,18 @@ class Heads:
         generator = torch.Generator().manual_seed(0)
         for name in ("policy", "critic", "ref"):
             weight = torch.randn(vocabulary, size, generator=generator).mul_(size**-0.5).to(device)
-            setattr(self, name, weight.requires_grad_(name in trained))
-        self.trained = [self.policy, self.critic]
-        self.trained = [weight for weight in self.trained if weight.requires_grad]
+            layer = nn.Linear(1, 1, bias=False)
+            layer.weight = nn.Parameter(weight, requires_grad=name in trained)
+            setattr(self, name, layer)
+        self.trained = [x.weight for x in (self.policy, self.critic) if x.weight.requires_grad]
 
 
-def log_probs(x: Tensor, head: Tensor) -> Tensor:
-    return linear(x, head).log_softmax(-1)
+def log_probs(x: Tensor, head: nn.Module) -> Tensor:
+    return project_to_vocabulary(head, x).log_softmax(-1)
 
 
 def expected_q(heads: Heads, x: Tensor, taken: Tensor) -> Tensor:
-    return returns.expectation(log_probs(x, heads.policy), linear(x, heads.critic))
+    return returns.expectation(log_probs(x, heads.policy), project_to_vocabulary(heads.critic, x))
 
 
 def kl_divergence(heads: Heads, x: Tensor, taken: Tensor) -> Tensor:
@@ -63,26 +64,26 @@ def log_pi_taken(heads: Heads, x: Tensor, taken: Tensor) -> Tensor:
 
 
 def q_taken(heads: Heads, x: Tensor, taken: Tensor) -> Tensor:
-    return gather_tokens(linear(x, heads.critic), taken)
+    return gather_tokens(project_to_vocabulary(heads.critic, x), taken)
 
 
 def entropy(heads: Heads, x: Tensor, taken: Tensor) -> Tensor:
-    return returns.entropy(log_probs(x, heads.policy))
+    log_pi = log_probs(x, heads.policy)
+    return returns.expectation(log_pi, -log_pi)
 
 
 def policy_objective(heads: Heads, x: Tensor, taken: Tensor) -> Tensor:
-    """Doubly robust objective with a pessimistic Q and pi_old != pi."""
+    """ETPO's: doubly robust and pessimistic, against a pi_old that is not pi."""
     with torch.no_grad():
         log_old, log_ref = log_probs(x.roll(1, -1), heads.policy), log_probs(x, heads.ref)
-        scores = linear(x, heads.critic)
+        scores = project_to_vocabulary(heads.critic, x)
         value = torch.zeros_like(scores[..., 0])
         q = losses.dueling_q(value, scores, log_old)
         q = losses.pessimistic_q(q, value, log_old, 1.0)
-        advantages = gather_tokens(q, taken)
     log_pi = log_probs(x, heads.policy)
-    return losses.doubly_robust_objective(
-        log_pi, log_ref, log_old, q, taken, advantages, BETA, ETA, CLIP
-    )
+    objective = losses.policy_objective(log_pi, log_ref, log_old, q, BETA, ETA)
+    sampled = (gather_tokens(field, taken) for field in (log_pi, log_old, q))
+    return objective + losses.clipped_surrogate(*sampled, CLIP)
 
 
 # what it computes, the heads that it trains, whether any loss may follow
@@ -131,7 +132,8 @@ def turn(
 
     if not cuda:  # freed blocks of a MiB leave the resident memory at once
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MIB)
-    torch.ones(64, 64, requires_grad=True).mm(torch.ones(64, 64)).sum().backward()  # libraries
+    ones = torch.ones(64, 64, requires_grad=True)  # loads libraries
+    checkpoint(torch.mm, ones, ones, use_reentrant=False).sum().backward()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -1,14 +1,11 @@
 """Decoding caches: which one is chosen, and that sharing prompts changes no number."""
 
-import functools
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
-from etpo.generation.prefix_cache import ExpandedPrompts, SharedPrompts, decoding_cache
-from etpo.models.causal_lm import last_hidden_states, trunk_of
-from etpo.models.shared_prompt import position_ids, prefill
+from etpo.generation.prefix_cache import Decoder, PerRowCache, SharedPrefixCache
+from etpo.models.causal_lm import trunk_of
 
 SIZES = {"vocab_size": 50, "num_hidden_layers": 2, "num_attention_heads": 4}
 # prompts of 2 to 6 tokens, padded on the left; rows 1, 3, 5 and rows 0, 4 have equal ones
@@ -38,48 +35,36 @@ def windowed(window):
     )
 
 
-def encode(model):
+def prompts():
     width = max(map(len, PROMPTS))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in PROMPTS])
-    mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in PROMPTS])
-    run = functools.partial(last_hidden_states, trunk_of(model))
-    return run, prefill(run, model.config, ids, mask), mask
+    return ids, torch.arange(width) >= width - torch.tensor([[len(p)] for p in PROMPTS])
 
 
 @torch.no_grad()
 def decode(model, actions, dropped):
     """Logits [b, V] of the rows that are left, after two tokens each; some rows go in between."""
-    run, encoded, mask = encode(model)
-    cache = decoding_cache(model.config, encoded, actions.shape[1])
-    rows = cache.order
+    decoder = Decoder(trunk_of(model), *prompts(), actions.shape[1], share_prefixes=True)
     for step in range(actions.shape[1]):
         if step == dropped:
-            left = (rows != 1) & (rows != 0) & (rows != 2)
-            rows = rows[cache.keep(left.nonzero()[:, 0])]
-        seen = torch.nn.functional.pad(mask[rows], (0, step + 1), value=True)
-        with cache.attention(model.config):
-            states = run(
-                last=1,
-                input_ids=actions[rows, step, None],
-                attention_mask=seen.long(),
-                position_ids=position_ids(seen)[:, -1:],
-                past_key_values=cache,
-                **cache.inputs,
-            )
-    return rows, model.get_output_embeddings()(states[:, 0]), cache
+            decoder.select_rows((decoder.rows != 1) & (decoder.rows != 0) & (decoder.rows != 2))
+        token = actions[decoder.rows, step]
+        decoder.step(token, torch.ones_like(token, dtype=torch.bool))
+    logits = model.get_output_embeddings()(decoder.hidden_states[:, 0])
+    return decoder.rows, logits, decoder.cache
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("config", "kind"),
     [
-        (llama(), SharedPrompts),
-        (llama(num_key_value_heads=4), SharedPrompts),
-        (windowed(10), SharedPrompts),
-        (windowed(9), ExpandedPrompts),
-        (GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4), ExpandedPrompts),
+        (llama(), SharedPrefixCache),
+        (llama(num_key_value_heads=4), SharedPrefixCache),
+        (windowed(10), SharedPrefixCache),
+        (windowed(9), PerRowCache),
+        (GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4), SharedPrefixCache),
     ],
-    ids=["grouped queries", "plain", "window wide enough", "window too small", "other model"],
+    ids=["grouped queries", "plain", "window wide enough", "window too small", "positions"],
 )
 @pytest.mark.parametrize("dropped", [None, 2])
 def test_logits_are_those_of_whole_sequences(config, kind, dropped):
@@ -97,8 +82,7 @@ def test_logits_are_those_of_whole_sequences(config, kind, dropped):
 
 def test_prompts_are_held_once_and_only_while_a_row_needs_them():
     model = fresh(llama())
-    _, encoded, _ = encode(model)
-    cache = decoding_cache(model.config, encoded, 3)
+    cache = Decoder(trunk_of(model), *prompts(), 3, share_prefixes=True).cache
     assert [len(keys) for keys, _ in cache.prompts] == [3, 3]
     assert [(b.prompts, b.rows) for b in cache.buckets] == [
         (slice(0, 1), slice(0, 1)),
@@ -106,8 +90,8 @@ def test_prompts_are_held_once_and_only_while_a_row_needs_them():
         (slice(2, 3), slice(3, 6)),
     ]
     assert cache.order[0] == 2
-    kept = cache.keep((cache.order != 2).nonzero()[:, 0])
+    kept = cache.select_rows((cache.order != 2).nonzero()[:, 0])
     assert len(kept) == 5
     assert [len(keys) for keys, _ in cache.prompts] == [2, 2]
-    cache.keep(torch.tensor([0, 4]))  # two prompts with a row each: one bucket
+    cache.select_rows(torch.tensor([0, 4]))  # two prompts with a row each: one bucket
     assert [(b.prompts, b.rows) for b in cache.buckets] == [(slice(0, 2), slice(0, 2))]

@@ -86,7 +86,7 @@ ARCHITECTURES = {
     "Mamba": Architecture("mamba", {}, "eager", "cache"),
     "RWKV": Architecture("rwkv", {}, "eager", "padding"),
     "RecurrentGemma": Architecture("recurrent_gemma", {"num_hidden_layers": 3}, "sdpa", "padding"),
-    "BERT": Architecture("bert", {"is_decoder": True}, "sdpa", "output layer"),
+    "BERT": Architecture("bert", {"is_decoder": True}, "sdpa", "LM head"),
     "XLM": Architecture("xlm", {}, "eager", "type xlm"),
     "BART": Architecture("bart", {"d_model": 32}, "sdpa", "type bart"),
 }

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from etpo import export, train
 from etpo.environments.text_env import AnyText
 from etpo.errors import ConfigError
-from etpo.generation.prefix_cache import MODEL_TYPES
 from etpo.generation.sampler import generate
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
@@ -22,6 +21,9 @@ from etpo.models.shared_prompt import is_recurrent
 from .architectures import ARCHITECTURES, save_architecture
 
 FAST = ("GPT-2", "OPT-350m", "MPT", "Gemma 2", "Mistral", "Qwen3-Next", "LFM2", "Llama 4", "RWKV")
+SHARED = ("Llama", "GPT-2", "GPT-NeoX", "OPT", "Phi-3", "Gemma 2", "Gemma 3", "Qwen2", "Qwen3")
+SHARED += ("Mistral", "Mixtral", "OLMo 2", "Granite", "Cohere", "SmolLM3", "StarCoder2", "Llama 4")
+PER_ROW = ("BLOOM", "Falcon, rotary", "GPT-OSS", "DeepSeek-V3", "LFM2")
 CRITICS = ("full", "lora", "frozen_trunk", "lm_copy")
 COLUMNS = ("Architecture", "`model_type`", "Prompt in the cache", "Padded = alone", *CRITICS)
 COLUMNS += ("Resume", "Export")
@@ -61,8 +63,10 @@ gymnasium.register("Lengths-v0", entry_point=Lengths)
 def small(checkpoint, tmp_path):
     """small(name): the folder of the architecture's checkpoint."""
 
-    def make(name):
-        return save_architecture(tmp_path / "model", ARCHITECTURES[name], checkpoint("llama"))
+    def make(name, **changes):
+        architecture = ARCHITECTURES[name]
+        architecture = architecture._replace(changes=architecture.changes | changes)
+        return save_architecture(tmp_path / "model", architecture, checkpoint("llama"))
 
     return make
 
@@ -106,6 +110,29 @@ def test_padded_rows_agree_with_those_alone_or_are_refused(name, small):
     else:
         with pytest.raises(ConfigError, match=f"model.name_or_path=.*{refused}"):
             build(folder, name)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SHARED + PER_ROW)
+def test_tokens_are_those_of_plain_decoding_with_the_same_noise(name, small):
+    wide = {"sliding_window": 256} if "sliding_window" in ARCHITECTURES[name].changes else {}
+    if name == "Llama 4":
+        wide = {"attention_chunk_size": 256}
+    policy = build(small(name, **wide), name)
+    assert policy.shares_prefixes == (name in SHARED)
+    policy.stop_ids = list(range(3, 30))
+    texts = ("go", "a much longer prompt", "go", "x") * 2
+    prompts = policy.encode([{"instruction": "", "prefix": p, "suffix": ""} for p in texts])
+    taken = generate(policy, prompts, 8, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.rand(len(texts), dtype=torch.float64, generator=generator) for _ in range(8)]
+    for row in range(len(texts)):
+        ids, expected = prompts.ids[row, prompts.mask[row]], []
+        while len(expected) < 8 and not set(expected) & set(policy.stop_ids):
+            logits = policy.model(torch.cat([ids, torch.tensor(expected).long()])[None]).logits
+            cdf = logits[0, -1, : policy.vocabulary_size].softmax(-1).double().cumsum(0)
+            expected.append(int((cdf / cdf[-1] <= noise[len(expected)][row]).sum()))
+        assert taken.ids[row, taken.mask[row]].tolist() == expected
 
 
 def exported(command, run, out):
@@ -152,7 +179,7 @@ def test_every_architecture_works_or_is_refused_in_one_line(name, small, table, 
         return
     policy = build(folder, name)
     config = policy.model.config
-    shared = "once" if kind in MODEL_TYPES else "per row"
+    shared = "once" if policy.shares_prefixes else "per row"
     row += ["states, per row" if is_recurrent(config) else shared, agrees(policy, folder, name)]
     for critic in CRITICS:
         run = tmp_path / critic

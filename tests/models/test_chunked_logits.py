@@ -6,9 +6,9 @@ from torch.autograd import gradcheck
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from etpo.algorithms import losses as objectives
-from etpo.algorithms import returns as soft_bellman
-from etpo.algorithms.returns import at_taken
+from etpo.algorithms import losses, returns
+from etpo.algorithms.returns import gather_tokens
+from etpo.models import chunked_logits
 from etpo.models.chunked_logits import in_chunks, reduce_in_chunks
 
 BATCH, LENGTH, SIZE, VOCABULARY = 2, 3, 3, 5
@@ -28,24 +28,24 @@ def reference(features, head):
 
 
 def value_of_q(x, given, taken, policy, critic, *_):
-    return (soft_bellman.expectation(log_probs(x, policy), linear(x, critic)),)
+    return (returns.expectation(log_probs(x, policy), linear(x, critic)),)
 
 
 def kl_to_reference(x, given, taken, policy, critic, ref, _):
-    return (soft_bellman.kl_divergence(log_probs(x, policy), reference(x, ref)),)
+    return (returns.kl_divergence(log_probs(x, policy), reference(x, ref)),)
 
 
 def log_prob_taken(x, given, taken, policy, *_):
-    return (at_taken(log_probs(x, policy), taken),)
+    return (gather_tokens(log_probs(x, policy), taken),)
 
 
 def q_taken(x, given, taken, policy, critic, *_):
-    return (at_taken(linear(x, critic), taken),)
+    return (gather_tokens(linear(x, critic), taken),)
 
 
 def entropy(x, given, taken, policy, *_):
     log_pi = log_probs(x, policy)
-    return (soft_bellman.expectation(log_pi, -log_pi),)
+    return (returns.expectation(log_pi, -log_pi),)
 
 
 def held(given, critic, ref, old):
@@ -56,19 +56,19 @@ def held(given, critic, ref, old):
 def policy_objective(x, given, taken, policy, *heads):
     log_ref, log_old, q = held(given, *heads)
     return (
-        objectives.policy_objective(log_probs(x, policy), log_ref, log_old, q, BETA, ETA),
-        soft_bellman.kl_divergence(log_old, log_ref).detach(),
+        losses.policy_objective(log_probs(x, policy), log_ref, log_old, q, BETA, ETA),
+        returns.kl_divergence(log_old, log_ref).detach(),
     )
 
 
 def doubly_robust_objective(x, given, taken, policy, *heads):
     log_ref, log_old, q = held(given, *heads)
-    advantages = q.mean(-1) + 0.7 - at_taken(q, taken)
+    advantages = q.mean(-1) + 0.7 - gather_tokens(q, taken)
     log_pi = log_probs(x, policy)
-    objective = objectives.doubly_robust_objective(
-        log_pi, log_ref, log_old, q, taken, advantages, BETA, ETA, clip_low=0.3, clip_high=0.3
+    objective = losses.doubly_robust_objective(
+        log_pi, log_ref, log_old, q, taken, advantages, BETA, ETA, clip=0.3
     )
-    return objective, soft_bellman.expectation(log_pi, linear(x, policy))
+    return objective, returns.expectation(log_pi, linear(x, policy))
 
 
 OPERATORS = {
@@ -174,7 +174,7 @@ def test_layers_with_a_bias_and_in_mixed_precision(form, dtype):
     found, seen = [], set()
 
     def first_log_prob(x):
-        logits = layers(x)
+        logits = chunked_logits.project_to_vocabulary(layers[1], layers[0](x))
         seen.add(logits.dtype)
         return (logits.float().log_softmax(-1)[..., 0],)
 
@@ -226,3 +226,33 @@ def test_no_more_than_a_chunk_goes_through_the_vocabulary(form, chunk):
     with MostTokens() as most:
         form(chunk, "doubly robust", *read).backward()
     assert most.tokens == min(chunk, BATCH * LENGTH)
+
+
+@pytest.mark.parametrize("form", ["recomputed", "reduced"])
+def test_layers_over_the_vocabulary_hold_one_gradient_of_their_weight(form, monkeypatch):
+    layer = torch.nn.Linear(SIZE, VOCABULARY)
+    hidden = torch.randn(BATCH, LENGTH, SIZE, requires_grad=True)
+    leaves = [hidden, *layer.parameters()]
+    found, calls = [], []
+    summed = chunked_logits.LinearIntoSum.backward
+    monkeypatch.setattr(
+        chunked_logits.LinearIntoSum,
+        "backward",
+        staticmethod(lambda ctx, upstream: calls.append(summed(ctx, upstream)) or calls[-1]),
+    )
+
+    def first_log_prob(x):
+        return (chunked_logits.project_to_vocabulary(layer, x).log_softmax(-1)[..., 0].square(),)
+
+    for chunk in (100, 2):
+        if form == "reduced":
+            loss, _ = reduce_in_chunks(
+                first_log_prob, weighted, chunk, hidden, parameters=leaves[1:]
+            )
+        else:
+            loss = weighted(*in_chunks(first_log_prob, chunk, hidden))
+        found.append(torch.autograd.grad(loss.square(), leaves))
+    assert len(calls) == 3  # one per chunk of two tokens; none for a single chunk
+    assert all(weight is None for _, weight, _ in calls)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -37,7 +37,7 @@ def change_config(folder, **changes):
 
 def load(folder, attn_implementation="sdpa"):
     load_tokenizer(str(folder))
-    return load_model(str(folder), torch.float32, attn_implementation)
+    return load_model(str(folder), "float32", attn_implementation)
 
 
 def refusal(folder, *words):

@@ -15,6 +15,7 @@ from etpo.environments.data_science.env import DataScienceEnv
 from etpo.generation import sampler
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import ChatTemplate, CompletionTemplate, InfillingTemplate
+from etpo.models.stopping import completes_stop_string
 from etpo.models.token_text import added_text, continued_ids
 from etpo_sandbox import Sandbox
 from etpo_tasks.household import HouseholdEnv
@@ -169,7 +170,12 @@ def test_a_stop_string_ends_an_action_with_the_token_that_completes_it(policy, s
     monkeypatch.setattr(policy, "stop_strings", [stop])
     text = f"x = é 1{stop}y{stop}"
     ids = ids_of(policy.tokenizer, f"a {text}")[len(ids_of(policy.tokenizer, "a")) :]
-    ended = next(n for n in range(1, len(ids) + 1) if policy.completes_stop_string(ids[:n]))
+    ends = (
+        n
+        for n in range(1, len(ids) + 1)
+        if completes_stop_string(policy.tokenizer, policy.stop_strings, ids[:n])
+    )
+    ended = next(ends)
     assert policy.decode(ids[:ended]) == " x = é 1"
     assert stop not in policy.decode(ids[: ended - 1])
 

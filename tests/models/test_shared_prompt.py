@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from etpo.errors import ConfigError
 from etpo.generation.sampler import generate
-from etpo.models.causal_lm import last_hidden_states, trunk_of
+from etpo.models.causal_lm import trunk_of
 from etpo.models.critics import LanguageModelCritic, TrunkCritic
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
@@ -70,16 +70,21 @@ def test_log_probs_and_gradients_are_those_of_whole_sequences(checkpoint, inputs
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
 
+def record_sizes(trunk):
+    """The shapes of input_ids of every call, as they come."""
+    sizes = []
+    trunk.register_forward_pre_hook(
+        lambda _, args, given: sizes.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    return sizes
+
+
 def test_distinct_prompts_run_once(checkpoint, inputs):
     policy = build(checkpoint("llama"))
     prompt_ids, prompt_mask, _ = inputs(policy)
-    sizes = []
-
-    def run(last, **given):
-        sizes.append(tuple(given["input_ids"].shape))
-        return last_hidden_states(trunk_of(policy.model), last, **given)
-
-    filled = prefill(run, policy.model.config, prompt_ids, prompt_mask)
+    trunk = trunk_of(policy.model)
+    sizes = record_sizes(trunk)
+    filled = prefill(trunk, prompt_ids, prompt_mask)
     assert sizes == [(3, prompt_ids.shape[1])]
     assert len(filled.hidden_states) == len(filled.cache.layers[0].keys) == 3
     assert filled.prompt_index[1] == filled.prompt_index[4] != filled.prompt_index[0]
@@ -90,15 +95,11 @@ def test_rows_that_differ_in_the_last_token_alone_run_once(checkpoint, inputs):
     prompt_ids, prompt_mask, actions = inputs(policy)
     actions[2, :-1] = actions[0, :-1]  # on the same prompt
     actions[4, 1:] = actions[1, 1:]  # another first token
-    sizes = []
-
-    def run(last, **given):
-        sizes.append(len(given["input_ids"]))
-        return last_hidden_states(trunk_of(policy.model), last, **given)
-
+    trunk = trunk_of(policy.model)
+    sizes = record_sizes(trunk)
     tensors = prompt_ids, prompt_mask, actions
-    states = forward_actions(run, policy.model.config, *tensors)
-    assert sizes == [3, 4]
+    states = forward_actions(trunk, *tensors)
+    assert [rows for rows, _ in sizes] == [3, 4]
     expected = plain_log_probs(policy, policy.model, *tensors)
     torch.testing.assert_close(policy.log_probs(states).log_probs, expected, rtol=0, atol=1e-5)
 

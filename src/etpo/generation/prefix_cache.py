@@ -1,8 +1,8 @@
-"""Caches of keys and values for decoding one action per row, many rows on one prompt.
+"""Decode one token per row at a time with a key-value cache, many rows on one prompt.
 
-With `SharedPrompts` the prompt's part of attention is one matrix product for all rows on it, and a
-prompt is held once. `ExpandedPrompts` holds it for every row, as keys and values or as recurrent
-states; any causal LM with a `DynamicCache` can use that.
+With `SharedPrefixCache` the prompt's part of attention is one matrix product for all rows on it,
+and a prompt is held once. `PerRowCache` holds it for every row, as keys and values or as recurrent
+states; it serves any causal LM with a `DynamicCache`.
 """
 
 from collections.abc import Iterator
@@ -14,99 +14,101 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from etpo.models.shared_prompt import Prefill, Run, position_ids
+from etpo.models.causal_lm import last_hidden_states
+from etpo.models.shared_prompt import Prefill, position_ids, prefill
 
-ATTENTION = "etpo_shared_prompts"
-# their attention is scaled and causal, nothing else
-MODEL_TYPES = ("llama", "qwen2", "starcoder2")
+ATTENTION = "etpo_shared_prefix"
+# arguments of an attention function that do not change what is computed here
+NEUTRAL = {"dropout", "sliding_window", "position_ids", "use_cache", "is_causal"}
+NEUTRAL |= {"cache_position", "output_attentions", "output_hidden_states"}
 
 
 class PreallocatedLayer(DynamicLayer):
-    """Keys and values of one layer with room for `room` further tokens, which are written in place.
+    """Keys and values of one layer with room for further tokens, which are written in place.
 
     `DynamicLayer` copies all it holds for every token.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, max_new_tokens: int) -> None:
         super().__init__()
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        batch, heads, size, _ = keys.shape
         self.buffers = [
-            torch.cat([states, states.new_empty(batch, heads, room, states.shape[-1])], dim=-2)
-            for states in (keys, values)
+            torch.cat([x, x.new_empty(*x.shape[:2], max_new_tokens, x.shape[-1])], dim=-2)
+            for x in (keys, values)
         ]
-        self.show(size)
+        self.set_length(keys.shape[-2])
 
-    def show(self, size: int) -> None:
-        """Makes the first `size` tokens of the buffers the cached ones."""
-        self.keys, self.values = (buffer[..., :size, :] for buffer in self.buffers)
+    def set_length(self, length: int) -> None:
+        """Make the first `length` tokens of the buffers the cached ones."""
+        self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        size = self.keys.shape[-2]
-        end = size + key_states.shape[-2]
+        length = self.keys.shape[-2]
+        end = length + key_states.shape[-2]
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[..., size:end, :] = states
-        self.show(end)
+            buffer[..., length:end, :] = states
+        self.set_length(end)
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        size = self.keys.shape[-2]
+        length = self.keys.shape[-2]
         self.buffers = [buffer[beam_idx] for buffer in self.buffers]
-        self.show(size)
+        self.set_length(length)
 
 
-class ExpandedPrompts(DynamicCache):
-    """Prompt and action of each of B rows; arguments and attributes as of `SharedPrompts`."""
+class PerRowCache(DynamicCache):
+    """Prompt and action of each of B rows; arguments and attributes as of `SharedPrefixCache`."""
 
-    def __init__(self, filled: Prefill, room: int) -> None:
+    def __init__(self, prefilled: Prefill, max_new_tokens: int) -> None:
         super().__init__()
-        self.layers = filled.cache.layers
-        self.reorder_cache(filled.prompt_index)  # unlike batch_select_indices, recurrent states too
+        self.layers = prefilled.cache.layers
+        self.reorder_cache(prefilled.prompt_index)  # of recurrent states too
         for index, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:  # sliding windows and recurrent states stay
-                self.layers[index] = PreallocatedLayer(layer.keys, layer.values, room)
-        self.order = torch.arange(len(filled.prompt_index), device=filled.prompt_index.device)
+                self.layers[index] = PreallocatedLayer(layer.keys, layer.values, max_new_tokens)
+        self.order = torch.arange(len(prefilled.prompt_index), device=prefilled.mask.device)
         self.inputs: dict[str, Any] = {}
 
     def attention(self, config: PreTrainedConfig) -> AbstractContextManager[None]:
-        """The model attends as ever."""
+        """Leave the model's attention as it is."""
         return nullcontext()
 
-    def keep(self, rows: Tensor) -> Tensor:
-        """Drops all rows but `rows` [b]; returns these."""
+    def select_rows(self, rows: Tensor) -> Tensor:
+        """Keep `rows` [b] only; return them in the cache's order."""
         self.reorder_cache(rows)
         return rows
 
 
 class Bucket(NamedTuple):
-    """Prompts (a range) that have equally many rows, and the range of these rows."""
+    """A range of prompts that have equally many rows, and the range of these rows."""
 
     prompts: slice
     rows: slice
 
 
-class SharedPrompts(DynamicCache):
+class SharedPrefixCache(DynamicCache):
     """Keys and values of G distinct prompts, and of one action for each of B rows.
 
-    room: tokens that an action may have. Rows are kept in an order of their own: `order` int64 [B]
-    says which of the given rows comes where. `inputs` are for the model's forward, within
-    `attention`.
+    order: int64 [B], the given row at each place of the cache. `inputs` are arguments for the
+    model's forward, within `attention`.
     """
 
-    def __init__(self, filled: Prefill, room: int) -> None:
+    def __init__(self, prefilled: Prefill, max_new_tokens: int) -> None:
         super().__init__()
-        self.mask = filled.mask
-        self.prompts = [(layer.keys, layer.values) for layer in filled.cache.layers]
-        self.order = self.regroup(filled.prompt_index)
-        none = [keys[:1, :, :0].expand(len(self.order), -1, -1, -1) for keys, _ in self.prompts]
-        self.layers = [PreallocatedLayer(empty, empty, room) for empty in none]
-        self.inputs = {"shared_prompts": self}
+        self.mask = prefilled.mask
+        self.prompts = [(layer.keys, layer.values) for layer in prefilled.cache.layers]
+        self.order = self.regroup(prefilled.prompt_index)
+        shape = len(self.order), -1, -1, -1
+        for pair in self.prompts:
+            empty = (states[:1, :, :0].expand(shape) for states in pair)
+            self.layers.append(PreallocatedLayer(*empty, max_new_tokens))
+        self.inputs = {"shared_prefix": self}
 
     @contextmanager
     def attention(self, config: PreTrainedConfig) -> Iterator[None]:
-        """Within it, models of this configuration attend as `attend` does."""
+        """Use `shared_prefix_attention` in models of this configuration."""
         before = config._attn_implementation
         config._attn_implementation = ATTENTION
         try:
@@ -114,17 +116,17 @@ class SharedPrompts(DynamicCache):
         finally:
             config._attn_implementation = before
 
-    def regroup(self, prompt_of: Tensor) -> Tensor:
-        """Sorts rows into buckets, drops prompts without a row; returns the rows' order [B]."""
-        used, prompt_of, counts = prompt_of.unique(return_inverse=True, return_counts=True)
+    def regroup(self, prompt_index: Tensor) -> Tensor:
+        """Sort rows into buckets and drop prompts without a row; return the rows' order [B]."""
+        used, prompt_index, counts = prompt_index.unique(return_inverse=True, return_counts=True)
         by_count = counts.argsort(stable=True)
         used, counts = used[by_count], counts[by_count]
-        prompt_of = by_count.argsort()[prompt_of]
+        prompt_index = by_count.argsort()[prompt_index]
         self.mask = self.mask[used]
         self.padded = not bool(self.mask.all())
         self.prompts = [(keys[used], values[used]) for keys, values in self.prompts]
-        order = prompt_of.argsort(stable=True)
-        self.prompt_of = prompt_of[order]
+        order = prompt_index.argsort(stable=True)
+        self.prompt_index = prompt_index[order]
         self.buckets = []
         prompt = row = 0
         for count, prompts in zip(*counts.unique(return_counts=True), strict=True):
@@ -133,49 +135,66 @@ class SharedPrompts(DynamicCache):
             prompt, row = ends
         return order
 
-    def keep(self, rows: Tensor) -> Tensor:
-        """Drops all rows but `rows` [b]; returns these in the order that they now have."""
-        rows = rows[self.regroup(self.prompt_of[rows])]
+    def select_rows(self, rows: Tensor) -> Tensor:
+        """Keep `rows` [b] only; return them in the cache's order."""
+        rows = rows[self.regroup(self.prompt_index[rows])]
         self.reorder_cache(rows)
         return rows
 
 
-def decoding_cache(
-    config: PreTrainedConfig, filled: Prefill, room: int
-) -> SharedPrompts | ExpandedPrompts:
-    """The cache for up to `room` tokens after the encoded prompts: shared where it can be."""
-    layers = filled.cache.layers
-    size = filled.mask.shape[1] + room
-    windows = [x.sliding_window for x in layers if isinstance(x, DynamicSlidingWindowLayer)]
-    if config.model_type in MODEL_TYPES and all(size <= window for window in windows):
-        return SharedPrompts(filled, room)
-    return ExpandedPrompts(filled, room)
+class Decoder:
+    """Decodes one action for each row of prompts [B, P], padded on the left.
 
-
-def run_next(
-    run: Run,
-    config: PreTrainedConfig,
-    cache: SharedPrompts | ExpandedPrompts,
-    token: Tensor,
-    mask: Tensor,
-) -> Tensor:
-    """Run one more token [b] per row; return hidden states [b, 1, D].
-
-    mask: bool [b, T], of all tokens up to this one.
+    rows: int64 [b], the rows that are decoded, in the cache's order. hidden_states: [b, 1, D], the
+    last ones of each. shared: whether its cache is a `SharedPrefixCache`. share_prefixes: allow
+    that, if no sliding window is too small.
     """
-    with cache.attention(config):
-        return run(
-            last=1,
-            input_ids=token[:, None],
-            attention_mask=mask.long(),
-            position_ids=position_ids(mask)[:, -1:],
-            past_key_values=cache,
-            use_cache=True,
-            **cache.inputs,
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        max_new_tokens: int,
+        share_prefixes: bool,
+    ) -> None:
+        self.trunk = trunk
+        prefilled = prefill(trunk, prompt_ids, prompt_mask)
+        size = prompt_ids.shape[1] + max_new_tokens
+        self.shared = share_prefixes and all(
+            type(layer) is DynamicLayer
+            or (type(layer) is DynamicSlidingWindowLayer and size <= layer.sliding_window)
+            for layer in prefilled.cache.layers
         )
+        kind = SharedPrefixCache if self.shared else PerRowCache
+        self.cache = kind(prefilled, max_new_tokens)
+        self.rows = self.cache.order
+        self.mask = prompt_mask[self.rows]
+        self.hidden_states = prefilled.hidden_states[prefilled.prompt_index[self.rows]]
+
+    def step(self, token: Tensor, seen: Tensor) -> None:
+        """Append `token` [b] to the rows; `seen` [b] is false for a token that is not attended."""
+        self.mask = torch.cat([self.mask, seen[:, None]], dim=1)
+        with self.cache.attention(self.trunk.config):
+            self.hidden_states = last_hidden_states(
+                self.trunk,
+                last=1,
+                input_ids=token[:, None],
+                attention_mask=self.mask.long(),
+                position_ids=position_ids(self.mask)[:, -1:],
+                past_key_values=self.cache,
+                use_cache=True,
+                **self.cache.inputs,
+            )
+
+    def select_rows(self, selected: Tensor) -> Tensor:
+        """Decode the rows of `selected` (bool [b]) only; return their former places."""
+        places = self.cache.select_rows(selected.nonzero()[:, 0])
+        self.rows, self.mask = self.rows[places], self.mask[places]
+        return places
 
 
-def attend(
+def shared_prefix_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -183,49 +202,60 @@ def attend(
     attention_mask: None,
     *,
     scaling: float,
-    shared_prompts: SharedPrompts,
-    **_: Any,
+    shared_prefix: SharedPrefixCache,
+    softcap: float | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one token per row, over its prompt and the S tokens of its action.
+    """Attend from one token per row to its prompt and the S tokens of its action.
 
     query: [B, H, 1, D]; key, value: [B, K, S, D], H a multiple of K -> [B, 1, H, D]. The softmax is
     over both parts, in float32. For `transformers.AttentionInterface`.
+
+    Raises:
+        NotImplementedError: the model passes an argument of another kind of attention.
     """
-    prompt_keys, prompt_values = shared_prompts.prompts[module.layer_idx]
+    unknown = {name for name, x in others.items() if x is not None} - NEUTRAL
+    if unknown or attention_mask is not None:
+        raise NotImplementedError(f"attention with {unknown or 'a mask'}")
+    prompt_keys, prompt_values = shared_prefix.prompts[module.layer_idx]
     batch, heads, _, size = query.shape
     groups = key.shape[1]
     query = query.view(batch, groups, heads // groups, size) * scaling
     width = prompt_keys.shape[2]
     scores = query.new_empty(*query.shape[:3], width + key.shape[2])  # [B, K, H / K, P + S]
     scores[..., width:] = query @ key.transpose(2, 3)
-    for prompts, rows in shared_prompts.buckets:
+    for prompts, rows in shared_prefix.buckets:
         keys = prompt_keys[prompts].transpose(2, 3)
-        scores[rows, ..., :width] = apart(together(query[rows], len(keys)) @ keys, query[rows])
-    if shared_prompts.padded:
-        mask = shared_prompts.mask[shared_prompts.prompt_of]
+        scores[rows, ..., :width] = ungroup(
+            group_by_prompt(query[rows], len(keys)) @ keys, query[rows]
+        )
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if shared_prefix.padded:
+        mask = shared_prefix.mask[shared_prefix.prompt_index]
         scores[..., :width].masked_fill_(~mask[:, None, None], float("-inf"))
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     output = weights[..., width:] @ value
-    for prompts, rows in shared_prompts.buckets:
+    for prompts, rows in shared_prefix.buckets:
         values = prompt_values[prompts]
-        output[rows] += apart(
-            together(weights[rows, ..., :width], len(values)) @ values, query[rows]
+        output[rows] += ungroup(
+            group_by_prompt(weights[rows, ..., :width], len(values)) @ values, query[rows]
         )
-    return output.view(batch, 1, heads, size), None
+    return output.view(batch, 1, heads, -1), None
 
 
-def together(states: Tensor, prompts: int) -> Tensor:
+def group_by_prompt(states: Tensor, prompts: int) -> Tensor:
     """[G n, K, R, X] of G prompts with n rows each -> [G, K, n R, X]."""
     _, groups, repeats, size = states.shape
     states = states.view(prompts, -1, groups, repeats, size).transpose(1, 2)
     return states.reshape(prompts, groups, -1, size)
 
 
-def apart(states: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `together`, `like` [G n, K, R, ...]: [G, K, n R, X] -> [G n, K, R, X]."""
+def ungroup(states: Tensor, like: Tensor) -> Tensor:
+    """Invert `group_by_prompt`, `like` [G n, K, R, ...]: [G, K, n R, X] -> [G n, K, R, X]."""
     rows, groups, repeats, _ = like.shape
     states = states.view(len(states), groups, -1, repeats, states.shape[-1]).transpose(1, 2)
     return states.reshape(rows, groups, repeats, -1)
 
 
-AttentionInterface.register(ATTENTION, attend)
+AttentionInterface.register(ATTENTION, shared_prefix_attention)

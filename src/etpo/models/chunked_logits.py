@@ -1,4 +1,4 @@
-"""Functions of distributions over the vocabulary, `chunk` tokens at a time.
+"""Evaluate functions of distributions over the vocabulary, `chunk` tokens at a time.
 
 A function of per-token inputs [..., D] that goes through the vocabulary, [..., V], and returns
 numbers per token is evaluated on one chunk of tokens after the other. At most one chunk's
@@ -6,25 +6,34 @@ numbers per token is evaluated on one chunk of tokens after the other. At most o
 """
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 PerToken = Callable[..., tuple[Tensor, ...]]
+# by weight [V, D]: the tensor that stands for it in a chunk, and the sum of its gradients, if any
+Sums = dict[Tensor, tuple[Tensor, list[Tensor]]]
+
+_sums: ContextVar[Sums | None] = ContextVar("sums", default=None)
 
 
 def in_chunks(function: PerToken, chunk: int, *per_token: Tensor) -> tuple[Tensor, ...]:
     """Compute `function(*per_token)`, `chunk` >= 1 tokens at a time.
 
-    per_token: [B, L, ...] each. `function` maps them, or [n, ...] of n of the B L tokens, to a
-    tuple of tensors with the same leading dimensions, token by token. With more than one chunk it
-    is evaluated again in the backward pass.
+    Args:
+        function: Maps `per_token`, or [n, ...] of n of the B L tokens, to a tuple of tensors with
+            the same leading dimensions, token by token. With more than one chunk it is evaluated
+            again in the backward pass.
+        per_token: [B, L, ...] each.
     """
     if per_token[0].shape[:2].numel() <= chunk:
         return function(*per_token)
+    function = summing_gradients(function, {})
     parts = [
         checkpoint(function, *part, use_reentrant=False, preserve_rng_state=False)
         for part in split(per_token, chunk)
@@ -50,39 +59,80 @@ def reduce_in_chunks(
     if shape.numel() <= chunk or not torch.is_grad_enabled():
         outputs = in_chunks(function, chunk, *per_token)
         return reduce(*outputs), tuple(output.detach() for output in outputs)
+    sums: Sums = {parameter: (parameter, []) for parameter in parameters}
+    function = summing_gradients(function, sums)
     trained = [place for place, tensor in enumerate(per_token) if tensor.requires_grad]
-    totals = [torch.zeros_like(parameter) for parameter in parameters]
     weights: list[tuple[Tensor, ...]] = []  # d reduce / d outputs, by chunk
     parts, gradients = [], []
     for number, part in enumerate(split([tensor.detach() for tensor in per_token], chunk)):
         leaves = [part[place].requires_grad_() for place in trained]
-        found = function(*part)
+        outputs = function(*part)
         if not weights:
-            weights = split(gradient_of(reduce, found, shape), chunk)
-        pairs = zip(found, weights[number], strict=True)
-        kept, upstream = zip(*((o, w) for o, w in pairs if o.requires_grad), strict=True)
-        own = torch.autograd.grad(kept, [*leaves, *parameters], upstream, allow_unused=True)
-        for total, gradient in zip(totals, own[len(leaves) :], strict=True):
-            if gradient is not None:
-                total += gradient
-        pairs = zip(leaves, own, strict=False)
-        gradients.append(tuple(torch.zeros_like(x) if g is None else g for x, g in pairs))
-        parts.append(tuple(output.detach() for output in found))
-        del found, kept, own
+            weights = split(gradient_of(reduce, outputs, shape), chunk)
+        gradients.append(backward(outputs, weights[number], leaves, sums))
+        parts.append(tuple(output.detach() for output in outputs))
+        del outputs
     outputs = join(parts, shape)
-    inputs = [*(per_token[place] for place in trained), *parameters]
+    totals = [total[0] if total else torch.zeros_like(key) for key, (_, total) in sums.items()]
     value: Tensor = WithGradients.apply(  # type: ignore[no-untyped-call]
-        reduce(*outputs), [*join(gradients, shape), *totals], *inputs
+        reduce(*outputs),
+        [*join(gradients, shape), *totals],
+        *(per_token[place] for place in trained),
+        *parameters,
     )
     return value, outputs
+
+
+def project_to_vocabulary(layer: nn.Module, x: Tensor) -> Tensor:
+    """Compute `layer(x)`; over chunks, sum the gradient of a linear layer's weight in place.
+
+    Otherwise each chunk would add a second gradient of the weight's size, [V, D].
+    """
+    sums = _sums.get()
+    if sums is None or type(layer) is not nn.Linear or not torch.is_grad_enabled():
+        output: Tensor = layer(x)
+        return output
+    weight = layer.weight
+    if weight.requires_grad and weight not in sums:
+        total: list[Tensor] = []
+        sums[weight] = ReturnSum.apply(weight, total), total  # type: ignore[no-untyped-call]
+    output = LinearIntoSum.apply(x, *sums.get(weight, (weight, [])))  # type: ignore[no-untyped-call]
+    return output if layer.bias is None else output + layer.bias.to(output.dtype)
+
+
+def summing_gradients(function: PerToken, sums: Sums) -> PerToken:
+    """Return `function` with its linear layers over the vocabulary using `sums`."""
+
+    def summing(*part: Tensor) -> tuple[Tensor, ...]:
+        token = _sums.set(sums)
+        try:
+            return function(*part)
+        finally:
+            _sums.reset(token)
+
+    return summing
 
 
 def gradient_of(
     reduce: Callable[..., Tensor], outputs: tuple[Tensor, ...], shape: torch.Size
 ) -> tuple[Tensor, ...]:
-    """Return the constant gradients [B, L] of a linear `reduce`; `outputs` give their dtypes."""
+    """Return the constant gradients [B, L] of a linear `reduce`, with the dtypes of `outputs`."""
     zeros = [output.new_zeros(shape, requires_grad=True) for output in outputs]
     return torch.autograd.grad(reduce(*zeros), zeros, allow_unused=True, materialize_grads=True)
+
+
+def backward(
+    outputs: tuple[Tensor, ...], weights: tuple[Tensor, ...], leaves: list[Tensor], sums: Sums
+) -> tuple[Tensor, ...]:
+    """Return gradients of `leaves` and add the gradients of the keys of `sums` to their sums."""
+    pairs = [(o, w) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
+    kept, upstream = zip(*pairs, strict=True)
+    found = torch.autograd.grad(kept, [*leaves, *sums], upstream, allow_unused=True)
+    for (_, total), gradient in zip(sums.values(), found[len(leaves) :], strict=True):
+        if gradient is not None:
+            total[:] = [total[0].add_(gradient) if total else gradient]
+    pairs = zip(leaves, found, strict=False)
+    return tuple(torch.zeros_like(x) if gradient is None else gradient for x, gradient in pairs)
 
 
 def split(per_token: Sequence[Tensor], chunk: int) -> list[tuple[Tensor, ...]]:
@@ -95,6 +145,47 @@ def join(parts: Sequence[tuple[Tensor, ...]], shape: torch.Size) -> tuple[Tensor
     """Join chunks of [n, ...] each to [B, L, ...] each; `shape` is (B, L)."""
     columns = (torch.cat(column) for column in zip(*parts, strict=True))
     return tuple(column.view(shape + column.shape[1:]) for column in columns)
+
+
+class LinearIntoSum(torch.autograd.Function):
+    """x W^T, [n, D] and [V, D] -> [n, V]; adds the gradient of W to the sum `total` in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, total: list[Tensor]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.total = total
+        return linear(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        if ctx.needs_input_grad[1]:
+            into, rows = upstream.flatten(0, -2).T, x.flatten(0, -2).to(upstream.dtype)
+            if not ctx.total:
+                ctx.total.append((into @ rows).to(weight.dtype))
+            elif upstream.dtype == weight.dtype:
+                ctx.total[0].addmm_(into, rows)
+            else:  # mixed precision
+                ctx.total[0] += into @ rows
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        return (upstream @ weight.to(upstream.dtype)).to(x.dtype), None, None
+
+
+class ReturnSum(torch.autograd.Function):
+    """A weight whose gradient is the sum `total` that its layers have filled."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, total: list[Tensor]) -> Tensor:
+        ctx.total = total
+        ctx.set_materialize_grads(False)
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: None) -> tuple[Tensor | None, None]:
+        return (ctx.total.pop() if ctx.total else None), None
 
 
 class WithGradients(torch.autograd.Function):

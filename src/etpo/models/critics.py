@@ -1,7 +1,6 @@
-"""Critics: a dueling head over the vocabulary or a scalar one, and what feeds it."""
+"""Critics: a dueling head over the vocabulary or a scalar head, on a choice of hidden states."""
 
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,7 +9,8 @@ from torch import Tensor, nn
 
 from etpo.errors import ConfigError, reason
 from etpo.models.adapters import inject_adapter, without_adapter
-from etpo.models.causal_lm import last_hidden_states, trunk_of
+from etpo.models.causal_lm import trunk_of
+from etpo.models.chunked_logits import project_to_vocabulary
 from etpo.models.distribution import scale_logits
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.shared_prompt import forward_actions
@@ -20,17 +20,16 @@ WITH_HEAD = ("full", "lora", "frozen_trunk")
 
 
 def zero_init(layer: nn.Linear) -> nn.Linear:
-    """The layer with weights and bias of exactly zero."""
+    """Set weights and bias to exactly zero."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 class ValueHead(nn.Module):
-    """Features [..., D] -> value [...], exactly zero at the start.
+    """Hidden states [..., D] -> value [...], initially exactly zero.
 
-    float32 in mixed precision too: in bfloat16 values near 1 come in steps of 0.004. The size of
-    the vocabulary does not matter to it.
+    float32 in mixed precision too: in bfloat16 values near 1 come in steps of 0.004.
     """
 
     def __init__(self, input_size: int, vocabulary_size: int, hidden_size: int) -> None:
@@ -40,20 +39,20 @@ class ValueHead(nn.Module):
         )
         self.value = zero_init(nn.Linear(hidden_size, 1))
 
-    def forward(self, features: Tensor) -> Any:
-        with torch.autocast(features.device.type, enabled=False):
-            return self.outputs(self.body(features.float()))
+    def forward(self, hidden: Tensor) -> Any:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.outputs(self.body(hidden.float()))
 
     def outputs(self, hidden: Tensor) -> Any:
-        """Of the body's outputs [..., hidden_size], what `forward` says."""
+        """Compute the outputs from outputs of the body [..., hidden_size]."""
         return self.value(hidden).squeeze(-1)
 
 
 class DuelingHead(ValueHead):
-    """Features [..., D] -> (value [...], advantage [..., V]), both float32.
+    """Hidden states [..., D] -> (value [...], advantage [..., V]), both float32.
 
-    Q(x, w) = value + advantage(w) - E_pi[advantage]; both outputs start at exactly zero, so that
-    a token that was never tried keeps advantage 0 (Wang et al., arXiv 1511.06581).
+    Q(x, w) = value + advantage(w) - E_pi[advantage]; both outputs are zero at first, so that a
+    token that was never sampled keeps advantage 0 (Wang et al., arXiv 1511.06581).
     """
 
     def __init__(self, input_size: int, vocabulary_size: int, hidden_size: int) -> None:
@@ -61,7 +60,7 @@ class DuelingHead(ValueHead):
         self.advantage = zero_init(nn.Linear(hidden_size, vocabulary_size))
 
     def outputs(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        return super().outputs(hidden), self.advantage(hidden)
+        return super().outputs(hidden), project_to_vocabulary(self.advantage, hidden)
 
 
 class Critic(nn.Module):
@@ -132,9 +131,8 @@ class TrunkCritic(Critic):
     def hidden_states(
         self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor, ref_hidden: Tensor
     ) -> Tensor:
-        run = functools.partial(last_hidden_states, self.trunk)
         inputs = prompt_ids, prompt_mask, action_ids
-        return forward_actions(run, self.trunk.config, *inputs, self.checkpointed)
+        return forward_actions(self.trunk, *inputs, self.checkpointed)
 
 
 class LoraCritic(TrunkCritic):
@@ -188,8 +186,9 @@ class LanguageModelCritic(TrunkCritic):
 
     def head(self, hidden: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
         """Return no value, and Q [..., V] of hidden states [..., D]."""
-        logits = self.model.get_output_embeddings()(hidden)[..., : self.vocabulary_size]
-        return None, scale_logits(logits, self.model.config).float()
+        logits = project_to_vocabulary(self.model.get_output_embeddings(), hidden)
+        logits = logits[..., : self.vocabulary_size]
+        return None, scale_logits(logits, self.model.config.get_text_config()).float()
 
     def head_parameters(self) -> list[nn.Parameter]:
         return list(self.model.get_output_embeddings().parameters())

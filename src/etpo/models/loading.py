@@ -1,4 +1,4 @@
-"""Loads tokenizer and causal LM of a hub id or folder; ConfigError names what prevents it."""
+"""Load tokenizer and causal LM of a hub id or folder, or raise a ConfigError with the reason."""
 
 import json
 import warnings
@@ -23,36 +23,49 @@ from transformers.utils import logging
 
 from etpo.errors import ConfigError, reason
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ATTENTION = ("eager", "sdpa", "flash_attention_2")
+ADAPTER = (
+    "it is an adapter of peft; allowed is a whole model, such as its base model after "
+    "merge_and_unload() and save_pretrained()"
+)
 LFS_POINTER = b"version https://git-lfs.github.com"
 # never run the code of a checkpoint, and do not ask for permission
 TRUST = {"trust_remote_code": False}
 
 
 def expanded(name_or_path: str) -> str:
-    """The name with a leading `~` as the home folder."""
-    return (
-        str(Path(name_or_path).expanduser()) if str(name_or_path).startswith("~") else name_or_path
-    )
+    """Return the name with a leading `~` replaced by the home folder."""
+    if not str(name_or_path).startswith("~"):
+        return name_or_path
+    return str(Path(name_or_path).expanduser())
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub id or folder of a causal LM; ConfigError where there is none."""
+    """Load the tokenizer of a causal LM."""
     check_model_path(name_or_path)
     with refused(name_or_path):
         return AutoTokenizer.from_pretrained(name_or_path, **TRUST)
 
 
-def load_model(name_or_path: str, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
-    """The causal LM of a hub id or folder, every weight of it read from there.
+def load_model(name_or_path: str, dtype: str, attn_implementation: str) -> PreTrainedModel:
+    """Load a causal LM with all its weights.
 
-    Raises ConfigError where there is none, where weights are missing, have other shapes or are
-    quantised, and where the model does not know `attn_implementation`.
+    Raises:
+        ConfigError: there is none, weights are missing, have other shapes or are quantised, or
+            the model does not know `attn_implementation`.
     """
+    if dtype not in DTYPES:
+        raise ConfigError(f"model.dtype={dtype}: allowed are {', '.join(DTYPES)}")
+    if attn_implementation not in ATTENTION:
+        raise ConfigError(
+            f"model.attn_implementation={attn_implementation}: allowed are {', '.join(ATTENTION)}"
+        )
     check_attention(check_model_path(name_or_path), attn_implementation)
     with refused(name_or_path):
         model, found = AutoModelForCausalLM.from_pretrained(
             name_or_path,
-            dtype=dtype,
+            dtype=DTYPES[dtype],
             attn_implementation=attn_implementation,
             ignore_mismatched_sizes=True,  # they are named below
             output_loading_info=True,
@@ -63,7 +76,7 @@ def load_model(name_or_path: str, dtype: torch.dtype, attn_implementation: str) 
 
 
 def check_weights(name_or_path: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
-    """Raises ConfigError unless the files hold all weights as floats; warns of unused ones."""
+    """Raise ConfigError unless the files hold all weights as floats; warn of unused ones."""
     key = f"model.name_or_path={name_or_path}"
     if getattr(model, "is_quantized", False):
         method = model.config.quantization_config.quant_method
@@ -88,13 +101,34 @@ def check_weights(name_or_path: str, model: PreTrainedModel, found: dict[str, An
         )
 
 
+def check_vocabulary(
+    name_or_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    embedding_size: int,
+    vocabulary_size: int,
+    stop_ids: list[int],
+) -> None:
+    """Raise ConfigError if the model lacks tokens of the tokenizer, or all stop tokens."""
+    key = f"model.name_or_path={name_or_path}"
+    if tokenizer.vocab_size > embedding_size:
+        raise ConfigError(
+            f"{key}: its tokenizer has {tokenizer.vocab_size} tokens; allowed are at most "
+            f"{embedding_size}, the rows of its embedding"
+        )
+    if min(stop_ids) >= vocabulary_size:
+        raise ConfigError(
+            f"{key}: its tokens that end an action, {stop_ids}, are not among the model's "
+            f"{vocabulary_size}; model.stop_tokens adds others"
+        )
+
+
 def some(names: list[str]) -> str:
-    """The first of `names`, and how many more there are."""
+    """Return the first of `names` and the number of others."""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more weights"
 
 
 def check_model_path(name_or_path: str) -> PreTrainedConfig:
-    """The configuration of the causal LM at `name_or_path`; ConfigError where there is none."""
+    """Return the configuration of a causal LM; raise ConfigError if there is none."""
     key = f"model.name_or_path={name_or_path}"
     if not isinstance(name_or_path, str) or not name_or_path:
         raise ConfigError(f"{key}: allowed are a hub id or a folder")
@@ -111,21 +145,13 @@ def check_model_path(name_or_path: str) -> PreTrainedConfig:
     return config
 
 
-ADAPTER = (
-    "it is an adapter of peft; allowed is a whole model, such as its base model after "
-    "merge_and_unload() and save_pretrained()"
-)
-
-
 def check_attention(config: PreTrainedConfig, attn_implementation: str) -> None:
-    """Raises ConfigError where a model of this configuration attends otherwise only."""
+    """Raise ConfigError if a model of this configuration supports eager attention only."""
     try:
         empty_model(config, attn_implementation)
-    except (
-        Exception
-    ) as error:  # transformers raises ValueError and ImportError, and its kernels others
+    except Exception as error:  # ValueError, ImportError, and others of kernels
         if attn_implementation == "eager":
-            return  # loading will say what is wrong
+            return  # loading reports what is wrong
         try:
             empty_model(config, "eager")
         except Exception:
@@ -137,7 +163,7 @@ def check_attention(config: PreTrainedConfig, attn_implementation: str) -> None:
 
 
 def empty_model(config: PreTrainedConfig, attn_implementation: str) -> PreTrainedModel:
-    """The model without memory for its weights."""
+    """Return the model without memory for its weights."""
     with torch.device("meta"), quiet():
         return AutoModelForCausalLM.from_config(
             config, attn_implementation=attn_implementation, **TRUST
@@ -146,7 +172,7 @@ def empty_model(config: PreTrainedConfig, attn_implementation: str) -> PreTraine
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences the log of transformers while it loads; `check_weights` reports missing weights."""
+    """Silence the log of transformers; `check_weights` reports missing weights."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -157,7 +183,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def refused(name_or_path: str) -> Iterator[None]:
-    """Turns whatever a reader of configuration, tokenizer or weights raises into a ConfigError."""
+    """Turn any exception while configuration, tokenizer or weights are read into a ConfigError."""
     try:
         with quiet():
             yield
@@ -170,7 +196,7 @@ def refused(name_or_path: str) -> Iterator[None]:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a file of a folder, where that is to be seen without a model."""
+    """Return what is wrong with a file of a folder, or None."""
     for file in sorted(folder.glob("*")):
         if file.suffix not in (".safetensors", ".bin", ".json", ".model") or not file.is_file():
             continue

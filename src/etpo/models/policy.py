@@ -2,45 +2,26 @@
 
 import contextlib
 import copy
-import functools
-import re
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from etpo.environments.text_env import TextObservation
 from etpo.errors import ConfigError, check_integer, check_range
 from etpo.models.adapters import add_adapter
-from etpo.models.causal_lm import last_hidden_states, trunk_of
+from etpo.models.causal_lm import trunk_of
+from etpo.models.chunked_logits import project_to_vocabulary
 from etpo.models.distribution import TokenDistribution, scale_logits, token_distribution
-from etpo.models.loading import expanded, load_model, load_tokenizer
+from etpo.models.loading import check_vocabulary, expanded, load_model, load_tokenizer
 from etpo.models.probe import check_forwards
-from etpo.models.prompting import PromptTemplate
+from etpo.models.prompting import PromptBatch, PromptTemplate, check_prompt, encode_batch
 from etpo.models.shared_prompt import checkpoint_layers, forward_actions
+from etpo.models.stopping import stop_ids
+from etpo.models.stopping import stop_strings as parse_stop_strings
 from etpo.models.token_text import added_text
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ATTENTION = ("eager", "sdpa", "flash_attention_2")
-
-
-class PromptBatch(NamedTuple):
-    """ids: int64 [B, P], padded on the left; mask: bool [B, P]; dropped: tokens cut in all.
-
-    rests: `Prompt.rest` of every row; () where all are empty.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    dropped: int
-    rests: tuple[str, ...] = ()
 
 
 class LanguageModelPolicy(nn.Module):
@@ -48,21 +29,25 @@ class LanguageModelPolicy(nn.Module):
 
     Without `lora` the reference is a frozen copy of the pretrained weights; with it, the policy
     with its adapter switched off. pi is softmax(logits / temperature), for the reference too, and
-    the same pi is sampled and trained. Padded vocabulary ids take no probability. Dropout is off
-    in every forward. With `min_p` the policy gives no probability to tokens that would have less
-    than min_p times that of the likeliest one (arXiv 2407.01082); the reference keeps all tokens.
+    the same pi is sampled and trained. Padded vocabulary ids have no probability. Dropout is off
+    in every forward.
 
-    name_or_path: hub id or local folder of a causal LM.
-    prompt: how observations become tokens.
-    stop_tokens: a further token, or several, that end an action, besides the EOS tokens of the
-    tokenizer and of the model's generation configuration.
-    stop_strings: a string, or several, that end an action; the string itself is not part of the
-    action text. A backslash followed by n, r, t or a backslash is the character that it means in
-    Python.
-    gradient_checkpointing: compute each layer's activations again in the backward pass.
-    lora: arguments of `peft.LoraConfig` that leave the reference alone, or None for full
-    fine-tuning.
-    Raises ConfigError for a path that holds no causal LM and for values out of range.
+    Args:
+        name_or_path: Hub id or local folder of a causal LM.
+        prompt: Encodes observations as tokens.
+        temperature: Divides the logits.
+        min_p: The policy gives no probability to tokens below this share of the likeliest token's
+            (arXiv 2407.01082); the reference keeps all tokens.
+        max_prompt_tokens: Longer prompts lose their oldest tokens.
+        stop_tokens: One or several tokens that end an action, in addition to the EOS tokens of
+            tokenizer and model.
+        stop_strings: One or several strings that end an action and are not part of its text; an
+            escaped n, r, t or backslash has its meaning in Python.
+        gradient_checkpointing: Recompute each layer's activations in the backward pass.
+        lora: Arguments of `peft.LoraConfig`; None trains all weights.
+
+    Raises:
+        ConfigError: the path has no causal LM, or a value is out of range.
     """
 
     model: PreTrainedModel  # with `lora` a `PeftModel` of one
@@ -83,29 +68,17 @@ class LanguageModelPolicy(nn.Module):
         lora: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if dtype not in DTYPES:
-            raise ConfigError(f"model.dtype={dtype}: allowed are {', '.join(DTYPES)}")
-        if attn_implementation not in ATTENTION:
-            raise ConfigError(
-                f"model.attn_implementation={attn_implementation}: allowed are "
-                f"{', '.join(ATTENTION)}"
-            )
         check_range("model.temperature", temperature, 0, float("inf"), above=True)
         check_range("model.min_p", min_p, 0, 1)
         check_integer("model.max_prompt_tokens", max_prompt_tokens, 1)
-        self.prompt = prompt
+        self.prompt, self.max_prompt_tokens = prompt, max_prompt_tokens
         self.temperature, self.min_p = temperature, min_p
-        self.max_prompt_tokens = max_prompt_tokens
-        self.stop_strings = [unescaped(text) for text in texts("model.stop_strings", stop_strings)]
         name_or_path = expanded(name_or_path)
+        self.stop_strings = parse_stop_strings(stop_strings)
         self.tokenizer = load_tokenizer(name_or_path)
-        self.stop_ids = stop_ids(
-            self.tokenizer, texts("model.stop_tokens", stop_tokens), model_eos_ids(name_or_path)
-        )
-        probe = TextObservation(instruction="a", prefix="a", suffix="a")
-        prompt.encode(self.tokenizer, probe, max_prompt_tokens)  # raises before weights are loaded
-        model = load_model(name_or_path, DTYPES[dtype], attn_implementation)
-        model.generation_config = None
+        self.stop_ids = stop_ids(self.tokenizer, stop_tokens, name_or_path)
+        check_prompt(prompt, self.tokenizer, max_prompt_tokens)  # before weights are loaded
+        model = load_model(name_or_path, dtype, attn_implementation)
         # before any copy is made
         self.checkpointed = gradient_checkpointing and checkpoint_layers(model)
         if gradient_checkpointing and not self.checkpointed:
@@ -120,70 +93,38 @@ class LanguageModelPolicy(nn.Module):
         self.vocabulary_size = min(rows, largest + 1)
         self.context_size = context_size(model.config.get_text_config())
         self.embedding_size = model.get_input_embeddings().weight.shape[0]
-        self.check_vocabulary(name_or_path)
+        sizes = self.embedding_size, self.vocabulary_size
+        check_vocabulary(name_or_path, self.tokenizer, *sizes, self.stop_ids)
         # padding is never read, but it is looked up
         pads = (self.tokenizer.pad_token_id, *self.stop_ids)
         self.pad_id = next(i for i in pads if i is not None and i < self.embedding_size)
         self.eval()
+        self.shares_prefixes = False  # whether `SharedPrefixCache` decodes this model
         if attn_implementation in ("eager", "sdpa"):  # the others need a GPU, and the weights on it
-            check_forwards(self, name_or_path)
+            self.shares_prefixes = check_forwards(self, name_or_path)
 
     def train(self, mode: bool = True) -> "LanguageModelPolicy":
-        """Keeps evaluation mode: dropout is off in every forward."""
+        """Keep evaluation mode: dropout is off in every forward."""
         return super().train(False)
-
-    def check_vocabulary(self, name_or_path: str) -> None:
-        """Raises ConfigError where the model lacks words of the tokenizer, or every end."""
-        rows, key = self.embedding_size, f"model.name_or_path={name_or_path}"
-        if self.tokenizer.vocab_size > rows:
-            raise ConfigError(
-                f"{key}: its tokenizer has {self.tokenizer.vocab_size} tokens; allowed are at most "
-                f"{rows}, the rows of its embedding"
-            )
-        if min(self.stop_ids) >= self.vocabulary_size:
-            raise ConfigError(
-                f"{key}: its tokens that end an action, {self.stop_ids}, are none of the model's "
-                f"{self.vocabulary_size}; model.stop_tokens names others"
-            )
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """The parameters that are trained."""
+        """Return the parameters that are trained."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def encode(self, observations: Sequence[TextObservation]) -> PromptBatch:
-        """Prompts as left-padded tensors on the CPU; equal observations are tokenized once."""
-        encoded = {
-            texts: self.prompt.encode(
-                self.tokenizer, TextObservation(texts), self.max_prompt_tokens
-            )
-            for texts in {tuple(o.items()) for o in observations}
-        }
-        largest = max(i for prompt in encoded.values() for i in prompt.ids)
-        if largest >= self.embedding_size:  # a token that was added without a row
-            token = self.tokenizer.convert_ids_to_tokens(largest)
-            raise ConfigError(
-                f"model.name_or_path={self.tokenizer.name_or_path}: a prompt has the token "
-                f"{token!r} ({largest}); allowed are the {self.embedding_size} of its embedding"
-            )
-        prompts = [encoded[tuple(o.items())] for o in observations]
-        width = max(len(p.ids) for p in prompts)
-        ids = torch.full((len(prompts), width), self.pad_id)
-        mask = torch.zeros(len(prompts), width, dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
-            mask[row, width - len(prompt.ids) :] = True
-        rests = tuple(p.rest for p in prompts)
-        return PromptBatch(ids, mask, sum(p.dropped for p in prompts), rests if any(rests) else ())
+        """Encode prompts as left-padded tensors on the CPU."""
+        sizes = self.max_prompt_tokens, self.embedding_size, self.pad_id
+        return encode_batch(self.prompt, self.tokenizer, observations, *sizes)
 
     def decode(self, ids: Sequence[int], rest: str = "") -> str:
-        """The text that an action [l] adds to its prompt, without its stop token or stop string.
+        """Return the text that an action [l] adds to its prompt, up to its stop token or string.
 
-        rest: `Prompt.rest`; where the action begins with it, it is not part of the action's text.
-        Special tokens other than the stop token are.
+        rest: `Prompt.rest`, which is dropped from the text's start. Special tokens other than the
+        stop token are part of the text.
         """
         kept = [int(i) for i in ids]
         if kept and kept[-1] in self.stop_ids:
@@ -191,18 +132,6 @@ class LanguageModelPolicy(nn.Module):
         text = added_text(self.tokenizer, kept).removeprefix(rest)
         ends = [text.find(stop) for stop in self.stop_strings]
         return text[: min((end for end in ends if end >= 0), default=len(text))]
-
-    def completes_stop_string(self, ids: Sequence[int], rest: str = "") -> bool:
-        """Whether the last of an action's tokens [l] completes a stop string after `rest`."""
-        longest = max(len(stop.encode()) for stop in self.stop_strings)
-        # a token without a text of its own is a part of a character: a string of n bytes has at
-        # most n tokens
-        if len(ids) > longest + len(rest):
-            ids, rest = ids[-longest:], ""
-        text = added_text(self.tokenizer, ids)
-        if rest.startswith(text):
-            return False
-        return any(stop in text.removeprefix(rest) for stop in self.stop_strings)
 
     def hidden_states(
         self,
@@ -219,9 +148,8 @@ class LanguageModelPolicy(nn.Module):
         checkpointed. No gradient reaches the reference.
         """
         with self._weights(reference) as model:
-            run = functools.partial(last_hidden_states, trunk_of(model))
             inputs = prompt_ids, prompt_mask, action_ids
-            return forward_actions(run, self.model.config, *inputs, self.checkpointed)
+            return forward_actions(trunk_of(model), *inputs, self.checkpointed)
 
     def logits(
         self, hidden: Tensor, *, reference: bool = False, lm_head: nn.Module | None = None
@@ -229,8 +157,8 @@ class LanguageModelPolicy(nn.Module):
         """Compute the model's logits [..., V] of its last hidden states [..., D]."""
         with self._weights(reference) as model:
             head = model.get_output_embeddings() if lm_head is None else lm_head
-            logits: Tensor = head(hidden)[..., : self.vocabulary_size]
-        return scale_logits(logits, self.model.config)
+            logits = project_to_vocabulary(head, hidden)[..., : self.vocabulary_size]
+        return scale_logits(logits, self.model.config.get_text_config())
 
     def log_probs(
         self,
@@ -251,12 +179,9 @@ class LanguageModelPolicy(nn.Module):
             lm_head: Use this LM head in place of the policy's current one.
         """
         logits = self.logits(hidden, reference=reference, lm_head=lm_head)
+        min_p = 0.0 if reference else self.min_p
         return token_distribution(
-            logits,
-            self.temperature,
-            0.0 if reference else self.min_p,
-            support=support,
-            action_ids=action_ids,
+            logits, self.temperature, min_p, support=support, action_ids=action_ids
         )
 
     @property
@@ -284,54 +209,6 @@ class LanguageModelPolicy(nn.Module):
 
 
 def context_size(config: PreTrainedConfig) -> int | float:
-    """Tokens of prompt and action that a model can read at most; infinity where it has no limit."""
+    """Return how many tokens a model can read at most, infinity without a limit."""
     sizes = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
     return next((size for size in sizes if size), float("inf"))
-
-
-def stop_ids(
-    tokenizer: PreTrainedTokenizerBase, stop_tokens: Sequence[str], eos_ids: Sequence[int]
-) -> list[int]:
-    """Token ids that end an action: the tokenizer's EOS, `eos_ids` and `stop_tokens`.
-
-    Raises ConfigError for an unknown token.
-    """
-    vocabulary = tokenizer.get_vocab()
-    unknown = [token for token in stop_tokens if token not in vocabulary]
-    if unknown:
-        raise ConfigError(f"model.stop_tokens: the tokenizer has no token {unknown[0]!r}")
-    known = set(vocabulary.values())
-    ids = [vocabulary[token] for token in stop_tokens] + [i for i in eos_ids if i in known]
-    if tokenizer.eos_token_id is not None:
-        ids.append(tokenizer.eos_token_id)
-    if not ids:
-        raise ConfigError("model.stop_tokens: needed, since the tokenizer has no EOS token")
-    return sorted(set(ids))
-
-
-def model_eos_ids(name_or_path: str) -> list[int]:
-    """The EOS ids of generation_config.json or, where it names none, of config.json."""
-    try:
-        eos = GenerationConfig.from_pretrained(name_or_path).eos_token_id
-    except OSError:  # most likely there is no such file
-        eos = None
-    if eos is None:
-        config, _ = PreTrainedConfig.get_config_dict(name_or_path)
-        eos = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-
-
-def texts(key: str, values: str | Sequence[str] | None) -> list[str]:
-    """None, a text or several as a list; ConfigError, naming `key`, for any other value."""
-    if values is None:
-        return []
-    values = [values] if isinstance(values, str) else values
-    if not isinstance(values, Sequence) or not all(isinstance(v, str) and v for v in values):
-        raise ConfigError(f"{key}={values}: allowed are texts that are not empty, such as [END]")
-    return list(values)
-
-
-def unescaped(text: str) -> str:
-    r"""`text` with \n, \r, \t and \\ replaced; a shell hands these over as two characters."""
-    meant = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
-    return re.sub(r"\\([nrt\\])", lambda match: meant[match[1]], text)

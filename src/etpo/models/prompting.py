@@ -4,9 +4,12 @@ Every template cuts a prompt that exceeds `max_tokens` by dropping the OLDEST to
 (prefix or instruction); control tokens and the suffix are kept.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from jinja2 import TemplateError
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from etpo.environments.text_env import TextObservation
@@ -30,12 +33,66 @@ class Prompt(NamedTuple):
     rest: str = ""
 
 
+class PromptBatch(NamedTuple):
+    """ids: int64 [B, P], padded on the left; mask: bool [B, P]; dropped: number of cut tokens.
+
+    rests: `Prompt.rest` of every row; () if all are empty.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    dropped: int
+    rests: tuple[str, ...] = ()
+
+
 class PromptTemplate(Protocol):
     """Encodes an observation in at most `max_tokens` tokens."""
 
     def encode(
         self, tokenizer: PreTrainedTokenizerBase, observation: TextObservation, max_tokens: int
     ) -> Prompt: ...
+
+
+def encode_batch(
+    template: PromptTemplate,
+    tokenizer: PreTrainedTokenizerBase,
+    observations: Sequence[TextObservation],
+    max_tokens: int,
+    embedding_size: int,
+    pad_id: int,
+) -> PromptBatch:
+    """Encode observations as left-padded tensors on the CPU; equal ones are tokenized once.
+
+    Raises:
+        ConfigError: a prompt has a token without a row in the embedding.
+    """
+    encoded = {
+        texts: template.encode(tokenizer, TextObservation(texts), max_tokens)
+        for texts in {tuple(o.items()) for o in observations}
+    }
+    largest = max(i for prompt in encoded.values() for i in prompt.ids)
+    if largest >= embedding_size:  # a token that was added without a row
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise ConfigError(
+            f"model.name_or_path={tokenizer.name_or_path}: a prompt has the token "
+            f"{token!r} ({largest}); allowed are the {embedding_size} of its embedding"
+        )
+    prompts = [encoded[tuple(o.items())] for o in observations]
+    width = max(len(p.ids) for p in prompts)
+    ids = torch.full((len(prompts), width), pad_id)
+    mask = torch.zeros(len(prompts), width, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
+        mask[row, width - len(prompt.ids) :] = True
+    rests = tuple(p.rest for p in prompts)
+    return PromptBatch(ids, mask, sum(p.dropped for p in prompts), rests if any(rests) else ())
+
+
+def check_prompt(
+    template: PromptTemplate, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> None:
+    """Raise ConfigError if the tokenizer does not fit the template."""
+    template.encode(tokenizer, TextObservation(instruction="a", prefix="a", suffix="a"), max_tokens)
 
 
 def _fit(

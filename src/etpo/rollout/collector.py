@@ -13,7 +13,8 @@ from etpo.environments import validation
 from etpo.environments.text_env import TextObservation, TextVectorEnv
 from etpo.environments.threads import DaemonThread
 from etpo.generation.sampler import Sample, decode_actions, generate
-from etpo.models.policy import LanguageModelPolicy, PromptBatch
+from etpo.models.policy import LanguageModelPolicy
+from etpo.models.prompting import PromptBatch
 from etpo.rollout.types import Actions, Record, Rollout, pad_stack
 
 OnProgress = Callable[[str, int, int], None]

@@ -1,0 +1,80 @@
+"""Stop tokens and stop strings: where an action ends."""
+
+import re
+from collections.abc import Sequence
+
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from etpo.errors import ConfigError
+from etpo.models.token_text import added_text
+
+
+def stop_ids(
+    tokenizer: PreTrainedTokenizerBase, stop_tokens: str | Sequence[str] | None, name_or_path: str
+) -> list[int]:
+    """Return the token ids that end an action: EOS of tokenizer and model, and `stop_tokens`.
+
+    Raises:
+        ConfigError: a token is unknown, or there is none.
+    """
+    vocabulary = tokenizer.get_vocab()
+    tokens = as_texts("model.stop_tokens", stop_tokens)
+    unknown = [token for token in tokens if token not in vocabulary]
+    if unknown:
+        raise ConfigError(f"model.stop_tokens: the tokenizer has no token {unknown[0]!r}")
+    known = set(vocabulary.values())
+    ids = [vocabulary[token] for token in tokens]
+    ids += [i for i in model_eos_ids(name_or_path) if i in known]
+    if tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    if not ids:
+        raise ConfigError("model.stop_tokens: needed, since the tokenizer has no EOS token")
+    return sorted(set(ids))
+
+
+def model_eos_ids(name_or_path: str) -> list[int]:
+    """Return the EOS ids of generation_config.json or, if it has none, of config.json."""
+    try:
+        eos = GenerationConfig.from_pretrained(name_or_path).eos_token_id
+    except OSError:  # most likely there is no such file
+        eos = None
+    if eos is None:
+        config, _ = PreTrainedConfig.get_config_dict(name_or_path)
+        eos = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+def stop_strings(values: str | Sequence[str] | None) -> list[str]:
+    r"""Return `model.stop_strings` as a list, with \n, \r, \t and \\ replaced as in Python.
+
+    A shell passes these escapes as two characters.
+    """
+    meant = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
+    return [
+        re.sub(r"\\([nrt\\])", lambda match: meant[match[1]], text)
+        for text in as_texts("model.stop_strings", values)
+    ]
+
+
+def as_texts(key: str, values: str | Sequence[str] | None) -> list[str]:
+    """Return None, a text or several as a list; raise ConfigError for any other value of `key`."""
+    if values is None:
+        return []
+    values = [values] if isinstance(values, str) else values
+    if not isinstance(values, Sequence) or not all(isinstance(v, str) and v for v in values):
+        raise ConfigError(f"{key}={values}: allowed are texts that are not empty, such as [END]")
+    return list(values)
+
+
+def completes_stop_string(
+    tokenizer: PreTrainedTokenizerBase, strings: Sequence[str], ids: Sequence[int], rest: str = ""
+) -> bool:
+    """Return whether the last of an action's tokens [l] completes a stop string after `rest`."""
+    # a token without text is a part of a character: n bytes are at most n tokens
+    longest = max(len(stop.encode()) for stop in strings)
+    if len(ids) > longest + len(rest):
+        ids, rest = ids[-longest:], ""
+    text = added_text(tokenizer, ids)
+    if rest.startswith(text):
+        return False
+    return any(stop in text.removeprefix(rest) for stop in strings)
