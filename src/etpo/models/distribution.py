@@ -66,4 +66,5 @@ def token_distribution(
         if action_ids is not None:
             support = support.scatter(-1, action_ids.unsqueeze(-1), True)
     kept = log_probs.masked_fill(~support, float("-inf"))
-    return TokenDistribution(kept.log_softmax(-1), kept.logsumexp(-1))
+    log_mass = kept.logsumexp(-1)
+    return TokenDistribution(kept - log_mass.unsqueeze(-1), log_mass)

@@ -74,8 +74,10 @@ def forward_actions(
     distinct, rows = torch.unique(read, dim=0, return_inverse=True)
     ids, mask, action_ids = distinct.tensor_split([size, 2 * size], dim=1)
     filled = prefill(trunk, ids, mask)
-    cache, states = filled.cache, filled.hidden_states[filled.prompt_index]
-    cache.reorder_cache(filled.prompt_index)
+    counts = filled.prompt_index.bincount().tolist()  # distinct rows are sorted by prompt
+    cache, states = filled.cache, repeat_rows(filled.hidden_states, counts)
+    for layer in cache.layers:
+        layer.keys, layer.values = (repeat_rows(x, counts) for x in (layer.keys, layer.values))
     length = action_ids.shape[1]
     if length > 0:
         mask = torch.nn.functional.pad(mask, (0, length), value=1)
@@ -90,6 +92,12 @@ def forward_actions(
         )
         states = torch.cat([states, following], dim=1)
     return states.index_select(0, rows)
+
+
+def repeat_rows(x: Tensor, counts: list[int]) -> Tensor:
+    """Repeat row g of [G, ...] `counts[g]` times; the backward sums where an index scatters."""
+    parts = [row.expand(n, *row.shape[1:]) for row, n in zip(x.split(1), counts, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def forward_whole(
