@@ -1,4 +1,4 @@
-"""Run model-written scikit-learn programs that can do no harm and see no test labels."""
+"""Run untrusted scikit-learn programs without access to the machine or to test labels."""
 
 from etpo_sandbox.client import Split
 from etpo_sandbox.pool import Outcome, Sandbox, SandboxError

@@ -1,7 +1,7 @@
 """Body of a forked child: drop all rights, fit the program's model, send its probabilities.
 
-The program shares this process, so nothing here can be trusted once it runs: the training process
-checks every reply, and the server ends the child.
+The program runs in this process, so replies cannot be trusted: the training process checks them,
+and the server ends the child.
 """
 
 import os
@@ -115,8 +115,8 @@ def _probabilities(model: Any, x_test: np.ndarray, n_classes: int) -> np.ndarray
 def _describe(error: BaseException, memory_mib: int) -> bytes:
     """Return `TypeName: message`, as the last line of a traceback, in at most 600 bytes.
 
-    Import folders are removed from paths: the text is part of a prompt, and a run must not depend
-    on the place of the installation.
+    Import folders are removed from paths: the text becomes part of a prompt, which must not depend
+    on the installation.
     """
     error.__traceback__ = None  # free the frames' arrays
     name = type(error).__name__

@@ -37,8 +37,8 @@ class Split:
 class Reply:
     """Result of one program on one split: probabilities [m, n_classes], or an error text.
 
-    cpu_seconds: CPU time of all threads. answered_late: the program was ended as idle while it
-    waited for this process, which had been stopped.
+    cpu_seconds: CPU time of all threads. answered_late: true if the program exceeded the idle limit
+    only because this process was stopped and did not serve it.
     """
 
     probabilities: np.ndarray | None
@@ -48,15 +48,15 @@ class Reply:
 
 
 class ServerError(RuntimeError):
-    """A server ended, hangs or cannot confine; the program is not to blame."""
+    """A server ended, hangs or cannot confine a program."""
 
 
 class Server:
-    """A fork server that runs one program at a time; use from one thread at a time."""
+    """A fork server that runs one program at a time; not thread-safe."""
 
     def __init__(self, level: str, deadline: float, memory_mib: int) -> None:
         self._deadline = deadline
-        # so long that only a server that hangs exceeds it, not a loaded machine
+        # exceeded only by a server that hangs, not on a loaded machine
         self._patience = 120 + 20 * deadline
         settings = {"level": level, "deadline": deadline, "memory_mib": memory_mib}
         self._control, theirs = socket.socketpair()
@@ -171,7 +171,7 @@ def clean_text(data: bytes) -> str:
 def _converse(
     connection: socket.socket, program: str, split: Split, n_classes: int, seed: int
 ) -> tuple[bytes, bool]:
-    """Return (RESULT or FAILED with its payload, truncated if the program ended; all was sent)."""
+    """Return the reply, truncated if the program ended, and True if all data were sent."""
     if connection.recv(1) != protocol.CONFINED:
         reason = clean_text(_receive(connection, protocol.MAX_ERROR_BYTES))
         raise ServerError(f"the sandbox cannot confine a program: {reason}")
@@ -219,9 +219,9 @@ def _raw(array: np.ndarray, dtype: type) -> bytes:
 
 
 def _send_own_pidfd(control: socket.socket) -> None:
-    """Send the server a pidfd that signals the end of this process, however it ends.
+    """Send the server a pidfd that signals any end of this process.
 
-    The closed socket alone is not enough if a process forked from this one still holds a copy.
+    The closed socket is not enough: a forked process may hold a copy of it.
     """
     try:
         pidfd = os.pidfd_open(os.getpid())
@@ -251,7 +251,7 @@ def _environment() -> dict[str, str]:
 
 
 def _command(level: str, settings: dict[str, object]) -> list[str]:
-    # -I without its -E, which would ignore PYTHONHASHSEED; the environment is from scratch anyway
+    # -I without -E, which would ignore PYTHONHASHSEED; `_environment` is minimal anyway
     python = [sys.executable, "-s", "-P", "-c", _SERVER, json.dumps(settings)]
     command = [*python, *(path for path in sys.path if path), str(_SOURCE)]
     return [*_bubblewrap(), *command] if level == "bubblewrap" else command
@@ -269,5 +269,5 @@ def _bubblewrap() -> list[str]:
         command += ["--tmpfs", path, "--remount-ro", path]
     for path in ("/dev/null", "/dev/urandom"):
         command += ["--dev-bind", path, path]
-    # nothing can be written: a file could carry labels from one split to the next
+    # read-only: a file could carry labels from one split to the next
     return [*command, "--proc", "/proc", "--remount-ro", "/proc", "--remount-ro", "/", "--"]

@@ -62,8 +62,8 @@ def landlock_abi() -> int:
 def readable_paths() -> tuple[list[Path], list[Path]]:
     """Return (files and folders that a program may read, folders that it may only list).
 
-    These are the standard library and `LIBRARIES`, without site-packages and without the data files
-    of scikit-learn, where a program could find the test rows.
+    These are the standard library and `LIBRARIES`, without site-packages and without scikit-learn's
+    data files, which contain test rows.
     """
     readable: list[Path] = []
     listed: list[Path] = []
@@ -98,7 +98,7 @@ def readable_paths() -> tuple[list[Path], list[Path]]:
 
 
 def hidden_paths() -> list[Path]:
-    """Return scikit-learn's data folders, which `bwrap` has to cover."""
+    """Return scikit-learn's data folders, which `bwrap` must hide."""
     spec = importlib.util.find_spec("sklearn")
     datasets = Path(spec.origin).parent / "datasets"
     return [datasets / name for name in ("data", "images", "tests")]
@@ -127,21 +127,21 @@ def set_no_new_privileges() -> None:
 
 
 def hide_from_ptrace() -> None:
-    """Keep processes of the same user from reading this one's memory through /proc."""
+    """Prevent processes of the same user from reading this process's memory in /proc."""
     _prctl(_PR_SET_DUMPABLE, 0)
 
 
 def enter_namespaces() -> bool:
     """Move this process to new user, network and IPC namespaces; return False if refused.
 
-    No PID namespace: a program can neither fork nor signal, so it would add nothing.
+    A PID namespace is not needed: a program can neither fork nor signal.
     """
     flags = _CLONE_NEWUSER | _CLONE_NEWNET | _CLONE_NEWIPC
     return _libc().unshare(ctypes.c_int(flags)) == 0
 
 
 def die_with_parent() -> None:
-    """Let the kernel kill this process when the thread that forked it ends."""
+    """Request SIGKILL when the thread that forked this process ends."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -19,11 +19,11 @@ from etpo_sandbox.client import Reply, Server, ServerError, Split
 LEVELS = ("full", "bubblewrap", "unsafe")
 MIN_DEADLINE = 0.1
 MIN_MEMORY_MIB = 512
-_log = logging.getLogger("etpo.sandbox")  # below "etpo", whose records go to train.log
+_log = logging.getLogger("etpo.sandbox")  # child of "etpo", whose records go to train.log
 
 
 class SandboxError(ValueError):
-    """A setting that is not allowed, or a level that this machine cannot provide."""
+    """A setting is not allowed, or the machine does not support the level."""
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,20 @@ class Outcome:
 
 
 class Sandbox:
-    """Run untrusted programs, each split in a separate confined process.
+    """Run untrusted programs in confined processes, one process per program and split.
 
-    A program is Python source that defines `build_model(x_train, y_train)`; this returns a fitted
+    A program is Python source with a function `build_model(x_train, y_train)` that returns a fitted
     classifier with `predict_proba`.
 
     Args:
-        level: `full` confines by Landlock and seccomp (Linux 5.13 or later, x86-64 or ARM64), by
-            `bubblewrap` without Landlock; `unsafe` limits only memory and time.
+        level: `full` uses Landlock and seccomp (Linux 5.13 or later, x86-64 or ARM64), or
+            `bubblewrap` if Landlock is missing; `unsafe` limits only memory and time.
         workers: number of fork servers; None: one per usable core.
-        deadline: CPU seconds per split, and seconds during which no thread is runnable. Wall-clock
-            time does not count, so a loaded machine makes no program fail.
+        deadline: limit per split of CPU seconds, and of seconds without a runnable thread.
+            Wall-clock time is not limited, so programs do not fail on a loaded machine.
         memory_mib: address space per program; the libraries take about 350 MiB of it.
 
-    Raises SandboxError if a value is not allowed or the machine cannot provide the level.
+    Raises SandboxError if a value is not allowed or the machine does not support the level.
     """
 
     def __init__(
@@ -85,9 +85,9 @@ class Sandbox:
         self.close()
 
     def start(self) -> None:
-        """Start the servers and attack one of them; do nothing if they are running.
+        """Start the servers and run the self-test on one of them, unless they are running.
 
-        Raises SandboxError if the self-test breaks out, RuntimeError if a server does not start.
+        Raises SandboxError if the self-test fails, RuntimeError if a server does not start.
         """
         if self._servers:
             return
@@ -120,10 +120,10 @@ class Sandbox:
     ) -> list[Outcome]:
         """Return one `Outcome` per program, in order, independent of the number of workers.
 
-        The first split of a program runs alone; after a failure later splits are skipped. `seed`
-        (0 to 2**32 - 1, one for all or one per program) plus the number of the split seeds NumPy
-        and `random`. `on_result(index, outcome)` is called in this thread as programs finish.
-        Raises RuntimeError, and closes the sandbox, if a server fails twice on one split.
+        The first split of a program runs alone; after a failure the others are skipped. NumPy and
+        `random` are seeded with `seed` (0 to 2**32 - 1, one for all or one per program) plus the
+        number of the split. `on_result(index, outcome)` is called in this thread after a program.
+        Closes the sandbox and raises RuntimeError if a server fails twice on one split.
         """
         self.start()
         seeds = np.broadcast_to(seed, len(programs)).tolist()
@@ -165,7 +165,7 @@ class Sandbox:
     def _run_split(
         self, index: int, program: str, split: Split, n_classes: int, seed: int
     ) -> Reply:
-        """Run one split; repeat it once, on a new server if the server failed."""
+        """Run one split and repeat it once if the server failed or replied late."""
         try:
             reply = self._servers[index].run(program, split, n_classes, seed)
             if not reply.answered_late:
@@ -208,7 +208,7 @@ def _outcome(replies: dict[int, Reply], n_splits: int) -> Outcome | None:
 
 
 def available_level(level: str) -> str:
-    """Return the level that this machine provides for `level`; SandboxError if none."""
+    """Return the level that this machine uses for `level`; SandboxError if unsupported."""
     if level not in LEVELS:
         raise SandboxError(f"level={level} is unknown; allowed: {', '.join(LEVELS)}")
     has_filter = confinement.is_filter_supported()

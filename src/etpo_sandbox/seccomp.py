@@ -1,7 +1,7 @@
-"""The system-call filter of a confined program, as a classic BPF program for seccomp.
+"""System-call filter of a confined program, as a classic BPF program for seccomp.
 
-An allow list: every other call fails with EPERM. A program can start threads but no processes; it
-has no sockets, signals to others, ioctl, prctl, mounts or writes to the file system.
+An allow list: other calls fail with EPERM. A program can start threads but not processes. Sockets,
+signals to other processes, ioctl, prctl, mounts and writes to the file system fail.
 Numbers: Linux `arch/x86/entry/syscalls/syscall_64.tbl` and `include/uapi/asm-generic/unistd.h`.
 """
 

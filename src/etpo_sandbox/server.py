@@ -1,7 +1,7 @@
 """The fork server: a process with scikit-learn loaded that forks one confined child per split.
 
-`client` starts it with a new, minimal environment. It sees neither data nor programs: it receives
-the child's socket and closes its copy after the fork.
+`client` starts it with a minimal environment. It has no access to data or programs: it receives the
+child's socket and closes its copy after the fork.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ _POLL_SECONDS = 0.05
 
 
 class Usage(NamedTuple):
-    """Resource use of a running child: CPU seconds of all threads, their number, none runnable."""
+    """Resource use of a child; `is_idle` is true if no thread is runnable."""
 
     cpu_seconds: float
     threads: int
@@ -38,7 +38,7 @@ class Usage(NamedTuple):
 
 
 def main(level: str, deadline: float, memory_mib: int) -> None:
-    """Serve until the training process ends or closes its end of descriptor 0."""
+    """Run the server until the training process ends or closes its end of descriptor 0."""
     control = socket.socket(fileno=os.dup(0))
     alarms = socket.recv_fds(control, 1, 1)[1]  # a pidfd of the training process, or none
     if sys.platform == "linux":
@@ -87,7 +87,7 @@ def _supervise(pid: int, control: socket.socket, alarms: list[int], deadline: fl
         if usage is None:
             continue
         if usage.is_idle:
-            # count at most two polls if this process itself had to wait
+            # count at most two polls if this process was delayed
             idle_seconds += min(now - last, 2 * _POLL_SECONDS)
         last = now
         limit = _limit_hit(usage, idle_seconds, deadline)
@@ -121,8 +121,8 @@ def _limit_hit(usage: Usage, idle_seconds: float, deadline: float) -> bytes:
 def _usage(pid: int) -> Usage | None:
     """Return the resource use of a child, None if it has ended.
 
-    Threads that wait for a processor or a page count as runnable, so a loaded machine makes no
-    child idle. Outside Linux all time counts as idle time.
+    Threads that wait for a processor or a page count as runnable, so children are not idle on a
+    loaded machine. Outside Linux all time counts as idle time.
     """
     if sys.platform != "linux":
         return Usage(0.0, 1, is_idle=True)
@@ -139,7 +139,7 @@ def _usage(pid: int) -> Usage | None:
 
 
 def _kill(pid: int) -> None:
-    """Kill a child and its process group, which it may have if forking is not blocked."""
+    """Kill a child and its process group, which exists if forking is allowed."""
     for kill in (os.killpg, os.kill):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             kill(pid, signal.SIGKILL)

@@ -1,1 +1,1 @@
-"""Tasks besides data science, with the small models made for them and an exact oracle."""
+"""Further tasks, small models for them, and an exact oracle."""

@@ -17,10 +17,10 @@ EOS = "</s>"
 
 
 def char_tokenizer(vocabulary_size: int) -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token per letter, in the MDP's order, and EOS as the last token.
+    """Return a tokenizer with one token per letter, in the order of the MDP, and EOS as last token.
 
-    A prompt starts with EOS, as in GPT-2: attention with relative positions cannot count equal
-    tokens, so "aa" and "aa" followed by the action token "a" would have the same hidden states.
+    Prompts start with EOS, as in GPT-2. Without EOS the prompt "aa" and the prompt with the action
+    token "a" have the same hidden state: relative positions cannot count equal tokens.
     """
     vocabulary = {token: i for i, token in enumerate([*letters(vocabulary_size), EOS])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
@@ -37,7 +37,7 @@ def build_char_lm(
     """Return the policy of the checkpoint in the folder `name_or_path`; create it if missing.
 
     `vocabulary_size` includes EOS. `init_seed` draws the weights, independently of the run's seed.
-    `extra` are arguments of `LanguageModelPolicy`. Raise ConfigError for values out of range.
+    `extra` are arguments of `LanguageModelPolicy`. Raises ConfigError if a value is out of range.
     """
     check_integer("model.vocabulary_size", vocabulary_size, *VOCABULARY_SIZES)
     check_integer("model.init_seed", init_seed, 0, MAX_SEED)
@@ -45,6 +45,6 @@ def build_char_lm(
     if not folder.exists():
         tokenizer = char_tokenizer(vocabulary_size)
         sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-        sizes["initializer_range"] = 0.1  # large enough that not all distributions are uniform
+        sizes["initializer_range"] = 0.1  # large enough for non-uniform distributions
         save_checkpoint(folder, random_llama(tokenizer, init_seed, **sizes), tokenizer)
     return LanguageModelPolicy(name_or_path, prompt, **extra)

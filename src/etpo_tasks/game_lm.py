@@ -58,7 +58,7 @@ def pretrain_on_random_moves(
     moves: Sequence[str],
     seed: int,
 ) -> None:
-    """Train the model to answer every text with a uniformly random move and EOS."""
+    """Train the model to continue every text with a uniformly random move and EOS."""
     random = np.random.default_rng(seed)
     eos = tokenizer.eos_token_id
     move_ids = tokenizer.convert_tokens_to_ids(list(moves))
@@ -85,9 +85,9 @@ def build_game_lm(
 ) -> LanguageModelPolicy:
     """Return the policy of the checkpoint in the folder `name_or_path`; create it if missing.
 
-    `environment` is the game, closed before returning; `moves` are the texts of its moves.
-    `init_seed` draws random play and weights, independently of the run's seed. `settings` are
-    arguments of `LanguageModelPolicy`. Raise ConfigError for values out of range.
+    `environment` is the game and is closed; `moves` are the texts of its moves. `init_seed` draws
+    random play and weights, independently of the run's seed. `settings` are arguments of
+    `LanguageModelPolicy`. Raises ConfigError if a value is out of range.
     """
     moves = list(moves)
     if len(set(moves)) < 2 or not all(isinstance(m, str) and m for m in moves):
@@ -100,5 +100,5 @@ def build_game_lm(
         model = random_llama(tokenizer, init_seed, **SIZES)
         pretrain_on_random_moves(model, tokenizer, texts, moves, init_seed)
         save_checkpoint(folder, model, tokenizer)
-    environment.close()  # the run has its own copy
+    environment.close()  # the run creates another copy
     return LanguageModelPolicy(name_or_path, prompt, **settings)

@@ -1,7 +1,7 @@
-"""A household in text: find things in four rooms and put them where they belong.
+"""A text household: find things in four rooms and put them in their places.
 
-Modelled on the VirtualHome tasks of TWOSOME (arXiv 2401.14151): many small steps and one reward at
-the end. Furniture, texts and rules are new.
+Modelled on the VirtualHome tasks of TWOSOME (arXiv 2401.14151), with many steps and one reward at
+the end. Furniture, texts and rules are different.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -54,7 +54,7 @@ class House:
         return FURNITURE[furniture][1] and furniture not in self.open
 
     def solved(self) -> bool:
-        """Return True if every thing of the goal is in its place, behind a closed door."""
+        """Return True if all things of the goal are in their places and the doors are closed."""
         placed = all(self.place.get(thing) == place for thing, place in self.goal.items())
         return placed and not self.open & set(self.goal.values())
 
@@ -104,12 +104,12 @@ def listed(names: Sequence[str]) -> str:
 
 
 class HouseholdEnv(gymnasium.Env):
-    """Tidy up `num_goals` things; reward 1 when the last is in place and its door closed, else 0.
+    """Put `num_goals` things in their containers and close the doors; the reward at the end is 1.
 
     Things behind a closed door are not visible, and only one thing can be held. An inadmissible
-    action is a failure: `info["error"]` and the next observation report it, and the step is lost.
-    `list_actions`: observations list the admissible actions. `history`: number of previous actions
-    in an observation. Registered as `etpo/Household-v0`, truncated after 60 steps.
+    action is a step without effect; `info["error"]` and the next observation report the failure.
+    `list_actions`: include the admissible actions in observations. `history`: number of previous
+    actions in an observation. Registered as `etpo/Household-v0`, truncated after 60 steps.
     """
 
     metadata: Mapping[str, Any] = {"render_modes": ["ansi"], "render_fps": 1}

@@ -1,4 +1,4 @@
-"""Measure the distance of a run on a token MDP to the exact optimum."""
+"""Distance of a run on a token MDP to the exact optimum."""
 
 from dataclasses import replace
 
@@ -14,12 +14,12 @@ from etpo_tasks.token_mdp_env import TokenMDPEnv
 class OracleDistance(Callback):
     """Log KL(pi || pi*) of whole actions and |V - V*| after each iteration's update.
 
-    pi* and V* solve the environment's MDP exactly, with the run's gamma and beta and its frozen
+    pi* and V* are the exact solution of the environment's MDP for the run's gamma, beta and frozen
     reference. V is the soft value of the updated policy under the target critic that computed the
-    iteration's returns: the target critic is updated after the validation.
+    iteration's returns; the target critic is updated after the validation.
 
-    - `oracle/kl`: nats, mean over states weighted by the discounted visits of pi. beta times the
-      sum with these weights is the regret of pi.
+    - `oracle/kl`: nats, mean over states, weighted by the discounted visits of pi. The weighted sum
+      times beta is the regret of pi.
     - `oracle/kl_max`: nats, maximum over states.
     - `oracle/value_error`: reward, maximum over states.
     - `oracle/value`: reward, V* of the start distribution.

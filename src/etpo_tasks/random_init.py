@@ -28,7 +28,7 @@ def random_llama(tokenizer: PreTrainedTokenizerFast, seed: int, **sizes: Any) ->
 def save_checkpoint(
     folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Write model and tokenizer as a Hugging Face checkpoint, in one atomic rename."""
+    """Write model and tokenizer as a Hugging Face checkpoint, atomically."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent) as parent:
         tokenizer.save_pretrained(f"{parent}/model")

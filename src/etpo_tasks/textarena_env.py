@@ -20,19 +20,19 @@ _LOCK = threading.RLock()  # the games draw from the module `random`
 
 
 class TextArenaEnv(gymnasium.Env):
-    """A game of TextArena; its reward comes at the end, 0 before.
+    """A game of TextArena with a reward at the end.
 
-    An invalid move is a failure (`info["error"]`). A turn limit belongs to the game: every end is
-    a termination. A seed determines the whole game, also with parallel copies, and the global
-    generator is left unchanged. Registered as `etpo/TextArena-v0`.
+    An invalid move is a failure (`info["error"]`). Turn limits are part of the game, so every
+    episode ends with a termination. The seed determines the whole game, also with parallel copies,
+    without changing the global generator. Registered as `etpo/TextArena-v0`.
 
     Args:
-        game: name in TextArena; with `-train` at the end observations hold the rules, the game's
+        game: name in TextArena. With the suffix `-train` observations are the rules, the game's
             messages and the current board, otherwise the whole conversation.
         options: arguments of the game.
 
-    Raises ConfigError for a game that is unknown, cannot be created (its words or a key are
-    missing) or needs several players; ImportError without `textarena`.
+    Raises ConfigError if the game is unknown, cannot be created (its words or a key are missing) or
+    needs several players; ImportError without `textarena`.
     """
 
     metadata: Mapping[str, Any] = {"render_modes": ["ansi"], "render_fps": 1}
@@ -65,7 +65,7 @@ class TextArenaEnv(gymnasium.Env):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[str, dict[str, Any]]:
-        """Start a new game; without a seed it comes from the generator of the last seed."""
+        """Start a new game; without a seed, draw one from the current generator."""
         super().reset(seed=seed)
         with self._own_random(), self._one_line():
             self._game = self._make()  # reused wrappers would keep the last game's messages

@@ -1,8 +1,8 @@
 """MDPs whose actions are token sequences, with exact float64 solvers.
 
-They are small enough to enumerate every action and prefix. Nothing here uses the training code, so
-that the two can be compared. Policies are tables log pi(w | s, prefix) [S, P, V] with finite
-entries: S states, P prefixes (0 is the empty one), V tokens, A actions.
+They are small enough to enumerate every action and prefix. The solvers are independent of the
+training code. Policies are tables log pi(w | s, prefix) [S, P, V] with finite entries: S states, P
+prefixes (0 is the empty one), V tokens, A actions.
 """
 
 from collections.abc import Callable
@@ -17,14 +17,14 @@ from torch import Tensor
 class TokenTree(NamedTuple):
     """All prefixes and actions of at most L tokens, prefixes ordered by length."""
 
-    child: Tensor  # int64 [P, V], the prefix after this token, -1 if the action ends
-    action: Tensor  # int64 [P, V], the action that this token completes, -1 if it continues
+    child: Tensor  # int64 [P, V], the prefix after the token, -1 if the action ends
+    action: Tensor  # int64 [P, V], the action completed by the token, -1 if it continues
     levels: list[slice]  # prefixes of length 0, 1, ..., L - 1
     paths: list[list[tuple[int, int]]]  # (prefix, token) pairs of each action, in order
 
 
 def token_tree(vocabulary_size: int, length: int, eos: bool) -> TokenTree:
-    """Build the tree of actions of `length` tokens; with `eos`, token V - 1 ends one earlier."""
+    """Build the tree of actions of `length` tokens; with `eos`, token V - 1 ends it early."""
     child, action, levels, paths = [], [], [], []
     frontier: list[list[tuple[int, int]]] = [[]]
     for depth in range(length):
@@ -49,9 +49,9 @@ def token_tree(vocabulary_size: int, length: int, eos: bool) -> TokenTree:
 class TokenMDP:
     """Tables of the environment; the discount is gamma between actions and 1 inside them.
 
-    The episode ends after action a in state s with probability termination[s, a], otherwise the
-    next state is drawn from transitions[s, a]. Infinite sums need gamma (1 - termination) < 1 or
-    transitions without a cycle.
+    The episode ends after action a in state s with probability termination[s, a]; otherwise
+    transitions[s, a] is the distribution of the next state. Values are finite if
+    gamma (1 - termination) < 1 or transitions have no cycle.
     """
 
     vocabulary_size: int

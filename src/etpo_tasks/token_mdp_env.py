@@ -1,8 +1,8 @@
-"""A `TokenMDP` as a text environment, so that the optimum of a training task is known exactly.
+"""A `TokenMDP` as a text environment: a training task with a known optimum.
 
-Token i < V - 1 is letter i; the last token ends the action and has no text. So "" is the end token
-alone, "ab" is a, b, end, and a text of `length` letters was cut at the length limit. The letters of
-an observation spell the number of the state.
+Token i < V - 1 is letter i; the last token ends the action and has no text. The text "" is the end
+token alone, "ab" is a, b, end, and a text of `length` letters has no end token. The letters of an
+observation encode the number of the state.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ from etpo_tasks.token_mdp import TokenMDP
 
 VOCABULARY_SIZES = (3, len(ascii_lowercase) + 1)  # at least two letters and the end token
 MAX_STATES = 100
-MAX_TEXTS = 1000  # of the largest length; the tables have S x A x S entries
+MAX_TEXTS = 1000  # texts of the largest length; the tables have S x A x S entries
 MAX_LENGTH = 9  # with two letters
 
 
@@ -54,7 +54,7 @@ def random_mdp(
     """Draw random transitions, terminations and starts, and rewards unless they are given.
 
     `vocabulary_size` counts the letters and the end token, `length` limits the tokens of an action.
-    `rewards` maps, for each state, texts of actions to rewards; other actions pay 0.
+    `rewards` has one mapping per state from action texts to rewards; other actions have reward 0.
     """
     check_integer("environment.mdp.seed", seed, 0, MAX_SEED)
     check_integer("environment.mdp.num_states", num_states, 1, MAX_STATES)
@@ -95,9 +95,8 @@ class TokenMDPEnv(TextVectorEnv):
     """`num_envs` copies of an MDP whose actions are texts of at most `mdp.length` letters.
 
     Letters beyond `mdp.length` are ignored. A text with any other character is a failure: it
-    receives the lowest reward of the tables and ends the episode. A language model with the
-    vocabulary of the MDP (`model=token_mdp`) cannot write such a text. All draws come from the
-    generator that `reset(seed=...)` seeds.
+    receives the lowest reward of the MDP and ends the episode. A language model with the vocabulary
+    of the MDP (`model=token_mdp`) cannot generate such a text. `reset(seed=...)` seeds all draws.
 
     `time_limit`: number of actions until truncation; observations do not show it.
     """
@@ -113,7 +112,7 @@ class TokenMDPEnv(TextVectorEnv):
         self.actions = {text: action for action, text in enumerate(action_texts(mdp))}
         self.observations = [self.observe(text) for text in state_texts(mdp)]
         self.rewards, self.termination = mdp.rewards.numpy(), mdp.termination.numpy()
-        # a state is drawn by comparing a uniform number with these sums
+        # cumulative sums to draw states by inversion
         self.start, self.following = mdp.start.cumsum(0).numpy(), mdp.transitions.cumsum(-1).numpy()
         self.set_spaces(spaces.Text(mdp.length, min_length=0, charset=self.alphabet))
 
@@ -161,7 +160,7 @@ class TokenMDPEnv(TextVectorEnv):
         return observations, rewards, terminations, truncations, infos
 
     def error(self, action: str) -> str | None:
-        """Return the error text of a text that is no action, else None."""
+        """Return the error text of an invalid action, else None."""
         strange = next((c for c in action if c not in self.alphabet), None)
         return None if strange is None else f"{strange!r} is none of the letters {self.alphabet}"
 

@@ -49,10 +49,10 @@ class ActionValues(NamedTuple):
 class ArCHer(OnPolicyAlgorithm):
     """Train Q(o, a) and V(o) of whole actions; every token gets the advantage Q(o, a) - V(o).
 
-    One network for both: the dueling head's value at the prompt is V(o), its Q of the last token
-    given all tokens before is Q(o, a). Targets use the Polyak average: r + gamma V(o') for Q and
-    Q(o, a) for V (equations 2 and 3 of the paper, on fresh actions instead of its replay buffer).
-    The reward carries the KL penalty -beta log(pi/pi_ref) of the action.
+    One network computes both: V(o) is the value of the dueling head at the prompt, Q(o, a) its Q of
+    the last token. The target critic computes the targets, r + gamma V(o') for Q and Q(o, a) for V
+    (equations 2 and 3 of the paper, without its replay buffer). The reward includes the KL penalty
+    -beta log(pi/pi_ref) of the action.
 
     Raises:
         ConfigError: the critic has no value head.
@@ -97,7 +97,7 @@ class ArCHer(OnPolicyAlgorithm):
     def scores(
         self, critic: Critic, critic_hidden: Tensor, action_ids: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Value of every prefix and advantage of its taken token: [B, L], [B, L]."""
+        """Compute the values of the prefixes and advantages of the taken tokens: [B, L] each."""
 
         def of_hidden(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
             value, advantage = critic.head(hidden)
@@ -127,7 +127,7 @@ class ArCHer(OnPolicyAlgorithm):
         return ActionValues(value[:, 0], (value + advantage).gather(1, last).squeeze(1))
 
     def critic_loss(self, batch: TokenBatch) -> tuple[Tensor, Metrics]:
-        """Mean over actions of the regression losses of Q(o, a) and V(o)."""
+        """Average the regression losses of Q(o, a) and V(o) over actions."""
         assert batch.action_values is not None
         value, q = self.action_values(self.critic, *batch[:4], batch.ref_hidden)
         every = torch.ones_like(q, dtype=torch.bool)
@@ -136,7 +136,7 @@ class ArCHer(OnPolicyAlgorithm):
         return each.mean(), {"train/critic_loss": (each.mean(), len(each))}
 
     def policy_loss(self, batch: TokenBatch) -> tuple[Tensor, Metrics]:
-        """Mean over actions of the clipped surrogate, summed over tokens."""
+        """Sum the clipped surrogate over tokens and average it over actions."""
         s, old = self.settings, batch.old_log_probs
         log_pi, log_mass = self.taken_log_probs(batch)
         surrogate = losses.clipped_surrogate(log_pi, old, batch.advantages, s.clip)
@@ -145,5 +145,5 @@ class ArCHer(OnPolicyAlgorithm):
 
     def token_values(self, *inputs: Tensor) -> TokenValues:
         values = self.prefix_values(*inputs[:4])
-        values[:, 1:] = float("nan")  # the head's other outputs are trained at whole actions only
+        values[:, 1:] = float("nan")  # V is trained at the prompt only
         return TokenValues(values)

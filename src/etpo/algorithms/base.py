@@ -26,14 +26,15 @@ from etpo.sharding import configure_strategy
 
 LENGTH_GROUPS = 2  # parts of a minibatch with similar action lengths, computed separately
 PARAMETER_GROUPS = ("policy", "critic")
-Metrics = dict[str, tuple[Tensor | float, int]]  # mean and the number of samples that it is over
+Metrics = dict[str, tuple[Tensor | float, int]]  # mean and its number of samples
 
 
 class OnPolicyAlgorithm(LightningModule):
     """Train a policy on the actions of the current iteration.
 
     A subclass implements `compute_targets` and `policy_loss`, and `critic_loss` if it has a critic.
-    Loss methods return a scalar loss and its metrics; this class adds up, logs and steps.
+    Loss methods return a scalar loss and its metrics; this class adds the losses, logs the metrics
+    and steps the optimizer.
 
     Args:
         policy: policy and reference.
@@ -62,7 +63,7 @@ class OnPolicyAlgorithm(LightningModule):
         if critic is not None and self.has_target_critic:
             self.target_critic = critics.make_target_network(critic)
         self.settings = self.settings_class() if settings is None else settings
-        # eps 1e-5: with vanishing gradients Adam's step would otherwise stay full-size
+        # eps 1e-5 shrinks Adam's steps when gradients vanish
         self.optimizer = optimizer or functools.partial(AdamW, eps=1e-5, weight_decay=0.0)
         self.scheduler = scheduler
         self.strict_loading = False
@@ -104,19 +105,19 @@ class OnPolicyAlgorithm(LightningModule):
         return first + (last - first) * min(self.current_epoch / iters, 1.0)
 
     def compute_targets(self, rollout: Rollout) -> TokenBatch:
-        """Build the training batch of an iteration, before its first update.
+        """Build the training batch of an iteration and set `iteration_metrics`.
 
-        Sets `iteration_metrics`. The policy still equals the one that sampled `rollout`.
+        Called before the first update, when the policy equals the one that sampled `rollout`.
         """
         raise NotImplementedError
 
     def start_iteration(self, rollout: Rollout) -> tuple[Actions, TokenEvaluation]:
         """Move the actions to the device, snapshot the LM head and evaluate the taken tokens."""
         actions = Actions(*(x.to(self.device) for x in rollout.actions))
-        # a copy of trained parameters only; no submodule, so that checkpoints do not contain it
+        # copies trained parameters only; not a submodule, so checkpoints do not contain it
         object.__setattr__(self, "old_lm_head", critics.copy_sharing_frozen(self.policy.lm_head))
         inputs = [actions.prompt_ids, actions.prompt_mask, actions.action_ids]
-        # in bfloat16 a training forward rounds differently: probability ratios would start at noise
+        # generation and training round differently in bfloat16: recompute, or ratios start at noise
         autocast = torch.is_autocast_enabled(self.device.type)
         if actions.hidden_states.dtype == torch.float32 and not autocast:
             inputs.append(actions.hidden_states)
@@ -155,10 +156,10 @@ class OnPolicyAlgorithm(LightningModule):
         return evaluation.map_rows(function, self.settings.forward_batch_size, *inputs)
 
     def bootstrap_values(self, rollout: Rollout) -> Tensor:
-        """Value of the true next prompt of truncated actions, 0 for the others: [B].
+        """Return the value of the true next prompt of truncated actions, 0 for others: [B].
 
-        Token 0 stands for the taken token, so that `min_p` never cuts it off; where its probability
-        is below `min_p` times the largest one, V changes by less than min_p |Q(0) - V|.
+        Token 0 is a placeholder for the taken token, which `min_p` never masks. If its probability
+        is below the threshold of `min_p`, V changes by less than min_p |Q(0) - V|.
         """
         values = torch.zeros_like(rollout.actions.rewards, device=self.device)
         if len(rollout.bootstrap_ids):
@@ -173,15 +174,15 @@ class OnPolicyAlgorithm(LightningModule):
         check_policy(self, rollout.actions, fresh=self.trainer.global_step == 0)
 
     def policy_loss(self, batch: TokenBatch) -> tuple[Tensor, Metrics]:
-        """Mean policy loss over actions; metrics contain `train/kl_to_old` in nats."""
+        """Return the mean loss over actions, and metrics with `train/kl_to_old` in nats."""
         raise NotImplementedError
 
     def critic_loss(self, batch: TokenBatch) -> tuple[Tensor, Metrics]:
-        """Mean critic loss over actions."""
+        """Return the mean loss over actions and its metrics."""
         return torch.zeros((), device=self.device), {}
 
     def taken_log_probs(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """log pi of the taken tokens and log of the softmax's mass on the support: [B, L] each."""
+        """Compute log pi of the taken tokens and the log mass of the support: [B, L] each."""
         chunk = self.settings.logits_chunk_size
         return evaluation.taken_log_probs(self.policy, self.old_lm_head, batch, chunk)
 
@@ -194,7 +195,7 @@ class OnPolicyAlgorithm(LightningModule):
         log_pi: Tensor,
         log_ref: Tensor,
     ) -> TokenValues:
-        """V and Q as used by the policy loss, at the L prefixes of action_ids [B, L].
+        """Return V and Q of the policy loss at the L prefixes of action_ids [B, L].
 
         Args:
             ref_hidden: [B, L, D], of the reference. log_pi, log_ref: [B, L, V].
@@ -202,7 +203,7 @@ class OnPolicyAlgorithm(LightningModule):
         return TokenValues()
 
     def sampled_advantages(self, batch: TokenBatch) -> Tensor | None:
-        """Factor [B, L] of the taken tokens' probability ratio in the loss, None without one."""
+        """Return the factor [B, L] of the probability ratio in the loss, None if there is none."""
         return batch.advantages
 
     def configure_model(self) -> None:
@@ -248,9 +249,9 @@ class OnPolicyAlgorithm(LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Remove the policy's gradient where the KL of the step exceeds the trust region.
+        """Remove the policy's gradient if the KL of the step exceeds the trust region.
 
-        None, not zero: with a zero gradient Adam's momentum would still move the policy.
+        The gradient becomes None: with zeros Adam's momentum would still move the policy.
         """
         kls, self.step_kls = self.step_kls, []
         if kls and self.settings.max_kl is not None:
@@ -296,9 +297,9 @@ class OnPolicyAlgorithm(LightningModule):
             self.log(name, value, on_step=False, on_epoch=True, sync_dist=True, batch_size=count)
 
     def mean_over_ranks(self, value: Tensor) -> Tensor:
-        """Mean of a scalar over all ranks: [] -> []."""
+        """Average a scalar over all ranks: [] -> []."""
         return torch.as_tensor(self.all_gather(value.float())).mean()
 
     def mean_over_tokens(self, values: Tensor, mask: Tensor) -> Tensor:
-        """Mean of `values` [B, L] where `mask` [B, L] is true, over all ranks: []."""
+        """Average `values` [B, L] where `mask` [B, L] is true, over all ranks: []."""
         return self.mean_over_ranks(values[mask].sum()) / self.mean_over_ranks(mask.sum())

@@ -2,21 +2,20 @@
 
 Differences from the paper, each a setting:
 
-1. Targets are TD(lambda) with the critic as control variate, and lambda is annealed to 1, where
-   they are unbiased for any critic. `lambda_=0` with `lambda_anneal_iters=null` is the paper's
-   one-step update (equations 12, 13), which moves a reward back by one token per iteration.
-2. The critic is a dueling head on a copy of the language model (`critic=full`) or on the frozen
-   one, with (`lora`) or without an adapter (`frozen_trunk`); `lm_copy` is the paper's critic.
-3. The policy objective is doubly robust: the exact term over the vocabulary plus a clipped sampled
-   correction of the critic's error. `doubly_robust=false` is the paper's objective. The critic in
-   the objective was trained on EARLIER iterations only, so that the gradient at pi = pi_old is
-   unbiased for any critic.
+1. Targets are TD(lambda) returns with the critic as control variate. Lambda is annealed to 1, where
+   the returns are unbiased for any critic. `lambda_=0` with `lambda_anneal_iters=null` is the
+   paper's one-step update (equations 12, 13): rewards propagate one token per iteration.
+2. The critic is a dueling head on a copy of the language model (`critic=full`), on the frozen model
+   with an adapter (`lora`) or without (`frozen_trunk`). `lm_copy` is the paper's critic.
+3. The policy objective is doubly robust: the exact term over the vocabulary plus a clipped, sampled
+   correction of the critic's error. Its critic is trained on EARLIER iterations only, which keeps
+   the gradient at pi = pi_old unbiased. `doubly_robust=false` is the paper's objective.
 4. Pessimism: a token with pi_old(w) < `pessimism_threshold` uses min(Q, V). With the default 1 the
-   exact term only lowers probabilities; raising them is left to the sampled correction.
+   exact term only lowers probabilities, and the sampled correction alone raises them.
 5. A trust region on the KL of whole actions (`max_kl`, nats) and a proximal term (`eta`).
 6. The whole policy objective is divided by the root mean square of the advantages
    (`normalize_by_advantage_rms`).
-7. Tokens are summed and actions weighted by gamma^t: the exact gradient of the regularized return.
+7. The loss sums over tokens and weights actions by gamma^t, as the regularized return does.
 """
 
 from dataclasses import dataclass
@@ -165,7 +164,7 @@ class ETPO(OnPolicyAlgorithm):
     def old_distributions(
         self, ids: Tensor, old_hidden: Tensor, ref_hidden: Tensor, critic_hidden: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """log pi_old, log pi_ref and the target critic's Q after pessimism: [..., V] each.
+        """Compute log pi_old, log pi_ref and the pessimistic Q of the target critic: [..., V] each.
 
         Args:
             ids: taken tokens, [...].
@@ -176,7 +175,7 @@ class ETPO(OnPolicyAlgorithm):
         return log_old, log_ref, self.pessimistic_q(critic_hidden, log_old)
 
     def pessimistic_q(self, critic_hidden: Tensor, log_old: Tensor) -> Tensor:
-        """Q [..., V] of the target critic after pessimism."""
+        """Compute the pessimistic Q [..., V] of the target critic."""
         value, scores = self.target_critic.head(critic_hidden)
         if value is None:  # the critic's output is Q
             value, q = returns.expectation(log_old, scores), scores
@@ -185,7 +184,7 @@ class ETPO(OnPolicyAlgorithm):
         return losses.pessimistic_q(q, value, log_old, self.settings.pessimism_threshold)
 
     def critic_loss(self, batch: TokenBatch) -> tuple[Tensor, Metrics]:
-        """Mean over action tokens of the regression loss of Q at the taken tokens."""
+        """Average the regression loss of Q(x, w) over the taken tokens."""
         s = self.settings
 
         def token_losses(
@@ -213,7 +212,7 @@ class ETPO(OnPolicyAlgorithm):
         return loss, {"train/critic_loss": (loss, len(batch.weights))}
 
     def policy_loss(self, batch: TokenBatch) -> tuple[Tensor, Metrics]:
-        """Mean over actions of the policy objective, summed over tokens."""
+        """Sum the policy objective over tokens and average it over actions."""
         s, mask = self.settings, batch.action_mask
         assert batch.critic_hidden is not None
 

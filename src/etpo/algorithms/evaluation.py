@@ -1,4 +1,4 @@
-"""Quantities of the taken tokens, computed from hidden states `chunk` tokens at a time."""
+"""Evaluation of the taken tokens from hidden states, `chunk` tokens at a time."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ class TokenEvaluation(NamedTuple):
 class TokenValues(NamedTuple):
     """Critic outputs at prefixes; None where the algorithm has no such output."""
 
-    value: Tensor | None = None  # float32 [B, L], NaN at prefixes that the critic is not trained at
+    value: Tensor | None = None  # float32 [B, L], NaN at untrained prefixes
     q: Tensor | None = None  # float32 [B, L, V]
 
 
@@ -41,11 +41,11 @@ def evaluate_tokens(
     old_hidden: Tensor | None,
     chunk: int,
 ) -> TokenEvaluation:
-    """Evaluate policy and reference at the L taken tokens of action_ids [B, L]; values are 0.
+    """Evaluate policy and reference at the L taken tokens of action_ids [B, L]; `value` is 0.
 
     Args:
-        old_hidden: [B, L, D], hidden states of the policy, None where they must be computed.
-        chunk: number of tokens whose logits are held at once.
+        old_hidden: [B, L, D], hidden states of the policy; None computes them.
+        chunk: number of tokens whose logits are in memory at once.
     """
     inputs = prompt_ids, prompt_mask, action_ids
     if old_hidden is None:
@@ -68,10 +68,10 @@ def evaluate_tokens(
 def taken_log_probs(
     policy: LanguageModelPolicy, old_lm_head: nn.Module | None, batch: TokenBatch, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """log pi of the taken tokens and log of the softmax's mass on the support of pi, with gradient.
+    """Compute log pi of the taken tokens and the log mass of the support, with gradient.
 
     Returns:
-        [B, L] each, 0 on padding. The support of pi is the support of pi_old.
+        [B, L] each, 0 on padding. The mass is the softmax's on the support of pi_old.
     """
 
     def of_hidden(hidden: Tensor, ids: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:

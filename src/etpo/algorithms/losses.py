@@ -24,10 +24,10 @@ def policy_objective(
     """L(x) = sum_w pi(w) [beta log(pi/pi_ref) + eta log(pi/pi_old) - Q(x, w)]: [..., V] -> [...].
 
     Exact over the vocabulary: no sampling, no importance ratio. Only `log_pi`, which must be
-    normalized, gets a gradient: E_pi[f grad log pi] with f the bracket, held constant because
-    E_pi[grad f] = 0. The gradient is exactly 0, without rounding noise, at Q = 0 and pi = pi_ref.
-    eta = 0 is the paper's objective (-V(x) in value) and `log_old` may be None; eta > 0 adds the
-    proximal term eta KL(pi || pi_old). The optimum for a given Q is
+    normalized, gets a gradient, E_pi[f grad log pi]: the bracket f is constant because
+    E_pi[grad f] = 0. At Q = 0 and pi = pi_ref it is exactly 0, without rounding noise. With eta = 0
+    the value is the paper's objective -V(x) and `log_old` may be None; eta > 0 adds the proximal
+    term eta KL(pi || pi_old). The optimum for a given Q is
     pi_ref^{beta/(beta+eta)} pi_old^{eta/(beta+eta)} exp(Q/(beta+eta)) / Z. ETPO, arXiv 2402.06700.
 
     Raises:
@@ -78,16 +78,16 @@ def doubly_robust_objective(
 ) -> Tensor:
     """Add the sampled correction of the critic's error to `policy_objective`: -> [...].
 
-    The exact term is a control variate of the sampled one, so the SAME Q must be in both, also a
-    pessimistic one. At pi = pi_old and lambda = 1 the gradient is unbiased for every critic that
+    The exact term is a control variate of the sampled term: both must use the SAME, possibly
+    pessimistic, Q. At pi = pi_old and lambda = 1 the gradient is unbiased for every critic that
     does not depend on the batch. Related: Q-Prop, arXiv 1611.02247; interpolated policy gradients,
     arXiv 1706.00387.
 
     Args:
         log_pi, log_ref, log_old, q: [..., V].
         taken: int64 [...], the sampled tokens.
-        advantages: [...], lambda-returns G less Q(x, w_taken), and less a baseline that does not
-            depend on them.
+        advantages: [...], G - Q(x, w_taken) - b with lambda-returns G and an independent baseline
+            b.
         clip: limit of the correction's probability ratio, as in `clipped_surrogate`.
     """
     correction = clipped_surrogate(
@@ -99,10 +99,10 @@ def doubly_robust_objective(
 def pessimistic_q(q: Tensor, value: Tensor, log_old: Tensor, threshold: float) -> Tensor:
     """min(Q, V(x)) for tokens with pi_old(w) < threshold: [..., V], [...], [..., V] -> [..., V].
 
-    At a token that was hardly ever sampled Q is an extrapolation: with min(Q, V) it can look worse
-    than average, but never better. threshold in [0, 1]; 0 keeps Q. The objective stays unbiased if
-    the exact term and the correction use this Q; soft values in a lambda-return must use it too.
-    `value` is E_pi_old[Q], without the KL. Compare the threshold of BCQ (arXiv 1812.02900).
+    Q of a rarely sampled token is an extrapolation: min(Q, V) can rate it below the average, but
+    never above. threshold in [0, 1]; 0 keeps Q. The objective stays unbiased if the exact term, the
+    correction and the soft values of the lambda-returns use this Q. `value` is E_pi_old[Q], without
+    the KL. Similar to the threshold of BCQ (arXiv 1812.02900).
     """
     return torch.where(log_old.exp() < threshold, torch.minimum(q, value.unsqueeze(-1)), q)
 
@@ -124,7 +124,7 @@ def dueling_q(value: Tensor, advantage: Tensor, log_pi: Tensor) -> Tensor:
 def critic_loss(
     predictions: Tensor, targets: Tensor, mask: Tensor, kind: str, huber_delta: float = 1.0
 ) -> Tensor:
-    """Regression loss per token, 0 where `mask` is false; all [...]. Targets get no gradient.
+    """Compute the loss per token, 0 where `mask` is false; all [...]. Targets get no gradient.
 
     Args:
         kind: "huber" (quadratic up to an error of `huber_delta`, linear beyond) or "mse" (half the
@@ -154,16 +154,16 @@ def k3(log_pi: Tensor, log_ref: Tensor) -> Tensor:
 
 
 def action_weights(gamma: float, step: Tensor) -> Tensor:
-    """gamma^t of the action number t in its episode: [B] -> [B], float (default dtype for ints)."""
+    """Return gamma^t for action t of an episode: [B] -> [B], float (default dtype for ints)."""
     return float(gamma) ** step
 
 
 def inverse_rms(mean_square: Tensor, least: float = 1e-2) -> Tensor:
-    """1 / rms of the advantages from their mean square: [] -> [], at most 1 / `least`.
+    """Return 1 / rms of the advantages from their mean square: [] -> [], at most 1 / `least`.
 
-    A factor of the WHOLE policy objective keeps the direction of an iteration's gradient; dividing
-    the advantages alone would not. Without it an iteration with a failed action moves the policy
-    far more than one whose rewards differ little, because Adam and the norm limit remember the
-    larger gradients.
+    Scaling the WHOLE policy objective keeps the direction of an iteration's gradient; scaling the
+    advantages alone does not. Without it an iteration with a failed action moves the policy far
+    more than one with similar rewards, because Adam's moments and the norm limit favour the larger
+    gradients.
     """
     return 1 / mean_square.sqrt().clamp(min=least)

@@ -1,8 +1,8 @@
 """Methods without weight updates: zero-shot sampling and Reflexion.
 
-They sample, score and log like the trained algorithms. They differ in what the prompts show, which
-`conf/algorithm` sets in the environment. docs/algorithms/reflexion.md lists the differences from
-the paper (arXiv 2303.11366).
+They sample, score and log like the trained algorithms. They differ from each other in the prompts,
+which `conf/algorithm` configures. docs/algorithms/reflexion.md lists the differences from the
+paper (arXiv 2303.11366).
 """
 
 import warnings
@@ -28,7 +28,7 @@ class NoUpdateSettings(BatchSettings):
 
 
 class NoUpdate(LightningModule):
-    """A pretrained model that acts and is never updated; trained without an optimizer.
+    """Run a pretrained model without an optimizer and without updates.
 
     Args:
         policy: policy and reference.
@@ -70,9 +70,9 @@ class NoUpdate(LightningModule):
 
     @torch.no_grad()
     def kl_to_reference(self, actions: Actions) -> float:
-        """Mean KL(pi || pi_ref) of an action in nats, 0 without `min_p`.
+        """Compute the mean KL(pi || pi_ref) of an action in nats, 0 without `min_p`.
 
-        pi is pi_ref on its support, divided by the mass of the support: KL = -log(mass).
+        pi is pi_ref renormalized over its support: KL = -log(mass of the support).
         """
         if self.policy.min_p == 0:
             return 0.0
@@ -92,7 +92,7 @@ class NoUpdate(LightningModule):
         return total / len(actions.rewards)
 
     def training_step(self, batch: Actions, batch_idx: int) -> Tensor:
-        """Log the metrics; the loss is 0. With None several processes would not run."""
+        """Log the metrics and return a zero loss; DDP does not accept None."""
         if batch_idx == 0:
             self.log_dict(
                 self.iteration_metrics, on_step=False, on_epoch=True, sync_dist=True, batch_size=1

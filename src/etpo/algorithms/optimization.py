@@ -53,8 +53,8 @@ def trained_state(module: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
 def apply_configured_options(trainer: Trainer, configured: Any) -> None:
     """Replace the restored options of optimizer and scheduler by the configured ones.
 
-    The scheduler repeats the steps of the past iterations, which gives the same learning rates to
-    the last bit where nothing has changed.
+    The scheduler repeats the steps of the past iterations. With an unchanged configuration the
+    learning rates are equal bit for bit.
 
     Args:
         configured: output of a fresh `configure_optimizers`.

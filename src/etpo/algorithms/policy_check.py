@@ -1,4 +1,4 @@
-"""Check of the first rollout: generation, training and reference compute the same policy."""
+"""Check that generation, training and reference compute the same policy."""
 
 from typing import Any
 
@@ -23,11 +23,11 @@ FLOOR, RESOLUTIONS = 0.01, 4.0
 def check_policy(module: Any, actions: Actions, *, fresh: bool) -> None:
     """Raise ConfigError, on all ranks, if log-probabilities of the taken tokens differ.
 
-    Compares the hidden states recorded during generation with a training step's forward, for at
-    most `forward_batch_size` actions.
+    Compares the hidden states recorded during generation with a training forward of at most
+    `forward_batch_size` actions.
 
     Args:
-        fresh: nothing was trained yet; compares with the reference too.
+        fresh: also compare with the reference, before the first update.
     """
     policy: LanguageModelPolicy = module.policy
     chunk: int = module.settings.logits_chunk_size
@@ -68,7 +68,7 @@ def check_policy(module: Any, actions: Actions, *, fresh: bool) -> None:
 
 
 def rounding(policy: LanguageModelPolicy, inputs: tuple[Tensor, ...]) -> Tensor:
-    """Mean |difference| of logits, [], that rounding explains."""
+    """Return the largest mean |difference| of logits, [], that rounding can cause."""
     kind = policy.device.type
     dtypes = {p.dtype for p in policy.model.parameters() if p.is_floating_point()}
     if torch.is_autocast_enabled(kind):

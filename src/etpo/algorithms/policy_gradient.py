@@ -1,4 +1,4 @@
-"""Steps that PPO, REINFORCE and ArCHer share: batch, metrics and surrogate loss."""
+"""Training batch, metrics and surrogate loss of PPO, REINFORCE and ArCHer."""
 
 from torch import Tensor
 
@@ -23,7 +23,7 @@ def policy_gradient_batch(
 
     Args:
         advantages, returns: [B, L] or, for whole actions, [B, 1].
-        trained_prefixes: bool [B, L], prefixes that the critic is trained at; None without one.
+        trained_prefixes: bool [B, L], prefixes that train the critic; None without a critic.
     """
     mask = actions.action_mask
     advantages, returns = (x.expand_as(old.value) for x in (advantages, returns))
@@ -51,9 +51,9 @@ def policy_gradient_batch(
 
 
 def standardized(module: OnPolicyAlgorithm, values: Tensor, mask: Tensor) -> Tensor:
-    """(x - mean) / (deviation + 1e-4) over the mask and all ranks: [B, L], bool [B, L] -> [B, L].
+    """Return (x - mean) / (deviation + 1e-4) over mask and ranks: [B, L], bool [B, L] -> [B, L].
 
-    With a smaller term the rounding errors of equal values would become advantages of 1.
+    A smaller epsilon would scale the rounding errors of equal values to advantages of 1.
     """
     mean = module.mean_over_tokens(values, mask)
     square = module.mean_over_tokens(values.square(), mask)
@@ -69,7 +69,7 @@ def surrogate_loss(
     clipped: Tensor,
     truncation_kl_coef: float,
 ) -> tuple[Tensor, Metrics]:
-    """Mean over actions of the surrogate with the truncation penalty, and its metrics.
+    """Average surrogate and truncation penalty over actions; return the loss and its metrics.
 
     Args:
         log_pi, log_mass: [B, L], outputs of `taken_log_probs`.

@@ -30,9 +30,9 @@ class PPOSettings(PolicyGradientSettings):
 
     Args:
         lambda_: lambda of the generalized advantages.
-        unit: step of the MDP: token, or action, with one value and one ratio per action.
+        unit: step of the MDP, token or action; a step has one value and one ratio.
         token_discount: discount between the tokens of an action. 1: POAD (arXiv 2405.15821); gamma:
-            its naive variant NTPO, which has another optimum.
+            the naive variant NTPO, which changes the optimum.
     """
 
     lambda_: float = bounded(0.95, 0, 1)
@@ -43,8 +43,8 @@ class PPOSettings(PolicyGradientSettings):
 class PPO(OnPolicyAlgorithm):
     """PPO (arXiv 1707.06347) with a scalar critic of prefixes.
 
-    The reward of each step carries -beta log(pi/pi_ref) (arXiv 2203.02155). POAD differs from its
-    paper: the KL to the reference replaces the entropy bonus.
+    The reward of each step includes -beta log(pi/pi_ref) (arXiv 2203.02155). Unlike in the paper,
+    POAD has this KL penalty instead of an entropy bonus.
     """
 
     settings_class = PPOSettings
@@ -52,7 +52,7 @@ class PPO(OnPolicyAlgorithm):
 
     @property
     def over_actions(self) -> bool:
-        """Whether a step is a whole action."""
+        """True if a step is a whole action."""
         return bool(self.settings.unit == "action")
 
     @torch.no_grad()
@@ -82,12 +82,12 @@ class PPO(OnPolicyAlgorithm):
         return policy_gradient_batch(self, rollout, actions, old, advantages, targets, trained)
 
     def trained_prefixes(self, action_mask: Tensor) -> Tensor:
-        """Mask [B, L] of the prefixes that the critic is trained at."""
+        """Return the mask [B, L] of the prefixes on which the critic is trained."""
         first = torch.arange(action_mask.shape[1], device=self.device) == 0
         return action_mask & first if self.over_actions else action_mask
 
     def critic_loss(self, batch: TokenBatch) -> tuple[Tensor, Metrics]:
-        """Mean Huber loss of the values over the steps."""
+        """Average the Huber loss of the values over the steps."""
         values = self.prefix_values(*batch[:3], batch.ref_hidden)
         mask = self.trained_prefixes(batch.action_mask)
         steps_per_action = 1.0 if self.over_actions else self.mean_length
@@ -96,7 +96,7 @@ class PPO(OnPolicyAlgorithm):
         return loss, {"train/critic_loss": (loss, len(each))}
 
     def policy_loss(self, batch: TokenBatch) -> tuple[Tensor, Metrics]:
-        """Mean over actions of the clipped surrogate, summed over the steps."""
+        """Sum the clipped surrogate over steps and average it over actions."""
         clip, advantages = self.settings.clip, batch.advantages
         log_pi, log_mass = self.taken_log_probs(batch)
         new, old = log_pi, batch.old_log_probs

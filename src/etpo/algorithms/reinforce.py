@@ -18,10 +18,9 @@ class ReinforceSettings(PolicyGradientSettings):
     """Settings of `Reinforce` in addition to `PolicyGradientSettings`.
 
     Args:
-        baseline: of the returns. iteration: mean of the iteration (Williams, 1992).
-            leave_one_out: mean of the other actions on the same prompt, RLOO (arXiv 2402.14740).
-            group: returns standardized over the actions on the same prompt, GRPO (arXiv
-            2402.03300).
+        baseline: iteration: mean return of the iteration (Williams, 1992).
+            leave_one_out: mean of the prompt's other actions, RLOO (arXiv 2402.14740).
+            group: standardize over the prompt's actions, GRPO (arXiv 2402.03300).
         kl_in_loss: add beta KL(pi || pi_ref) to the loss (`k3` estimate) instead of subtracting
             beta log(pi/pi_ref) from the reward.
         average_tokens: divide the loss of an action by its number of tokens.
@@ -34,9 +33,9 @@ class ReinforceSettings(PolicyGradientSettings):
 
 
 class Reinforce(OnPolicyAlgorithm):
-    """Give every token of an action the action's discounted return less a baseline.
+    """Use the action's discounted return minus a baseline as the advantage of each token.
 
-    The return runs to the end of the episode, or to its cut, without a bootstrap.
+    Returns end with the episode or at its truncation, without bootstrapping.
     """
 
     settings_class = ReinforceSettings
@@ -61,7 +60,7 @@ class Reinforce(OnPolicyAlgorithm):
         return policy_gradient_batch(self, rollout, actions, old, advantages, action_returns)
 
     def subtract_baseline(self, action_returns: Tensor, group: Tensor) -> Tensor:
-        """Advantages [B] from returns [B] and the group number of every action [B]."""
+        """Return advantages [B] from returns [B] and the prompt group of every action [B]."""
         if self.settings.baseline == "leave_one_out":
             return action_returns - returns.group_mean_of_others(action_returns, group)
         if self.settings.baseline == "group":
@@ -69,7 +68,7 @@ class Reinforce(OnPolicyAlgorithm):
         return action_returns - self.mean_over_ranks(action_returns.mean())
 
     def policy_loss(self, batch: TokenBatch) -> tuple[Tensor, Metrics]:
-        """Mean over actions of the clipped surrogate of the tokens."""
+        """Reduce the clipped surrogate over tokens and average it over actions."""
         s, mask = self.settings, batch.action_mask
         log_pi, log_mass = self.taken_log_probs(batch)
         old = batch.old_log_probs

@@ -1,10 +1,10 @@
 """Soft values, returns and advantages of the token-level MDP as pure functions.
 
-State x is a prefix (observation and the tokens so far), action w a token of the vocabulary V. The
-discount is 1 inside an action and gamma between actions: the token-level recursion then has exactly
-the action-level optimum (ETPO, arXiv 2402.06700). Shapes: [..., V] over the vocabulary; [N, K] one
-row per environment with its steps (tokens or whole actions) in time order; [B] one number per
-action. Every function keeps the dtype of its inputs.
+State x is a prefix (observation and previous tokens), action w a token of the vocabulary V. With
+discount 1 inside an action and gamma between actions, the token-level recursion has exactly the
+action-level optimum (ETPO, arXiv 2402.06700). Shapes: [..., V] over the vocabulary; [N, K] steps
+(tokens or actions) in time order, one row per environment; [B] one number per action. Every
+function keeps the dtype of its inputs.
 """
 
 import torch
@@ -19,7 +19,7 @@ def gather_tokens(values: Tensor, token_ids: Tensor) -> Tensor:
 def expectation(log_p: Tensor, values: Tensor) -> Tensor:
     """sum_w p(w) values(w): [..., V], [..., V] -> [...].
 
-    Tokens with p(w) = 0 (masked ids, log_p = -inf) count 0 for any value, NaN included.
+    Tokens with p(w) = 0 (masked ids, log_p = -inf) contribute 0, even if their value is NaN.
     """
     p = log_p.exp()
     return (p * torch.where(p > 0, values, torch.zeros_like(values))).sum(-1)
@@ -28,13 +28,13 @@ def expectation(log_p: Tensor, values: Tensor) -> Tensor:
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) in nats, exact over the vocabulary: [..., V], [..., V] -> [...].
 
-    p(w) = 0 counts 0; p(w) > 0 where q(w) = 0 gives +inf.
+    Tokens with p(w) = 0 contribute 0; p(w) > 0 and q(w) = 0 give +inf.
     """
     return expectation(log_p, log_p - log_q)
 
 
 def entropy(log_p: Tensor) -> Tensor:
-    """H(p) in nats, from 0 to log V: [..., V] -> [...]; p(w) = 0 counts 0."""
+    """H(p) in nats, from 0 to log V: [..., V] -> [...]; p(w) = 0 contributes 0."""
     return -expectation(log_p, log_p)
 
 
@@ -57,20 +57,20 @@ def lambda_returns(
     """Compute soft TD(lambda) targets with Q as control variate; all [N, K].
 
     Inside an action R_k = 0 and g_k = 1; at its last token R_k is the action's reward and
-    g_k = gamma (1 - terminated). V_{k+1} is the soft value of the next prefix, after a truncation
-    of the true next observation. Padding has rewards and discounts 0.
+    g_k = gamma (1 - terminated). V_{k+1} is the soft value of the next prefix; at a truncation, of
+    the true next observation. Padding has rewards and discounts 0.
 
-    At lambda = 1 and on-policy the return is unbiased for Q^pi with any critic, provided that V and
-    Q come from the same one. Q^pi is a fixed point for every lambda and every behaviour policy, but
-    far off-policy the update need not contract. lambda = 0 is the paper's one-step update (equation
-    12). Soft form of Q(lambda) with off-policy corrections (Harutyunyan et al., arXiv 1602.04951).
+    On-policy with lambda = 1 the return is unbiased for Q^pi with any critic, if V and Q come from
+    the same critic. Q^pi is a fixed point for every lambda and every behaviour policy, but the
+    update may not contract far off-policy. lambda = 0 is the paper's one-step update (equation 12).
+    Soft form of Q(lambda) with off-policy corrections (Harutyunyan et al., arXiv 1602.04951).
 
     Args:
         rewards, discounts, next_values: R_k, g_k and V_{k+1}.
-        next_q_taken: Q(x_{k+1}, w_{k+1}); not read where `continues` is false.
+        next_q_taken: Q(x_{k+1}, w_{k+1}); ignored if `continues` is false.
         lambda_: in [0, 1].
-        continues: bool, step k + 1 is in the data and in the same episode; elsewhere the return
-            bootstraps with V_{k+1}.
+        continues: bool, true if the data contain step k + 1 of the same episode; otherwise the
+            return bootstraps with V_{k+1}.
     """
     after = torch.zeros_like(rewards[:, 0])  # G_{k+1}
     returns = torch.empty_like(rewards)
@@ -117,20 +117,20 @@ def discounted_returns(rewards: Tensor, discounts: Tensor, continues: Tensor) ->
 def kl_penalized_rewards(
     rewards: Tensor, log_pi: Tensor, log_ref: Tensor, beta: float, valid: Tensor
 ) -> Tensor:
-    """R - beta (log pi - log pi_ref) of the taken steps, 0 where not `valid`; all [..., K].
+    """R - beta (log pi - log pi_ref) of the taken steps, 0 if not `valid`; all [..., K].
 
-    KL penalty in the reward (Ouyang et al., arXiv 2203.02155, equation 2). Its mean over pi is
-    beta KL(pi || pi_ref).
+    KL penalty in the reward (Ouyang et al., arXiv 2203.02155, equation 2), with mean
+    beta KL(pi || pi_ref) under pi.
     """
     return torch.where(valid, rewards - beta * (log_pi - log_ref), torch.zeros_like(rewards))
 
 
 def leave_one_out_baseline(errors: Tensor, valid: Tensor) -> Tensor:
-    """Mean error over the valid steps of all OTHER rows: [N, K], bool [N, K] -> [N].
+    """Average the errors over the valid steps of all OTHER rows: [N, K], bool [N, K] -> [N].
 
-    Rows are independent (one environment each): subtracting row n's baseline from its own errors
-    G - Q shifts Q(x, .) by a number that does not depend on its actions, so that the doubly robust
-    gradient stays unbiased. 0 where no other row has a step. REINFORCE leave-one-out (Kool et al.,
+    0 if no other row has a valid step. Rows are independent (one environment each), so the baseline
+    of row n does not depend on its actions. Subtracting it from the errors G - Q shifts Q(x, .) by
+    a constant and keeps the doubly robust gradient unbiased. REINFORCE leave-one-out (Kool et al.,
     2019), applied to the critic's errors.
     """
     errors = torch.where(valid, errors, torch.zeros_like(errors)).sum(1)
@@ -140,9 +140,9 @@ def leave_one_out_baseline(errors: Tensor, valid: Tensor) -> Tensor:
 
 
 def group_mean_of_others(returns: Tensor, group: Tensor) -> Tensor:
-    """Mean return of the other actions of the same group; [B], int64 [B] -> [B].
+    """Average the returns of the other actions of each group; [B], int64 [B] -> [B].
 
-    A group of one gets its own return, hence advantage 0. Leave-one-out baseline of RLOO (Ahmadian
+    A group of one keeps its return, so its advantage is 0. Leave-one-out baseline of RLOO (Ahmadian
     et al., arXiv 2402.14740).
     """
     same = (group[:, None] == group[None, :]).to(returns.dtype)
@@ -152,7 +152,7 @@ def group_mean_of_others(returns: Tensor, group: Tensor) -> Tensor:
 
 
 def group_standardized(returns: Tensor, group: Tensor, epsilon: float = 1e-4) -> Tensor:
-    """(R - mean) / (deviation + epsilon) within each group; [B], int64 [B] -> [B].
+    """Return (R - mean) / (deviation + epsilon) within each group; [B], int64 [B] -> [B].
 
     Sample deviation (n - 1), 0 for a group of one, as in GRPO (arXiv 2402.03300).
     """
@@ -164,9 +164,9 @@ def group_standardized(returns: Tensor, group: Tensor, epsilon: float = 1e-4) ->
 
 
 def prompt_groups(prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
-    """Group number of every action: [B, P], bool [B, P] -> int64 [B].
+    """Return the group number of every action: [B, P], bool [B, P] -> int64 [B].
 
-    Actions on equal prompts form a group. All actions whose prompt is unique form one group.
+    Actions with equal prompts form a group. All actions with a unique prompt form one group.
     """
     both = torch.cat([torch.where(prompt_mask, prompt_ids, -1), prompt_mask.long()], dim=1)
     _, group, counts = torch.unique(both, dim=0, return_inverse=True, return_counts=True)

@@ -9,7 +9,7 @@ from etpo.errors import ConfigError, check_integer, check_range
 def bounded(
     default: Any, low: float = 0, high: float = float("inf"), *, above: bool = False
 ) -> Any:
-    """Return a numeric dataclass field with a default and a range; `above`: excludes `low`."""
+    """Return a numeric dataclass field with a default and a range; `above` excludes `low`."""
     return field(default=default, metadata={"low": low, "high": high, "above": above})
 
 
@@ -20,11 +20,11 @@ def one_of(default: str, *others: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSettings:
-    """Sizes of forward passes, which affect memory and time only.
+    """Sizes of forward passes; they affect memory and time only.
 
     Args:
         forward_batch_size: number of actions per forward when targets are computed.
-        logits_chunk_size: number of tokens whose logits are held at once.
+        logits_chunk_size: number of tokens whose logits are in memory at once.
 
     Raises:
         ConfigError: a value is out of range.
@@ -47,10 +47,10 @@ class Settings(BatchSettings):
         beta: KL coefficient to the reference, >= 0, per nat, in the first iteration.
         beta_final_factor: `beta` is annealed linearly to this multiple of itself.
         beta_anneal_iters: number of iterations of the annealing.
-        truncation_kl_coef: weight of KL(pi || softmax), where pi is the softmax truncated by
-            `min_p`; pulls the softmax away from tokens that were cut off.
-        max_kl: mean KL(pi_old || pi) of an action, in nats, that ends the policy's updates of an
-            iteration. None: no limit.
+        truncation_kl_coef: coefficient of KL(pi || softmax), where pi is the softmax truncated by
+            `min_p`. Lowers the softmax probability of truncated tokens.
+        max_kl: limit of the mean KL(pi_old || pi) of an action, in nats; beyond it the policy is
+            not updated in the rest of the iteration. None: no limit.
         policy_lr, critic_lr: learning rates of the first iteration.
         max_grad_norm: limit of the gradient norm, of policy and critic separately.
     """

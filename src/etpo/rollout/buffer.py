@@ -16,9 +16,9 @@ def select_rows(batch: Any, rows: Tensor) -> Any:
 
 
 def split_by_length(batch: TokenBatch, parts: int) -> list[TokenBatch]:
-    """Split actions into at most `parts` of similar length and drop padding that all share.
+    """Split actions by length into at most `parts` batches and drop the common padding.
 
-    Parts differ in size where the number of actions is not divisible by `parts`.
+    Sizes differ if the number of actions is not divisible by `parts`.
     """
     order = batch.action_mask.sum(1).argsort(stable=True)
     split = []
@@ -39,8 +39,8 @@ class OnPolicyBuffer(IterableDataset[Any]):
     """Refill on every iteration over the dataset, then yield `epochs` passes of minibatches.
 
     Args:
-        fill: returns (batch, generator): a NamedTuple of tensors whose first dimension is the
-            action, and the generator that shuffles it.
+        fill: returns a batch, a NamedTuple of tensors with one row per action, and the generator
+            that shuffles it.
     """
 
     def __init__(

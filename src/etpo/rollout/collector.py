@@ -57,7 +57,7 @@ class EnvGroup:
     def record_step(
         self, policy: LanguageModelPolicy, answer: validation.StepResult, last: bool
     ) -> None:
-        """Store the outcome of the actions; `last`: truncate episodes that are open."""
+        """Store the outcome of the actions; `last` truncates running episodes."""
         terminated = torch.tensor(answer.terminated)
         truncated = ~terminated if last else torch.tensor(answer.truncated) & ~terminated
         following = []
@@ -82,7 +82,7 @@ class EnvGroup:
     def to_records(
         self, policy: LanguageModelPolicy, answer: validation.StepResult
     ) -> list[Record]:
-        """Return the actions in readable form."""
+        """Convert the actions to readable records."""
         return [
             Record(
                 int(env),
@@ -108,13 +108,13 @@ def collect(
     pipeline_groups: int = 1,
     on_progress: OnProgress | None = None,
 ) -> Rollout:
-    """Take `rounds` actions in every environment, from fresh episodes.
+    """Reset the environments and take `rounds` actions in each of them.
 
-    Episodes that are open after the last round are truncated; their true next prompts are kept for
+    Episodes still running after the last round are truncated. Their next prompts are kept for
     bootstrapping.
 
     Args:
-        generator: source of the sampled tokens; None decodes greedily.
+        generator: random generator of the sampled tokens; None decodes greedily.
         pipeline_groups: number of groups of environments; `step_part` of one group runs in a thread
             while the next group generates.
         on_progress: called with ("rollout", rounds done, rounds).

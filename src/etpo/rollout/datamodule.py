@@ -20,16 +20,16 @@ OnTargetsComputed = Callable[[Rollout, Any], None]
 
 
 def derived_seed(*keys: int) -> int:
-    """Derive a 63-bit seed from `keys` (>= 0) alone."""
+    """Derive a 63-bit seed from `keys` (>= 0)."""
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
 
 
 class RolloutDataModule(LightningDataModule):
     """Collect fresh actions from the current policy and serve them as minibatches.
 
-    The random numbers of iteration i depend on (seed, i, rank) only: a resumed run draws the same
-    ones. `on_targets_computed(rollout, batch)`, if set, is called in every iteration with the
-    rollout and the output of `compute_targets`, in the rollout's order, before the first update.
+    Random numbers of iteration i depend only on (seed, i, rank), so a resumed run draws the same
+    numbers. If set, `on_targets_computed(rollout, batch)` is called once per iteration before the
+    first update; `batch` is the output of `compute_targets`, in the order of the rollout.
 
     Args:
         environment: `num_envs` copies of the task, per rank.
@@ -39,7 +39,7 @@ class RolloutDataModule(LightningDataModule):
         update_epochs: passes over the actions of an iteration.
         max_new_tokens: length limit of an action.
         num_envs: number of environments per rank; None takes it from `environment`.
-        seed: of the actions, the minibatches and the environment.
+        seed: seed of sampling, minibatches and environment.
         pipeline_groups: number of groups of environments; the actions of one group are scored while
             the next group generates. More than 1 needs `environment.step_part`.
 
@@ -75,7 +75,7 @@ class RolloutDataModule(LightningDataModule):
         self.check_sizes(world_size=1)
 
     def check_sizes(self, world_size: int) -> None:
-        """Raise ConfigError where the sizes do not fit together on `world_size` ranks."""
+        """Raise ConfigError if the sizes do not fit together on `world_size` ranks."""
         sizes = ("num_envs", "minibatch_size", "update_epochs", "max_new_tokens")
         for key in ("actions_per_iteration", *sizes):
             check_integer(f"rollout.{key}", getattr(self, key), 1)
@@ -124,7 +124,7 @@ class RolloutDataModule(LightningDataModule):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the environment's state for a checkpoint, of rank zero where there are several."""
+        """Return the environment's state; a checkpoint holds the state of rank zero."""
         return self.environment.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -139,7 +139,7 @@ class RolloutDataModule(LightningDataModule):
 
     @property
     def algorithm(self) -> Any:
-        """The module in training: has a `policy` and `compute_targets`."""
+        """The trained module, with `policy` and `compute_targets`."""
         return self.attached_trainer.lightning_module
 
     @property

@@ -1,10 +1,10 @@
-"""Numbers of one iteration's rollout; docs/metrics.md is their glossary."""
+"""Metrics of a rollout; docs/metrics.md is the glossary."""
 
 from etpo.rollout.types import Rollout
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    """Means over the actions of this rank; seconds and tokens per second of this rank."""
+    """Compute means over the actions, and times, of this rank."""
     records = rollout.records
     first = [r.reward for r in records if r.attempt == 1]
     episodes = sum(r.attempt == 1 for r in records)

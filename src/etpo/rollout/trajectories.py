@@ -1,4 +1,4 @@
-"""Conversion between rows of actions [B, L] and one trajectory per environment [N, K]."""
+"""Conversion between a batch of actions [B, L] and one trajectory per environment [N, K]."""
 
 from typing import NamedTuple
 
@@ -25,8 +25,8 @@ class Steps(NamedTuple):
     """Trajectories of steps, [N, K] each; a step is a token or a whole action.
 
     rewards: reward of the action at its last token, 0 elsewhere. discounts: factor of the next
-    value, 0 after a termination. ends: the episode ends or is cut here. continues: the next step
-    belongs to the same episode.
+    value, 0 after a termination. ends: true at a termination or truncation. continues: true if the
+    next step belongs to the same episode.
     """
 
     layout: TrajectoryLayout
@@ -37,7 +37,7 @@ class Steps(NamedTuple):
 
 
 def trajectory_layout(mask: Tensor, num_envs: int) -> TrajectoryLayout:
-    """Layout of [B, L] steps whose rows are ordered by round, then by environment."""
+    """Return the layout of [B, L] steps whose rows are ordered by round, then by environment."""
     batch, length = mask.shape
     position = torch.arange(batch * length, device=mask.device)
     position = position.view(batch // num_envs, num_envs, length).transpose(0, 1)
@@ -49,13 +49,13 @@ def trajectory_layout(mask: Tensor, num_envs: int) -> TrajectoryLayout:
 
 
 def to_trajectories(values: Tensor, layout: TrajectoryLayout) -> Tensor:
-    """[B, L] -> [N, K]; padding becomes 0."""
+    """Gather [B, L] -> [N, K]; padding becomes 0."""
     packed = values.reshape(-1)[layout.positions]
     return torch.where(layout.valid, packed, torch.zeros_like(packed))
 
 
 def from_trajectories(packed: Tensor, layout: TrajectoryLayout, like: Tensor) -> Tensor:
-    """[N, K] -> [B, L] in the shape of `like`; padding becomes 0."""
+    """Scatter [N, K] -> [B, L], the shape of `like`; padding becomes 0."""
     flat = torch.zeros(like.numel(), dtype=packed.dtype, device=packed.device)
     flat[layout.positions[layout.valid]] = packed[layout.valid]
     return flat.view(like.shape)
@@ -64,7 +64,7 @@ def from_trajectories(packed: Tensor, layout: TrajectoryLayout, like: Tensor) ->
 def trajectory_steps(
     actions: Actions, mask: Tensor, num_envs: int, gamma: float, token_discount: float = 1.0
 ) -> Steps:
-    """Steps that `mask` [B, L] marks; a mask [B, 1] of ones makes each action one step.
+    """Build the steps marked by `mask` [B, L]; with a mask [B, 1] each action is one step.
 
     Args:
         gamma: discount between actions, in [0, 1].
@@ -81,14 +81,14 @@ def trajectory_steps(
 
 
 def shifted(values: Tensor) -> Tensor:
-    """Value of the next step, 0 at the end of a row: [N, K] -> [N, K]."""
+    """Shift values to the previous step, with 0 at the end: [N, K] -> [N, K]."""
     return pad(values[:, 1:], (0, 1))
 
 
 def next_values(steps: Steps, values: Tensor, bootstrap: Tensor) -> Tensor:
-    """Value after each step: values [N, K] of the steps, bootstrap [B] -> [N, K].
+    """Return the value after each step: values [N, K] of the steps, bootstrap [B] -> [N, K].
 
-    Where an episode ends or is cut it is `bootstrap`, the value of the action's true next prompt
-    (0 after a termination).
+    At the end of an episode this is `bootstrap`: 0 after a termination, the value of the true next
+    prompt after a truncation.
     """
     return torch.where(steps.ends, bootstrap[steps.layout.rows], shifted(values))

@@ -1,4 +1,4 @@
-"""Typed records of a rollout and of the training batch; B actions, prompts of P, actions of L."""
+"""Data types of rollouts and training batches: B actions, P prompt tokens, L action tokens."""
 
 from typing import NamedTuple
 
@@ -9,8 +9,8 @@ from torch import Tensor
 class Actions(NamedTuple):
     """Actions of one policy iteration, ordered by round, then by environment.
 
-    Prompts are padded on the left, actions on the right. An action ends with its stop token or at
-    the length limit.
+    Prompts are left-padded, actions right-padded. An action ends with a stop token or at the length
+    limit.
     """
 
     prompt_ids: Tensor  # int64 [B, P]
@@ -19,15 +19,15 @@ class Actions(NamedTuple):
     action_mask: Tensor  # bool [B, L]
     hidden_states: Tensor  # [B, L, D], of the policy, recorded during generation
     rewards: Tensor  # float32 [B]
-    terminated: Tensor  # bool [B], the episode ended here and the next value is 0
-    truncated: Tensor  # bool [B], the episode was cut here and the next value is bootstrapped
+    terminated: Tensor  # bool [B], true if the episode ended; the next value is 0
+    truncated: Tensor  # bool [B], true if the episode was cut; the next value is bootstrapped
     step: Tensor  # int64 [B], index of the action in its episode, from 0
 
 
 class Record(NamedTuple):
     """One action in readable form; a line of `episodes.jsonl`.
 
-    length_limited: cut at `max_new_tokens`, before a stop token or a stop string.
+    length_limited: true if `max_new_tokens` was reached before a stop token or stop string.
     """
 
     env: int
@@ -41,10 +41,10 @@ class Record(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """Actions, next prompts of the truncated ones, readable records and timings.
+    """Actions, next prompts of truncated actions, readable records and timings.
 
-    bootstrap_ids, bootstrap_mask: [B', P'], prompts of the true next observations, one per
-    truncated action, in order.
+    bootstrap_ids, bootstrap_mask: [B', P'], prompts of the true next observations of the truncated
+    actions, in their order.
     """
 
     actions: Actions

@@ -1,6 +1,6 @@
-"""Read a CSV file, in any common compression, encoding and dialect, as a table of text cells.
+"""Read a CSV file of any common compression, encoding and dialect as a table of text cells.
 
-Cells stay text here; `encoding` turns them into numbers and categories by `pandas.read_csv`.
+`encoding` converts the cells to numbers and categories like `pandas.read_csv`.
 """
 
 import bz2
@@ -32,7 +32,7 @@ _BOMS = {  # UTF-32 first: its little-endian mark starts with the mark of UTF-16
     b"\xef\xbb\xbf": "utf-8-sig",
 }
 _UNREADABLE = (OSError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
-_OTHER_FORMATS = {  # regular expressions on the first bytes; a column may be called PAR1
+_OTHER_FORMATS = {  # regular expressions of file contents; a column may be called PAR1
     "Parquet": rb"(?s)PAR1.*PAR1\Z",
     "Feather": rb"ARROW1\0",
     "Excel": rb"\xd0\xcf\x11\xe0",
@@ -106,11 +106,11 @@ def is_character(value: object) -> bool:
 
 
 def read_table(file: Path, options: CsvOptions) -> pd.DataFrame:
-    """Return the stripped text cells of a CSV file; lines without any cell are skipped.
+    """Return the stripped text cells of a CSV file without empty lines.
 
-    Columns without a name are called `Unnamed: 0`, ... as in pandas, and dropped if they have no
-    cell either. Raises ConfigError if the file is no CSV file with rows of equal length and a
-    header row.
+    Columns without a name are called `Unnamed: 0`, ... as in pandas, or dropped if all cells are
+    empty. Raises ConfigError unless the file is a CSV file with a header row and rows of equal
+    length.
     """
     text = _decode(_read_bytes(file), options.encoding)
     excel = re.match(r"sep=(.)\r?\n", text)  # a line that Excel writes above the header
@@ -149,7 +149,7 @@ def read_table(file: Path, options: CsvOptions) -> pd.DataFrame:
 
 
 def _read_bytes(file: Path) -> bytes:
-    """Return the content, decompressed according to its first bytes, not the name of the file."""
+    """Return the content, decompressed according to its first bytes."""
     decompress = {
         b"\x1f\x8b": gzip.decompress,
         b"BZh": bz2.decompress,
@@ -205,9 +205,10 @@ def _decode(content: bytes, encoding: str | None) -> str:
 
 
 def _separator(text: str) -> str:
-    """Return the separator that splits the first rows into equally many cells, two or more.
+    """Return the separator that splits the first rows into the same number of cells, at least two.
 
-    If none does, return the one that splits the header into most; ConfigError if several do.
+    If there is none, return the separator with the most cells in the header. Raise ConfigError if
+    there are several.
     """
     widths = {}
     for sep in (",", ";", "\t", "|"):

@@ -45,7 +45,7 @@ def tic_tac_toe() -> pd.DataFrame:
 
 
 def balance_scale() -> pd.DataFrame:
-    """Return the grid of two weights and two distances in 1..5 (OpenML 11, 625 rows).
+    """Return all pairs of weights and distances in 1..5 (OpenML 11, 625 rows).
 
     The class is the side with the larger product of weight and distance: L, R or B (balanced).
     """
@@ -102,9 +102,10 @@ def load_dataset(
 
     Args:
         path, target: file and target column (None: the last one) of `name="csv"`.
-        data_dir: folder to search for NAME.csv before OpenML; None: ETPO_DATA_DIR.
+        data_dir: folder with NAME.csv, preferred to OpenML; None: ETPO_DATA_DIR.
         missing: "impute" keeps missing cells as NaN, "drop" drops their rows.
-        max_rows: size of the stratified sample, drawn by `seed`, of a larger data set.
+        max_rows: a larger data set is reduced to a stratified sample of this size.
+        seed: seed of that sample.
         read_csv: options of `pandas.read_csv` for CSV files, see `CsvOptions`.
 
     Raises ConfigError if the name, the file or its content cannot be used.

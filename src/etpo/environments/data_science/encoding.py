@@ -1,4 +1,4 @@
-"""Turn a table of text cells into numbers: `Dataset`, and checks of the target."""
+"""Encode a table of text cells as a `Dataset` of numbers."""
 
 import difflib
 import hashlib
@@ -18,7 +18,7 @@ from etpo.environments.data_science.csv_file import CsvOptions
 from etpo.errors import ConfigError
 
 MAX_CLASSES = 20
-MIN_CLASS_ROWS = 4  # two for the reward splits and one held out, for every draw
+MIN_CLASS_ROWS = 4  # at least two reward rows and one held-out row in every draw
 _EXACT = 2**53  # float64 holds every integer up to here
 _MISSING = {  # the missing cells of pandas.read_csv
     *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"),
@@ -73,9 +73,9 @@ def encode(
 ) -> Dataset:
     """Encode the text cells of `table`.
 
-    Rows without a target are dropped; with `missing="drop"` also rows with any missing cell.
-    Raises ConfigError if no classification task that can be split remains, or if pandas would
-    silently change a value or a class.
+    Rows without a target are dropped; with `missing="drop"` also rows with a missing cell. Raises
+    ConfigError if the remaining rows are not a classification task that can be split, or if pandas
+    would silently change a value or a class.
     """
     options = options or CsvOptions()
     _check_columns(table, target, options)
@@ -140,7 +140,7 @@ def _check_columns(table: pd.DataFrame, target: str, options: CsvOptions) -> Non
 def _check_missing_targets(
     column: "pd.Series[str]", missing: set[str], options: CsvOptions
 ) -> None:
-    """Raise ConfigError if a class may be lost, such as NA for Namibia, or no target is left."""
+    """Raise ConfigError if a class counts as missing (NA for Namibia) or no target is left."""
     cells, source = set(column), f"target {column.name!r}"
     words = sorted(cells & missing - {"", *map(str, options.na_values)})
     if words:
@@ -156,7 +156,7 @@ def _check_missing_targets(
 
 
 def _parse(texts: "pd.Series[str]", options: CsvOptions) -> "pd.Series[Any]":
-    """Return a column as float64 or lower-case booleans if `pandas.read_csv` does, else as text."""
+    """Parse a column like `pandas.read_csv`: float64, lower-case booleans, or text."""
     if texts.name in options.text_columns:
         return texts
     known = texts.dropna().astype(object)
@@ -213,7 +213,7 @@ def _check_exact(cells: Iterable[str], name: str) -> None:
 
 
 def _check_categories(categories: list[str], name: str) -> None:
-    """Raise ConfigError if the categories are numbers that pandas does not read as numbers."""
+    """Raise ConfigError if the categories are numbers that pandas reads as text."""
     as_text = f"'environment.read_csv.dtype={{{name}: str}}' keeps its cells as categories"
     if all(_WRITTEN_NUMBER.fullmatch(category) for category in categories):
         example = next(c for c in categories if not c.isdecimal())

@@ -1,7 +1,7 @@
-"""The data-science task: write `build_model`, receive its ROC AUC, read the error, try again.
+"""The data-science task: write `build_model`; the reward is its ROC AUC.
 
-The task and its repair prompt are from ETPO (arXiv 2402.06700, section 5); `mode="remember"` is
-after Reflexion (arXiv 2303.11366).
+The task and the repair prompt follow ETPO (arXiv 2402.06700, section 5), `mode="remember"` follows
+Reflexion (arXiv 2303.11366).
 """
 
 import json
@@ -25,16 +25,16 @@ from etpo_sandbox import Sandbox
 class DataScienceEnv(TextVectorEnv):
     """`num_envs` copies of the task on one data set, scored together in one sandbox.
 
-    The constructor starts no process: the sandbox starts at the first `reset` or `step`. All
-    randomness comes from `split_seed`; the seed of `reset` changes nothing. The attempt limit
-    belongs to the task: every end is a termination.
+    The sandbox starts at the first `reset` or `step`. All randomness comes from `split_seed`; the
+    seed of `reset` is ignored. The attempt limit is part of the task, so every episode ends with a
+    termination.
 
     Args:
-        mode: "repair" (the paper): a failure (reward -1) leads to the repair prompt; the first
-            success or the `max_attempts`-th attempt ends the episode. "improve": an episode always
-            lasts `max_attempts`, and a success leads to the improve prompt. "remember": as
-            "repair", and prompts also show the best program and the last different errors of all
-            environments' earlier attempts, except evaluations.
+        mode: "repair" (the paper): a failure (reward -1) leads to the repair prompt; a success or
+            the `max_attempts`-th attempt ends the episode. "improve": an episode always has
+            `max_attempts` attempts, and a success leads to the improve prompt. "remember": as
+            "repair", but prompts include the best program and the last distinct errors of all
+            environments, without evaluations.
 
     `load_dataset` and `ProgramScorer` document the other arguments.
     """
@@ -98,7 +98,7 @@ class DataScienceEnv(TextVectorEnv):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[tuple[TextObservation, ...], dict[str, Any]]:
-        """Start a new episode in every environment; an evaluation leaves no memory."""
+        """Start a new episode in every environment; evaluations do not change the memory."""
         super().reset(seed=seed)
         self.scorer.start()
         self._attempts[:] = 0
@@ -150,7 +150,7 @@ class DataScienceEnv(TextVectorEnv):
 
     @property
     def reward_key(self) -> str:
-        """Return JSON of everything besides its program that a score depends on."""
+        """Everything that a score depends on except the program, as JSON text."""
         return json.dumps(self.scorer.task, sort_keys=True)
 
     @property
@@ -164,7 +164,7 @@ class DataScienceEnv(TextVectorEnv):
         write_text(folder / "best_action.py", text)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the memory and the scores, which need the same `reward_key` to be loaded."""
+        """Return the memory and the scores; loading them requires the same `reward_key`."""
         scores = self.scorer.known_scores()
         state: dict[str, Any] = {"reward_key": self.reward_key, "scores": scores}
         if self.mode == "remember":
@@ -174,7 +174,7 @@ class DataScienceEnv(TextVectorEnv):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict.get("reward_key") != self.reward_key:
-            return  # scores of other data, splits or limits
+            return  # scores with other data, splits or limits
         self.scorer.load_scores(state_dict["scores"])
         if "memory" in state_dict:
             best, errors = state_dict["memory"]["best"], state_dict["memory"]["errors"]

@@ -17,12 +17,11 @@ _INTROSPECTION = {
 
 
 def canonical_form(program: str) -> str:
-    """Return one text for all programs that are equal up to variable names, comments and blanks.
+    """Return the same text for programs that differ only in variable names, comments and blanks.
 
-    A name is a variable if a statement `name = ...` binds it. The program itself is returned if the
-    name of a variable could matter (it is a builtin or imported, part of a string, or a keyword
-    argument; or the program can inspect names), and for text that is no printable ASCII or no
-    Python.
+    A name is a variable if a statement `name = ...` binds it. Returns the program unchanged if a
+    variable's name could matter: it is a builtin, imported, in a string or a keyword argument, or
+    the program can inspect names. Text that is not printable ASCII or not Python is also unchanged.
     """
     if not re.fullmatch(r"[\n -~]*", program):  # else the tokenizer may differ from Python
         return program

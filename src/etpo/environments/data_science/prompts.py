@@ -1,8 +1,8 @@
-"""Prompts of the data-science task, and programs from actions.
+"""Build the prompts of the data-science task and extract programs from actions.
 
-Three prompts: the first attempt, the repair prompt (error and failed code) and the improve prompt
-(working program and its score). Each may also show a memory of earlier attempts. All end with the
-line `def build_model(x_train, y_train):`.
+There are three prompts: first attempt, repair (error and failed code) and improve (working program
+and score). Each may include a memory of earlier attempts. All end with the line
+`def build_model(x_train, y_train):`.
 """
 
 import re
@@ -16,9 +16,9 @@ SUFFIX = "\n\nmodel = build_model(x_train, y_train)\nprobabilities = model.predi
 MAX_PROGRAM_CHARACTERS = 2000
 MAX_ERROR_CHARACTERS = 200
 MAX_REMEMBERED_ERRORS = 3  # Reflexion keeps one to three experiences
-# A fenced block of CommonMark: three or more backticks or tildes and an info string, to a fence of
-# the same character that is at least as long, or to the end. Any indentation is allowed, as in a
-# list or after SentencePiece's first blank.
+# A fenced block of CommonMark starts with three or more backticks or tildes and an info string. It
+# ends at a fence of the same character and at least the same length, or at the end of the text.
+# Any indentation is allowed, as in a list or after SentencePiece's first blank.
 _BLOCK = re.compile(
     r"^(?P<indent>[ \t]*)(?P<fence>(?P<char>[`~])(?P=char){2,})[^`\n]*(?:\n|\Z)"
     r"(?P<body>.*?)(?:^[ \t]*(?P=fence)(?P=char)*[ \t\r]*$|\Z)",
@@ -29,7 +29,7 @@ _DEFINITION = re.compile(r"^def\s+build_model\s*\(", re.MULTILINE)
 
 
 class Task(NamedTuple):
-    """Facts in a prompt: data set, training rows of one split, features, classes."""
+    """Facts for the prompt: data set, training rows of one split, features, classes."""
 
     name: str
     rows: int
@@ -46,7 +46,7 @@ class Attempt(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Results of earlier attempts: the best program, and different errors, the latest last."""
+    """Results of earlier attempts: the best program and distinct errors, latest last."""
 
     best: Attempt | None = None
     errors: tuple[str, ...] = ()
@@ -56,7 +56,7 @@ NO_MEMORY = Memory()
 
 
 def remember(memory: Memory, attempts: Iterable[Attempt]) -> Memory:
-    """Keep the best attempt (the first of equals) and the last different errors."""
+    """Keep the best attempt (the first on ties) and the last distinct errors."""
     best, errors = memory
     for attempt in attempts:
         if attempt.error is not None:
@@ -74,8 +74,8 @@ def _one_line(error: str) -> str:
 def program_from_action(action: str) -> str:
     """Return the program of an action.
 
-    This is the first fenced block that defines `build_model`, else the first block. Without a
-    block, and for text that starts as code, it is the text before the first fence.
+    Text that starts as code counts up to the first fence. Otherwise the program is the first fenced
+    block that defines `build_model`, else the first block, else the whole text.
     """
     blocks = list(_BLOCK.finditer(action))
     text = action[: blocks[0].start()] if blocks else action
@@ -96,7 +96,7 @@ def _defines(text: str) -> bool:
 def observation(
     task: Task, last: Attempt | None = None, memory: Memory = NO_MEMORY
 ) -> TextObservation:
-    """Return the prompt for a first attempt, or to repair or improve `last`, after `memory`."""
+    """Return the prompt of a first attempt, or the prompt to repair or improve `last`."""
     facts = (
         f"{task.name}: {task.rows} training rows, {task.features} features, {task.classes} classes"
     )

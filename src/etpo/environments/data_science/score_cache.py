@@ -1,4 +1,4 @@
-"""Scores on disk, shared by several runs of the same task."""
+"""Cache of scores on disk, shared by runs of the same task."""
 
 import hashlib
 import json
@@ -14,10 +14,10 @@ _BUSY_SECONDS = 60.0
 
 
 class ScoreCache:
-    """(reward, error) by program, in an SQLite file that concurrent runs may share.
+    """Map programs to (reward, error) in an SQLite file that concurrent runs may share.
 
-    `task` is everything besides the program that its score depends on. Of all tasks together the
-    latest `max_entries` scores are kept. Raises ConfigError if the file cannot be used.
+    `task` is everything else that a score depends on. The file keeps the latest `max_entries`
+    scores over all tasks. Raises ConfigError if the file cannot be used.
     """
 
     def __init__(self, path: Path, task: Mapping[str, Any], max_entries: int) -> None:
@@ -43,7 +43,7 @@ class ScoreCache:
             return {keys[key]: (reward, error) for key, reward, error in rows}
 
     def put(self, scores: Mapping[str, tuple[float, str | None]]) -> None:
-        """Add scores by program, except timeouts: another machine may be faster."""
+        """Add scores by program, except timeouts, which depend on the machine."""
         rows = [
             (self._key(program), reward, error)
             for program, (reward, error) in scores.items()

@@ -1,8 +1,8 @@
-"""Score programs by their mean ROC AUC over random splits whose test rows they cannot see.
+"""Score programs by their mean ROC AUC over random splits with hidden test rows.
 
-Deviations from the paper (arXiv 2402.06700, section 5); `protocol="paper"` undoes all but the last:
-40% of the rows never enter a reward; GridSearchCV is allowed; a split with a class missing in one
-half, where ROC AUC is undefined, is drawn again.
+Deviations from the paper (arXiv 2402.06700, section 5): 40% of the rows are held out of the reward,
+and GridSearchCV is allowed, unless `protocol="paper"`; a split that lacks a class in one half is
+drawn again, because its ROC AUC is undefined.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ FAILURE_REWARD = -1.0
 HELD_OUT_FRACTION = 0.4
 _UNSTRATIFIED_DRAWS = 100
 _REFUSED = Outcome(None, "RuntimeError: GridSearchCV is not allowed", 0.0)
-Fold = tuple[Split, np.ndarray]  # of the sandbox, and the test labels, which stay here
+Fold = tuple[Split, np.ndarray]  # split for the sandbox, test labels (never sent to it)
 
 
 class Score(NamedTuple):
@@ -81,7 +81,7 @@ def roc_auc(y_test: np.ndarray, probabilities: np.ndarray) -> float:
 
     Raises ValueError if the rows of three or more classes do not sum to one.
     """
-    # the last bits of a parallel forest vary
+    # predictions of a parallel forest vary in the last bits
     rounded = np.round(probabilities, 9)
     if rounded.shape[1] == 2:
         return float(roc_auc_score(y_test, rounded[:, 1]))
@@ -91,7 +91,7 @@ def roc_auc(y_test: np.ndarray, probabilities: np.ndarray) -> float:
 def draw_halves(
     rows: np.ndarray, target: np.ndarray, random: np.random.RandomState
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw two halves of `rows`, each with every class; stratified only after 100 failed draws."""
+    """Draw two halves of `rows`, each with every class; stratify after 100 failed draws."""
     n_classes = len(np.unique(target[rows]))
     for _ in range(_UNSTRATIFIED_DRAWS):
         train, test = train_test_split(rows, test_size=0.5, random_state=random)
@@ -104,10 +104,10 @@ def draw_halves(
 class ProgramScorer:
     """Score programs on one data set and remember their scores.
 
-    `split_seed` draws the held-out rows (40%, stratified; none under `protocol="paper"`) and the
-    `n_splits` random 50/50 splits of the other rows. `split_seed` and the `canonical_form` of a
-    program alone seed its run: a reward depends neither on order, nor on neighbours, nor on the
-    seed of the training, nor on the names of variables. `cache_path`: the file of a `ScoreCache`.
+    `split_seed` draws the held-out rows (40%, stratified; none with `protocol="paper"`) and the
+    `n_splits` random 50/50 splits of the other rows. A program's run is seeded by `split_seed` and
+    its `canonical_form`. Rewards therefore do not depend on the order of programs, the other
+    programs, the training seed or variable names. `cache_path` is the file of a `ScoreCache`.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class ProgramScorer:
 
     @property
     def task(self) -> dict[str, Any]:
-        """Return everything besides its program that a score depends on, as JSON values."""
+        """Everything that a score depends on except the program, as JSON values."""
         return {
             "data": self.dataset.content_hash,
             "protocol": self.protocol,
@@ -162,9 +162,9 @@ class ProgramScorer:
     def score(
         self, programs: Sequence[str], on_result: Callable[[int, int], None] | None = None
     ) -> list[Score]:
-        """Return one `Score` per program; run equal programs, and working renamed copies, once.
+        """Return one `Score` per program; equal programs and working renamed copies run once.
 
-        `on_result(done, total)` is called as the scores of the `total` new programs arrive.
+        `on_result(done, total)` is called after each of the `total` new programs.
         """
         distinct = dict.fromkeys(programs)
         if self._disk is not None:
@@ -180,7 +180,7 @@ class ProgramScorer:
         return scores
 
     def held_out(self, programs: Sequence[str]) -> list[Score] | None:
-        """Fit on all reward rows and score once on the held-out rows; None under `paper`."""
+        """Fit on all reward rows and score on the held-out rows; None if no rows are held out."""
         if not len(self.held_out_rows):
             return None
         folds = self._make_folds([(self.reward_rows, self.held_out_rows)])
@@ -202,7 +202,7 @@ class ProgramScorer:
         self._working |= {self._form(p): score for p, score in new.items() if score[1] is None}
 
     def program_seed(self, program: str) -> int:
-        """Return the seed, in 0..2**32 - 1, of a program's run."""
+        """Return the seed of a program's run, in 0..2**32 - 1."""
         text = f"{self.split_seed}\n{canonical_form(program)}".encode(errors="surrogatepass")
         return int.from_bytes(hashlib.sha256(text).digest()[:4])
 
@@ -211,7 +211,7 @@ class ProgramScorer:
     ) -> set[str]:
         """Score and remember `programs`; return those that ran.
 
-        A renamed copy runs only if its original fails, since its error text may hold other names.
+        A renamed copy runs only if its original fails, because the error text may contain names.
         """
         done = itertools.count(1)
 
@@ -265,7 +265,7 @@ class ProgramScorer:
 
 
 def evaluate(outcome: Outcome, y_tests: Sequence[np.ndarray]) -> Trial:
-    """Compute ROC AUC by split and the reward, their mean; a failure has reward -1."""
+    """Compute the ROC AUC of each split and their mean, the reward; -1 for a failure."""
     error = outcome.error
     if error is None:
         try:

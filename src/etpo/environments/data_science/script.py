@@ -18,11 +18,11 @@ DATA_FILE = "best_action_data.csv"
 
 
 def best_program_script(program: str, scorer: ProgramScorer) -> str:
-    """Return the text of `best_action.py`: `program`, and a main part that scores it.
+    """Return the text of `best_action.py`: `program` and a main part that scores it.
 
-    It prepares and runs the program as the sandbox does (seeds, one thread, order of classes) and
-    prints the ROC AUC on the held-out rows, equal to `ProgramScorer.held_out`; under
-    `protocol="paper"`, without held-out rows, the mean over new 50/50 splits.
+    The script runs the program like the sandbox (seeds, one thread, order of classes). It prints
+    the held-out ROC AUC, equal to `ProgramScorer.held_out`. With `protocol="paper"`, which holds no
+    rows out, it prints the mean ROC AUC over new 50/50 splits.
     """
     functions = "\n\n".join(inspect.getsource(function) for function in (impute, roc_auc))
     held_out = len(scorer.held_out_rows) > 0
@@ -43,8 +43,8 @@ def best_program_script(program: str, scorer: ProgramScorer) -> str:
 def write_program_data(scorer: ProgramScorer, folder: Path) -> Path:
     """Write `best_action_data.csv` into `folder` and return its path.
 
-    Columns: the encoded features (an empty cell is missing), the class number, and `split`, which
-    is `reward` or `held_out`.
+    Columns: the encoded features (empty if missing), the class number, and `split` (`reward` or
+    `held_out`).
     """
     dataset = scorer.dataset
     table = pd.DataFrame(dataset.features)
