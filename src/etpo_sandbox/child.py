@@ -1,4 +1,4 @@
-"""Body of a forked child: drop all rights, fit the program's model, send its probabilities.
+"""Forked child: drop all rights, run the program, send the probabilities.
 
 The program runs in this process, so replies cannot be trusted: the training process checks them,
 and the server ends the child.
@@ -95,7 +95,7 @@ def _fit(program: str, x_train: np.ndarray, y_train: np.ndarray) -> Any:
 
 
 def _probabilities(model: Any, x_test: np.ndarray, n_classes: int) -> np.ndarray:
-    """Return float64 [n_test, n_classes]; columns of classes missing in training are zero."""
+    """Predict float64 [n_test, n_classes], with zeros for classes missing in training."""
     probabilities = np.asarray(model.predict_proba(x_test))
     if probabilities.dtype.kind not in "biuf":
         raise TypeError(f"predict_proba returned dtype {probabilities.dtype}, not floats")

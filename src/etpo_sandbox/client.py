@@ -1,4 +1,4 @@
-"""Client of one fork server in the training process: start it, send work, check the replies."""
+"""Client of a fork server: start it, send programs, check the replies."""
 
 import contextlib
 import json
@@ -219,7 +219,7 @@ def _raw(array: np.ndarray, dtype: type) -> bytes:
 
 
 def _send_own_pidfd(control: socket.socket) -> None:
-    """Send the server a pidfd that signals any end of this process.
+    """Send the server a pidfd, which becomes readable when this process ends.
 
     The closed socket is not enough: a forked process may hold a copy of it.
     """

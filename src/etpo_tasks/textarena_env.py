@@ -68,7 +68,7 @@ class TextArenaEnv(gymnasium.Env):
         """Start a new game; without a seed, draw one from the current generator."""
         super().reset(seed=seed)
         with self._own_random(), self._one_line():
-            self._game = self._make()  # reused wrappers would keep the last game's messages
+            self._game = self._make()  # a reused wrapper keeps messages of the last game
             self._game.reset(num_players=1, seed=int(self.np_random.integers(2**31)))
             return self._read(), {}
 

@@ -135,7 +135,7 @@ class TokenMDPEnv(TextVectorEnv):
         count = len(envs)
         errors = [self.error(action) for action in actions]
         failed = np.array([error is not None for error in errors])
-        # a failure acts as "" until its reward and termination are set
+        # placeholder for failures, whose reward and termination are set below
         texts = ["" if error else a for a, error in zip(actions, errors, strict=True)]
         taken = self._states[envs], np.array([self.actions[t[: self.mdp.length]] for t in texts])
         rewards = np.where(failed, self.rewards.min(), self.rewards[taken])

@@ -117,7 +117,7 @@ class OnPolicyAlgorithm(LightningModule):
         # copies trained parameters only; not a submodule, so checkpoints do not contain it
         object.__setattr__(self, "old_lm_head", critics.copy_sharing_frozen(self.policy.lm_head))
         inputs = [actions.prompt_ids, actions.prompt_mask, actions.action_ids]
-        # generation and training round differently in bfloat16: recompute, or ratios start at noise
+        # recompute in bfloat16: rounding of generation and training differs, ratios would not be 1
         autocast = torch.is_autocast_enabled(self.device.type)
         if actions.hidden_states.dtype == torch.float32 and not autocast:
             inputs.append(actions.hidden_states)

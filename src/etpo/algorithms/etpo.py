@@ -56,8 +56,7 @@ class ETPOSettings(Settings):
         pessimism_threshold: tokens with pi_old below it use min(Q, V). 0: none, 1: all.
         doubly_robust: add the sampled correction of the critic's error to the objective.
         normalize_by_advantage_rms: divide the objective by the rms of the advantages.
-        clip: limit of the distance between the correction's probability ratio and 1. None: no
-            limit.
+        clip: PPO's clip range of the correction's probability ratio. None: no clipping.
         tau: Polyak step of the target critic after each iteration; 1 copies the critic.
         critic_loss: huber or mse.
         huber_delta: error from which the Huber loss is linear.

@@ -27,7 +27,7 @@ class TokenEvaluation(NamedTuple):
 
 
 class TokenValues(NamedTuple):
-    """Critic outputs at prefixes; None where the algorithm has no such output."""
+    """Critic outputs at prefixes; None if the algorithm has no such output."""
 
     value: Tensor | None = None  # float32 [B, L], NaN at untrained prefixes
     q: Tensor | None = None  # float32 [B, L, V]
@@ -71,7 +71,7 @@ def taken_log_probs(
     """Compute log pi of the taken tokens and the log mass of the support, with gradient.
 
     Returns:
-        [B, L] each, 0 on padding. The mass is the softmax's on the support of pi_old.
+        [B, L] each, 0 on padding. The mass is the softmax probability of the support of pi_old.
     """
 
     def of_hidden(hidden: Tensor, ids: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Policy and critic losses of token-level RL, per prefix; the caller masks, weights and reduces.
 
 The gradient of the policy losses is the gradient of the regularized return J only if the losses are
-SUMMED over the tokens that pi visits and each action t is weighted by gamma^t (`action_weights`).
-Averaging over an action's length or omitting gamma^t changes the direction. Every function is pure
+SUMMED over the tokens of an action and action t is weighted by gamma^t (`action_weights`). A mean
+over tokens or a missing gamma^t changes the direction. Every function is pure
 and keeps the dtype of its inputs.
 """
 
@@ -45,10 +45,10 @@ def policy_objective(
 def clipped_surrogate(
     log_pi_taken: Tensor, log_old_taken: Tensor, advantage: Tensor, clip: float | None
 ) -> Tensor:
-    """-min(ratio A, clip(ratio, 1 - c, 1 + c) A) of the sampled token: all [...] -> [...].
+    """Compute -min(ratio A, clip(ratio, 1 - c, 1 + c) A) of the sampled token: all [...] -> [...].
 
     ratio = pi/pi_old at the taken token. Only `log_pi_taken` gets a gradient. `clip` None: no
-    limit. The surrogate of PPO (arXiv 1707.06347, equation 7).
+    clipping. The surrogate of PPO (arXiv 1707.06347, equation 7).
     """
     advantage = advantage.detach()
     ratio = (log_pi_taken - log_old_taken.detach()).exp()
@@ -86,9 +86,8 @@ def doubly_robust_objective(
     Args:
         log_pi, log_ref, log_old, q: [..., V].
         taken: int64 [...], the sampled tokens.
-        advantages: [...], G - Q(x, w_taken) - b with lambda-returns G and an independent baseline
-            b.
-        clip: limit of the correction's probability ratio, as in `clipped_surrogate`.
+        advantages: [...], lambda-returns minus Q(x, w_taken) minus an independent baseline.
+        clip: clip range of the correction's ratio, as in `clipped_surrogate`.
     """
     correction = clipped_surrogate(
         gather_tokens(log_pi, taken), gather_tokens(log_old, taken), advantages, clip
@@ -97,7 +96,7 @@ def doubly_robust_objective(
 
 
 def pessimistic_q(q: Tensor, value: Tensor, log_old: Tensor, threshold: float) -> Tensor:
-    """min(Q, V(x)) for tokens with pi_old(w) < threshold: [..., V], [...], [..., V] -> [..., V].
+    """Compute min(Q, V) if pi_old(w) < threshold, else Q: [..., V], [...], [..., V] -> [..., V].
 
     Q of a rarely sampled token is an extrapolation: min(Q, V) can rate it below the average, but
     never above. threshold in [0, 1]; 0 keeps Q. The objective stays unbiased if the exact term, the
@@ -108,10 +107,10 @@ def pessimistic_q(q: Tensor, value: Tensor, log_old: Tensor, threshold: float) -
 
 
 def dueling_baseline(value: Tensor, advantage: Tensor, log_pi: Tensor) -> Tensor:
-    """value - E_pi[A(x, .)]: [...], [..., V], [..., V] -> [...]; no gradient reaches the policy.
+    """Compute value - E_pi[A(x, .)]: [...], [..., V], [..., V] -> [...]; no gradient for pi.
 
-    Q(x, w) = A(x, w) + this baseline, so that E_pi[Q] is the value head alone (dueling networks,
-    Wang et al., arXiv 1511.06581, with pi in place of the uniform mean).
+    Q(x, w) is the sum of A(x, w) and this baseline, so E_pi[Q] equals `value` (dueling networks,
+    Wang et al., arXiv 1511.06581, with a mean over pi instead of a uniform mean).
     """
     return value - expectation(log_pi.detach(), advantage)
 
@@ -144,7 +143,7 @@ def critic_loss(
 
 
 def k3(log_pi: Tensor, log_ref: Tensor) -> Tensor:
-    """exp(d) - d - 1 with d = log pi_ref - log pi of the sampled tokens: [...] -> [...].
+    """Compute exp(d) - d - 1 with d = log pi_ref - log pi of the sampled tokens: [...] -> [...].
 
     Unbiased, nonnegative estimate of KL(pi || pi_ref) for tokens that pi sampled (Schulman, 2020),
     with the gradient used by GRPO.

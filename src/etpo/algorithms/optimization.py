@@ -15,7 +15,7 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float, iteration: i
     """Clip the norm of the gradients to `max_norm` and return it before clipping: [].
 
     Raises:
-        ConfigError: the norm is not finite; the optimizer must not step.
+        ConfigError: the norm is not finite.
     """
     norm = nn.utils.clip_grad_norm_(parameters, max_norm)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -68,7 +68,7 @@ class Reinforce(OnPolicyAlgorithm):
         return action_returns - self.mean_over_ranks(action_returns.mean())
 
     def policy_loss(self, batch: TokenBatch) -> tuple[Tensor, Metrics]:
-        """Reduce the clipped surrogate over tokens and average it over actions."""
+        """Sum (or average) the clipped surrogate over tokens and average it over actions."""
         s, mask = self.settings, batch.action_mask
         log_pi, log_mass = self.taken_log_probs(batch)
         old = batch.old_log_probs

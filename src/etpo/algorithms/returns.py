@@ -17,7 +17,7 @@ def gather_tokens(values: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def expectation(log_p: Tensor, values: Tensor) -> Tensor:
-    """sum_w p(w) values(w): [..., V], [..., V] -> [...].
+    """Compute sum_w p(w) values(w): [..., V], [..., V] -> [...].
 
     Tokens with p(w) = 0 (masked ids, log_p = -inf) contribute 0, even if their value is NaN.
     """
@@ -26,7 +26,7 @@ def expectation(log_p: Tensor, values: Tensor) -> Tensor:
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) in nats, exact over the vocabulary: [..., V], [..., V] -> [...].
+    """Compute KL(p || q) in nats, exact over the vocabulary: [..., V], [..., V] -> [...].
 
     Tokens with p(w) = 0 contribute 0; p(w) > 0 and q(w) = 0 give +inf.
     """
@@ -34,12 +34,12 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def entropy(log_p: Tensor) -> Tensor:
-    """H(p) in nats, from 0 to log V: [..., V] -> [...]; p(w) = 0 contributes 0."""
+    """Compute H(p) in nats, from 0 to log V: [..., V] -> [...]; p(w) = 0 contributes 0."""
     return -expectation(log_p, log_p)
 
 
 def soft_value(log_pi: Tensor, log_ref: Tensor, q: Tensor, beta: float) -> Tensor:
-    """V(x) = E_pi[Q(x, .)] - beta KL(pi || pi_ref) at the same prefix: [..., V] -> [...].
+    """Compute V(x) = E_pi[Q(x, .)] - beta KL(pi || pi_ref) at the same prefix: [..., V] -> [...].
 
     `beta` >= 0 is the KL coefficient.
     """
@@ -90,7 +90,7 @@ def generalized_advantages(
     lambda_: float,
     continues: Tensor,
 ) -> Tensor:
-    """A_k = d_k + g_k lambda A_{k+1} with d_k = R_k + g_k V_{k+1} - V_k; all [N, K].
+    """Compute A_k = d_k + g_k lambda A_{k+1} with d_k = R_k + g_k V_{k+1} - V_k; all [N, K].
 
     Generalized advantage estimation (arXiv 1506.02438, equation 16) with one discount per step.
     Arguments as in `lambda_returns`.
@@ -105,7 +105,7 @@ def generalized_advantages(
 
 
 def discounted_returns(rewards: Tensor, discounts: Tensor, continues: Tensor) -> Tensor:
-    """G_k = R_k + g_k G_{k+1}, 0 after the end of an episode; all [N, K]."""
+    """Compute G_k = R_k + g_k G_{k+1}, 0 after the end of an episode; all [N, K]."""
     after = torch.zeros_like(rewards[:, 0])
     returns = torch.empty_like(rewards)
     for k in reversed(range(rewards.shape[1])):
@@ -117,7 +117,7 @@ def discounted_returns(rewards: Tensor, discounts: Tensor, continues: Tensor) ->
 def kl_penalized_rewards(
     rewards: Tensor, log_pi: Tensor, log_ref: Tensor, beta: float, valid: Tensor
 ) -> Tensor:
-    """R - beta (log pi - log pi_ref) of the taken steps, 0 if not `valid`; all [..., K].
+    """Compute R - beta (log pi - log pi_ref) of the taken steps, 0 if not `valid`; all [..., K].
 
     KL penalty in the reward (Ouyang et al., arXiv 2203.02155, equation 2), with mean
     beta KL(pi || pi_ref) under pi.

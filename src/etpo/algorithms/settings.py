@@ -99,7 +99,7 @@ class PolicyGradientSettings(Settings):
 
     Args:
         gamma: discount between actions.
-        clip: limit of the distance between the probability ratio and 1. None: no limit.
+        clip: PPO's clip range of the probability ratio. None: no clipping.
     """
 
     gamma: float = bounded(0.99, 0, 1)

@@ -1,4 +1,4 @@
-"""The on-policy buffer: one iteration's actions in shuffled minibatches."""
+"""On-policy buffer: the actions of one iteration in shuffled minibatches."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -36,7 +36,7 @@ def split_by_length(batch: TokenBatch, parts: int) -> list[TokenBatch]:
 
 
 class OnPolicyBuffer(IterableDataset[Any]):
-    """Refill on every iteration over the dataset, then yield `epochs` passes of minibatches.
+    """Collect new actions in every epoch and yield `epochs` passes of minibatches over them.
 
     Args:
         fill: returns a batch, a NamedTuple of tensors with one row per action, and the generator

@@ -29,7 +29,7 @@ class GroupStep(NamedTuple):
     terminated: Tensor
     truncated: Tensor
     step: Tensor
-    next_observations: list[TextObservation]  # true next observations of the truncated actions
+    next_observations: list[TextObservation]  # next observations of truncated actions
     records: list[Record]
 
 

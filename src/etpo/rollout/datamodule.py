@@ -1,4 +1,4 @@
-"""The environment as a LightningDataModule; every epoch is one policy iteration."""
+"""LightningDataModule of rollouts; one epoch is one policy iteration."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

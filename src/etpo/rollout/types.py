@@ -17,7 +17,7 @@ class Actions(NamedTuple):
     prompt_mask: Tensor  # bool [B, P]
     action_ids: Tensor  # int64 [B, L]
     action_mask: Tensor  # bool [B, L]
-    hidden_states: Tensor  # [B, L, D], of the policy, recorded during generation
+    hidden_states: Tensor  # [B, L, D], policy outputs recorded during generation
     rewards: Tensor  # float32 [B]
     terminated: Tensor  # bool [B], true if the episode ended; the next value is 0
     truncated: Tensor  # bool [B], true if the episode was cut; the next value is bootstrapped

@@ -181,7 +181,7 @@ class DataScienceEnv(TextVectorEnv):
             self._memory = Memory(best and Attempt(*best), tuple(errors))
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Stop the sandbox; called once, by `close`."""
+        """Stop the sandbox; called by `close`."""
         if hasattr(self, "sandbox"):  # the constructor may have raised
             self.sandbox.close()
 

@@ -1,4 +1,4 @@
-"""Recognize programs that differ only in names of variables, comments or blanks."""
+"""Canonical form of programs, independent of variable names, comments and blanks."""
 
 import builtins
 import io
