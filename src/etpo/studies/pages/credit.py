@@ -16,15 +16,11 @@ from etpo.studies.pages import render
 PAGE_ITERATIONS = 50  # limits the size of a page
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Read the lines of a `credit.jsonl`."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
-def write_page(page: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """Replace `page` in one step, or remove it if there are no rows."""
-    if rows:
-        write_text(page, to_html(rows, title))
+def write_page(file: Path, title: str) -> None:
+    """Write the page of a `credit.jsonl` next to it, or remove it if there are no lines."""
+    lines, page = file.read_text(encoding="utf-8").splitlines(), file.with_suffix(".html")
+    if lines:
+        write_text(page, to_html([json.loads(line) for line in lines], title))
     else:
         page.unlink(missing_ok=True)
 
