@@ -8,7 +8,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from etpo.console import console_script
 from etpo.errors import ConfigError
 from etpo.studies import figures, read, tables
-from etpo.studies.pages.report import to_html
 from etpo.studies.scores import scales, score_runs
 
 DECIMALS = 6  # of table.csv
@@ -46,8 +45,9 @@ def report(cfg: DictConfig) -> None:
     table.round(DECIMALS).to_csv(out / "table.csv", index=False, lineterminator="\n")
     figures.save(curves, out / "curves")
     figures.save(bars, out / "bars")
+    drawings = figures.inline_svg(curves), figures.inline_svg(bars)
     pages = {
-        "index.html": to_html(table, scale, notes, curves, bars),
+        "index.html": tables.to_html(table, scale, notes, *drawings),
         "table.md": tables.to_markdown(table, scale, notes),
         "table.tex": tables.to_latex(table),
     }

@@ -20,7 +20,6 @@ from etpo.rollout.types import Rollout
 from etpo.studies.pages.credit import write_page
 
 ALTERNATIVES = 5
-RECORD = ("attempt", "prompt", "reward", "error")  # fields of a record that its line repeats
 
 
 class TokenCredit(Callback):
@@ -29,13 +28,8 @@ class TokenCredit(Callback):
     The first `num_actions` actions of rank zero, ordered by environment, are recorded every
     `every_n_iterations` iterations, before the iteration's first update. One action is followed:
     the action with the lowest reward of the first recorded iteration is evaluated again in every
-    later one. A resumed run truncates both files to the iterations before the restored one.
-
-    Args:
-        folder: The folder of `credit.jsonl` and `credit.html`.
-        title: Names the run on the page, after the algorithm.
-        every_n_iterations: Number of iterations between two recorded ones.
-        num_actions: Number of actions per recorded iteration.
+    later one. A resumed run truncates both files to the iterations before the restored one. On the
+    page, `title` follows the name of the algorithm.
     """
 
     def __init__(self, folder: str, title: str, every_n_iterations: int, num_actions: int) -> None:
@@ -96,11 +90,12 @@ def select(rollout: Rollout, row: int) -> dict[str, Any]:
     actions, record = rollout.actions, rollout.records[row]
     until_now = rollout.records[row % rollout.num_envs : row + 1 : rollout.num_envs]
     episode = sum(other.attempt == 1 for other in until_now)
+    names = ("attempt", "prompt", "reward", "error")
+    fields = {name: getattr(record, name) for name in names}
     return {
         "prompt_ids": actions.prompt_ids[row][actions.prompt_mask[row]].tolist(),
         "action_ids": actions.action_ids[row][actions.action_mask[row]].tolist(),
-        "record": {"env": record.env, "episode": episode}
-        | {name: getattr(record, name) for name in RECORD},
+        "record": {"env": record.env, "episode": episode, **fields},
     }
 
 
@@ -156,12 +151,8 @@ def credit_line(
         numbers["advantage"] = sum(numbers[name] for name in parts)
     if len(parts) == 1:
         del numbers[parts[0]]
-    others = [
-        other_ids[probability > 0].tolist()
-        for other_ids, probability in zip(
-            numbers.pop("other_ids"), numbers["other_probability"], strict=True
-        )
-    ]
+    possible = numbers["other_probability"] > 0
+    others = [o[p].tolist() for o, p in zip(numbers.pop("other_ids"), possible, strict=True)]
     texts, labels = token_texts(tokenizer, ids, others, module.policy.stop_ids)
     rounded = {name: round_digits(values.tolist()) for name, values in numbers.items()}
     columns = [rounded.pop(name) for name in ("other_probability", "other_q") if name in rounded]

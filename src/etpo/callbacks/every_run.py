@@ -34,15 +34,10 @@ def callback_options(cfg: DictConfig, environment: Any) -> dict[str, Any]:
 
 
 class EveryRun(Callback):
-    """Write `.hydra/` and log the configuration; check a multirun's metric and a resumed run.
+    """Write `.hydra/` and log the configuration `cfg`; come after the callbacks that log metrics.
 
-    It must come after the callbacks that log: the first iteration of a multirun raises
-    UnknownMetric unless `optimized_metric` was logged.
-
-    Args:
-        cfg: The run's configuration.
-        reward_key: Identifies what rewards depend on besides the action: data, splits, limits. A
-            run resumed with another key drops its best reward.
+    A multirun whose first iteration does not log `optimized_metric` raises UnknownMetric. A run
+    resumed with another `reward_key` (data, splits, limits) drops its best reward.
     """
 
     def __init__(self, cfg: DictConfig, reward_key: str) -> None:

@@ -26,11 +26,9 @@ class MetricsCSV(LoggedMetrics):
     """Write `folder/metrics.csv`: iteration (from 0), step, then the iteration's metrics by name.
 
     A callback, not a logger: Lightning calls loggers after the checkpoint is written, and a run
-    that is killed in between would be resumed without that row. Callbacks that log at the end of an
-    iteration must come before this one.
-
-    Floats are written exactly. The first row of a resumed run replaces the rows of its iteration
-    and later ones. `step` is the number of the iteration's last optimizer step, from 0.
+    that is killed in between would be resumed without that row. Callbacks that log must come before
+    this one. Floats are written exactly. A resumed run replaces the rows of its iterations. `step`
+    is the number of the iteration's last optimizer step, from 0.
     """
 
     def __init__(self, folder: str) -> None:

@@ -24,8 +24,8 @@ QUIET_SECONDS = 30.0
 class RolloutProgress(Callback):
     """Print a line per iteration, and the progress after `QUIET_SECONDS` without a line.
 
-    An iteration's line is printed, and logged to `train.log`, when its checkpoint and its logs are
-    written: a run stopped after a line continues with the next iteration.
+    An iteration's line is printed and logged when its checkpoint and its logs are written: a run
+    that is stopped after a line continues with the next iteration.
     """
 
     def __init__(self) -> None:

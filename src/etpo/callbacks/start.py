@@ -21,10 +21,7 @@ STEP_VOCABULARY, STEP_HIDDEN, STEP_INTERMEDIATE = 18, 16, 6
 
 
 class StartReport(Callback):
-    """Print the block on rank zero, when the models are on their device.
-
-    folder: of the run. environment, model: their names.
-    """
+    """Print the block on rank zero, when the models are on their device."""
 
     def __init__(self, folder: str, environment: str, model: str) -> None:
         self.folder, self.environment, self.model = folder, environment, model
@@ -94,10 +91,9 @@ def checkpoint_line(trainer: Trainer, module: LightningModule) -> str:
 
 
 def memory_line(trainer: Trainer, module: LightningModule) -> str:
-    """Return the expected peak memory of a process.
+    """Return the expected peak memory of a process; equal prompts count as none.
 
-    It is the sum of the memory so far, gradients, optimizer moments, stored actions and a training
-    step. Equal prompts are computed once and count as none.
+    Sum of the memory so far, gradients, optimizer moments, stored actions and a training step.
     """
     peak = peak_memory_mib(module.device) * MIB
     if not isinstance(module, OnPolicyAlgorithm):

@@ -57,13 +57,10 @@ COUNTS = ("env_steps", "action_tokens", "cache_hits")
 
 
 class RunSummary(Callback):
-    """Count the costs of a run and keep its first and last numbers, over all ranks.
+    """Collect `numbers` of a run over all ranks, by key of `summary.json`; None if unknown.
 
     A resumed run continues the counts. Logs `rollout/best_reward_so_far` and
     `time/iteration_seconds`.
-
-    Attributes:
-        numbers: Numbers of the completed iterations by key of `summary.json`; None if unknown.
     """
 
     def __init__(self) -> None:
@@ -128,9 +125,8 @@ def close(trainer: Trainer, cfg: DictConfig, status: str) -> dict[str, Any]:
     """Write, track and print the summary of a run on rank zero; return it."""
     if not trainer.is_global_zero:
         return {"status": status}
-    environment = trainer.datamodule.environment
+    environment, held_out_auc = trainer.datamodule.environment, None
     best = next((c.best for c in trainer.callbacks if isinstance(c, BestAction)), None)
-    held_out_auc = None
     if best is not None and hasattr(environment, "held_out_score"):
         held_out_auc = environment.held_out_score(best["action"])
     value = trainer.callback_metrics.get(cfg.optimized_metric)
@@ -158,7 +154,7 @@ def close(trainer: Trainer, cfg: DictConfig, status: str) -> dict[str, Any]:
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
-    """Write `folder/summary.json` with the versions of packages; numbers not finite become null."""
+    """Write `summary.json` with package versions; replace numbers that are not finite by null."""
     for key, value in summary.items():
         if isinstance(value, float) and not math.isfinite(value):
             summary[key] = None

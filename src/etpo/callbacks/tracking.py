@@ -22,10 +22,7 @@ def wandb_runs(loggers: Sequence[Logger]) -> list[Any]:
 
 
 def start_tracking(loggers: Sequence[Logger]) -> None:
-    """Start the runs of W&B's loggers before a model is loaded.
-
-    Raises ConfigError if W&B refuses: without a login, with a bad key, without a network.
-    """
+    """Start W&B's runs; raise ConfigError without a login, with a bad key, without a network."""
     own = [logger for logger in loggers if isinstance(logger, WandbLogger)]
     if own:
         wandb.finish()  # a failed run of a multirun may have left one open

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -132,3 +133,12 @@ def to_svg(figure: Figure, transparent: bool = False) -> str:
     with rc_context({"svg.hashsalt": "etpo"}):
         figure.savefig(text, format="svg", transparent=transparent, metadata={"Date": None})
     return text.getvalue()
+
+
+def inline_svg(figure: Figure) -> Markup:
+    """Return an `<svg>` element without background, with black in the colour of the page's text.
+
+    Matplotlib writes black text without a colour, so that it inherits `fill`.
+    """
+    text = to_svg(figure, transparent=True)
+    return Markup(text[text.index("<svg") :].replace("#000000", "currentColor"))

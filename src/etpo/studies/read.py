@@ -53,10 +53,7 @@ class Run(NamedTuple):
 
 
 def read_studies(folders: Sequence[Path]) -> StudyData:
-    """Read the finished runs of studies; exclude incomplete runs and duplicates.
-
-    Raise ConfigError if no run is finished.
-    """
+    """Read the finished runs of studies, at least one; exclude incomplete runs and duplicates."""
     runs, excluded = [], []
     for path in [p.parent for folder in folders for p in sorted(folder.glob("*/.hydra"))]:
         name, reason = f"{path.parent.name}/{path.name}", incomplete_reason(path)
@@ -194,9 +191,8 @@ def merge(saved: StudyData | None, fresh: StudyData | None) -> StudyData:
 def read_references(path: str | None) -> pd.DataFrame:
     """Read the ROC AUC of reference models: columns dataset, model, auc.
 
-    Args:
-        path: A CSV file with the column `name`, the data set, and for every model M the columns
-            `M`, its mean ROC AUC, and `M_std`. Other columns are ignored. None: no models.
+    The CSV file has the columns `name`, the data set, and for every model M its mean ROC AUC `M`,
+    and `M_std`. Other columns are ignored.
     """
     columns = ["dataset", "model", "auc"]
     if path is None:

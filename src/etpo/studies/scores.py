@@ -33,31 +33,23 @@ def curve_area(scores: np.ndarray, env_steps: np.ndarray, budget: int) -> float:
 
 
 def steps_to(values: np.ndarray, env_steps: np.ndarray, threshold: float) -> tuple[float, bool]:
-    """Return the actions up to the end of the first iteration with a value >= threshold, and True.
-
-    If no iteration reaches the threshold, return a lower bound, all actions, and False.
-    """
+    """Return the actions up to the first value >= threshold, or all, and whether there is one."""
     reached = env_steps[values >= threshold]
     return float([*reached, env_steps[-1]][0]), len(reached) > 0
 
 
 def collapsed(scores: np.ndarray) -> bool:
-    """Return True if the normalised curve fell by 0.3 or more after passing 0.8.
-
-    The curve is smoothed by a moving mean over three iterations. The fall is measured from its
-    highest value so far.
-    """
+    """Return True if the moving mean over 3 iterations fell by 0.3 below a maximum above 0.8."""
     moving = pd.Series(scores).rolling(WINDOW).mean()
     highest = moving.cummax()
     return bool(((highest > PASSED) & (highest - moving >= FALL - ROUNDING)).any())
 
 
 def scales(data: StudyData, best_known: dict[str, float]) -> pd.DataFrame:
-    """Return the normalised scale and the budget of every data set, one row each.
+    """Return the normalised scale of every data set and its budget, the actions of a shortest run.
 
-    first: Mean over all runs of the first iteration's mean reward.
-    best_known: The value given, or else the highest reward of an action in any run.
-    budget: Number of actions of the shortest run.
+    The scale is the mean reward of the first iteration of all runs, and the value given in
+    `best_known` or the highest reward of an action in any run.
     """
     first = data.runs[data.runs["iteration"] == 0].groupby("dataset")["rollout/reward"].mean()
     summary = data.summary.groupby("dataset")

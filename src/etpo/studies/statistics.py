@@ -41,16 +41,15 @@ def iqm_curve(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def probability_of_improvement(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Estimate:
-    """Estimate P(a run of X is better than a run of Y), averaged over data sets.
+    """Estimate P(X > Y) + P(X = Y) / 2 of two runs, averaged over data sets.
 
-    Equal runs count one half. `pairs` holds the scores of X and of Y, float [runs] each, on every
-    data set.
+    `pairs` holds the scores of X and of Y, float [runs] each, on every data set.
     """
     return estimate([x for x, _ in pairs] + [y for _, y in pairs], improvement)
 
 
 def improvement(*strata: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Compute P(X > Y) + P(X = Y) / 2 from X of all data sets, followed by Y of all data sets."""
+    """Compute the probability of improvement from all X, followed by all Y."""
     strata = [np.moveaxis(stratum, axis, -1) for stratum in strata]
     count, shares = len(strata) // 2, []
     for x, y in zip(strata[:count], strata[count:], strict=True):

@@ -3,8 +3,10 @@
 from collections.abc import Iterable, Sequence
 
 import pandas as pd
+from markupsafe import Markup
 
 from etpo.errors import ConfigError
+from etpo.studies.pages import render
 from etpo.studies.read import StudyData
 from etpo.studies.statistics import iqm_estimate, probability_of_improvement
 
@@ -165,6 +167,23 @@ def to_markdown(table: pd.DataFrame, scale: pd.DataFrame, notes: Sequence[str]) 
     if notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in notes)]
     return "\n".join(lines) + "\n"
+
+
+def to_html(
+    table: pd.DataFrame, scale: pd.DataFrame, notes: Sequence[str], curves: Markup, bars: Markup
+) -> str:
+    """Render the content of `table.md` and both figures as one page; equal input, equal text."""
+    own = table[table["kind"] == "method"]
+    methods, datasets = (", ".join(own[name].unique()) for name in ("method", "dataset"))
+    return render(
+        "report.html.j2",
+        facts=f"{own['seeds'].sum()} runs of {methods} on {datasets}.",
+        parts=formatted(table),
+        scales={dataset: scale_line(scale, dataset) for dataset in scale.index},
+        curves=curves,
+        bars=bars,
+        notes=notes,
+    )
 
 
 def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:

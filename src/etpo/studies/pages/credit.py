@@ -28,8 +28,8 @@ def write_page(file: Path, title: str) -> None:
 def to_html(rows: Sequence[dict[str, Any]], title: str) -> str:
     """Render the lines of a `credit.jsonl`, in their order; at least one.
 
-    Texts in the rows are untrusted. They reach the page as JSON and become text nodes. The content
-    security policy of the page allows only its own script and no loading.
+    Untrusted texts reach the page as JSON and become text nodes. The content security policy of the
+    page allows only its own script and no loading.
     """
     iterations = [
         {"iteration": number, "actions": list(actions)}
