@@ -102,10 +102,10 @@ def draw_bars(
     axes: Axes, score: str, estimates: pd.DataFrame, runs: pd.DataFrame, methods: list[str]
 ) -> None:
     """Draw horizontal bars of an estimated score, with its value at the right edge."""
-    for position, method in enumerate(methods):
-        if method not in estimates.index or pd.isna(estimates.loc[method, score]):
+    known = estimates.reindex(methods)[[score, f"{score}_low", f"{score}_high"]]
+    for position, (method, value, low, high) in enumerate(known.itertuples(name=None)):
+        if pd.isna(value):
             continue
-        value, low, high = estimates.loc[method, [score, f"{score}_low", f"{score}_high"]]
         colour = COLOURS[position % len(COLOURS)]
         axes.barh(position, value, height=0.7, color=colour, alpha=0.55)
         axes.plot([low, high], [position] * 2, "|-", color="black", linewidth=1.5)

@@ -42,16 +42,6 @@ class StudyData(NamedTuple):
     excluded: pd.DataFrame  # one row per run that is in neither
 
 
-class Run(NamedTuple):
-    """A run's folder; `summary` and `metrics` are None unless the run is finished."""
-
-    name: str
-    algorithm: str
-    overrides: dict[str, str]
-    summary: dict[str, Any] | None
-    metrics: pd.DataFrame | None
-
-
 def read_studies(folders: Sequence[Path]) -> StudyData:
     """Read the finished runs of studies, at least one; exclude incomplete runs and duplicates."""
     runs, excluded = [], []
@@ -63,20 +53,20 @@ def read_studies(folders: Sequence[Path]) -> StudyData:
             overrides = parse_overrides(hydra.overrides.task)
             shown = [f"{k}={v}".rstrip("=") for k, v in overrides.items() if k not in IGNORED_KEYS]
             name = " ".join([name, *shown])
-            results = (None, None) if reason else read_results(path)
-            runs.append(Run(name, algorithm, overrides, *results))
+            run = {"name": name, "algorithm": algorithm, "overrides": overrides}
+            runs.append(run if reason else run | read_results(path))
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             reason = reason or f"unreadable: {type(error).__name__}: {error}".splitlines()[0]
         if reason is not None:
             excluded.append((name, reason))
-    kept: dict[tuple, Run] = {}
-    labels = method_labels([(run.algorithm, run.overrides) for run in runs])
+    kept: dict[tuple, dict[str, Any]] = {}
+    labels = method_labels([(run["algorithm"], run["overrides"]) for run in runs])
     for run, method in zip(runs, labels, strict=True):
-        if run.summary is not None:
-            key = (dataset_label(run.summary, run.overrides), method, run.summary["seed"])
+        if "metrics" in run:
+            key = (dataset_label(run, run["overrides"]), method, run["seed"])
             first = kept.setdefault(key, run)
             if first is not run:
-                excluded.append((run.name, f"the same run as {first.name}"))
+                excluded.append((run["name"], f"the same run as {first['name']}"))
     if not kept:
         example = f"; {': '.join(excluded[0])}" if excluded else ""
         raise ConfigError(
@@ -92,8 +82,8 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
     return {key.lstrip("+"): value for key, _, value in pairs}
 
 
-def read_results(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Return the content of `summary.json` and `metrics.csv`; raise an error if incomplete."""
+def read_results(folder: Path) -> dict[str, Any]:
+    """Return `metrics` and keys of `summary.json` of a run; raise an error if incomplete."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     metrics = pd.read_csv(folder / "metrics.csv", float_precision="round_trip")
     if "rollout/reward" not in metrics or metrics["rollout/reward"].isna().any():
@@ -103,7 +93,7 @@ def read_results(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
             f"metrics.csv has {len(metrics)} iterations, summary.json {summary['iterations']}"
         )
     names = ("dataset", "environment", "seed", *FILES["summary.csv"][len(KEYS) :])
-    return {name: summary[name] for name in names}, metrics
+    return {name: summary[name] for name in names} | {"metrics": metrics}
 
 
 def method_labels(choices: Sequence[tuple[str, dict[str, str]]]) -> list[str]:
@@ -133,15 +123,14 @@ def dataset_label(summary: dict[str, Any], overrides: dict[str, str]) -> str:
     return summary["dataset"] or summary["environment"]
 
 
-def to_study_data(runs: dict[tuple, Run], excluded: list[tuple[str, str]]) -> StudyData:
+def to_study_data(runs: dict[tuple, dict[str, Any]], excluded: list[tuple[str, str]]) -> StudyData:
     """Build the tables of the `runs`, by dataset, method and seed, sorted by these."""
     curves, summaries = [], []
     for key, run in sorted(runs.items()):
-        names = dict(zip(KEYS, key, strict=True))
-        per_iteration = run.summary["env_steps"] // run.summary["iterations"]
-        env_steps = (run.metrics["iteration"] + 1) * per_iteration
-        curves.append(run.metrics.assign(**names, env_steps=env_steps))
-        summaries.append(run.summary | names)
+        names, metrics = dict(zip(KEYS, key, strict=True)), run.pop("metrics")
+        env_steps = (metrics["iteration"] + 1) * (run["env_steps"] // run["iterations"])
+        curves.append(metrics.assign(**names, env_steps=env_steps))
+        summaries.append(run | names)
     columns = FILES["summary.csv"]
     # a missing held-out score, None, becomes nan
     summary = pd.DataFrame(summaries)[columns].astype(dict.fromkeys(columns[-3:], float))

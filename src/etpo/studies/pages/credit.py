@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
 from etpo.files import write_text
@@ -49,6 +50,5 @@ def to_html(rows: Sequence[dict[str, Any]], title: str) -> str:
 
 def evenly_spaced(items: Sequence[Any], count: int) -> list[Any]:
     """Select at most `count` >= 2 evenly spaced items, including the first and the last."""
-    if len(items) <= count:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+    places = np.linspace(0, len(items) - 1, min(count, len(items)))
+    return [items[round(place)] for place in places]
