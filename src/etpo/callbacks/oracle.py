@@ -49,10 +49,13 @@ def tables(environment: TokenMDPEnv, module: LightningModule) -> tuple[Tensor, T
     states = len(mdp.start)
     # row (s, p): the tokens of p, padded
     actions = torch.tensor([[*p, *[0] * (mdp.length - len(p))] for p in prefixes])
-    policy, action_ids = module.policy, actions.repeat(states, 1).to(module.device)
-    prompts = policy.encode(environment.observations)
-    repeated = (part.repeat_interleave(len(prefixes), 0) for part in (prompts.ids, prompts.mask))
-    inputs = [*(part.to(module.device) for part in repeated), action_ids]
+    prompts = module.policy.encode(environment.observations)
+    inputs = [
+        prompts.ids.repeat_interleave(len(prefixes), 0).to(module.device),
+        prompts.mask.repeat_interleave(len(prefixes), 0).to(module.device),
+        actions.repeat(states, 1).to(module.device),
+    ]
+    policy, action_ids = module.policy, inputs[2]
     ref_hidden = policy.hidden_states(*inputs, reference=True)
     log_pi, _ = policy.log_probs(policy.hidden_states(*inputs), action_ids)
     log_ref, _ = policy.log_probs(ref_hidden, action_ids, reference=True)
