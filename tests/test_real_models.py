@@ -9,13 +9,15 @@ import json
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from lightning import Trainer
 from omegaconf import DictConfig
 from transformers import AutoModel
 
 from etpo import evaluate, train
+from etpo.algorithms.returns import gather_tokens
 from etpo.config import CONF
 from etpo.environments.data_science.scoring import ProgramScorer, Score
-from etpo.generation.sampler import sample
+from etpo.generation.sampler import generate
 
 FAMILY = {
     "causal_lm": "llama",
@@ -59,21 +61,21 @@ def composed(folder, *overrides: str) -> DictConfig:
         return compose("train", [f"paths.output_dir={folder}", "study=none", *overrides])
 
 
-def trained(folder, option: str, checkpoint, *overrides: str) -> train.Run:
-    """The objects of a finished run of two iterations, whose policy has left the reference."""
+def trained(folder, option: str, checkpoint, *overrides: str) -> Trainer:
+    """Return the trainer of a finished run of two iterations that moved the policy."""
     overrides = (f"model={option}", "model.dtype=float32", *TINY_BUDGET, *overrides)
     if option in FAMILY:
         overrides = (f"model.name_or_path={checkpoint(FAMILY[option])}", *overrides)
-    summary, run = train.train(composed(folder, *overrides))
+    summary, trainer = train.train(composed(folder, *overrides))
     assert json.loads((folder / "summary.json").read_text()) == summary
     assert (summary["status"], summary["iterations"]) == ("finished", 2)
     assert summary["kl_to_reference_last"] > 1e-4
-    return run
+    return trainer
 
 
 def test_every_model_of_the_configuration_is_tested():
     # the last two by tests/test_convergence.py and tests/test_documented_commands.py
-    made_here = {"tiny", "token_mdp", "player"}
+    made_here = {"tiny", "token_mdp", "game_lm"}
     assert {path.stem for path in (CONF / "model").glob("*.yaml")} == {*FAMILY, *made_here}
 
 
@@ -82,7 +84,7 @@ def test_the_loop_runs_and_moves_the_policy(
     option, tmp_path, checkpoint, command, graded_by_length
 ):
     run = trained(tmp_path, option, checkpoint)
-    policy = run.module.policy
+    policy = run.lightning_module.policy
     cfg = composed(tmp_path, f"model={option}", "model.name_or_path=x")
     names = {f"policy.model.{n}" for n, p in policy.model.named_parameters() if p.requires_grad}
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]
@@ -100,8 +102,10 @@ def test_a_trunk_critic_learns_beside_full_weights_and_beside_lora(
     option, tmp_path, checkpoint, command, graded_by_length
 ):
     run = trained(tmp_path, option, checkpoint, "critic=full", "algorithm.critic_lr=1e-2")
-    trunk = dict(run.module.critic.trunk.named_parameters())
-    shared = {id(p) for p in run.module.policy.parameters()} & {id(p) for p in trunk.values()}
+    trunk = dict(run.lightning_module.critic.trunk.named_parameters())
+    shared = {id(p) for p in run.lightning_module.policy.parameters()} & {
+        id(p) for p in trunk.values()
+    }
     assert not shared
     pretrained = AutoModel.from_pretrained(checkpoint(FAMILY[option])).named_parameters()
     for name, weights in pretrained:
@@ -115,7 +119,7 @@ def test_a_checkpoint_holds_what_a_critic_trains(
     critic, option, tmp_path, checkpoint, command, graded_by_length
 ):
     run = trained(tmp_path, option, checkpoint, f"critic={critic}", "algorithm.tau=0.5")
-    names = {name for name, p in run.module.critic.named_parameters() if p.requires_grad}
+    names = {name for name, p in run.lightning_module.critic.named_parameters() if p.requires_grad}
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]
     for part in ("critic.", "target_critic."):
         kept = {name.removeprefix(part) for name in saved if name.startswith(part)}
@@ -138,28 +142,32 @@ def test_variants_of_a_run(
 ):
     """Weights' type, attention and optimizer steps are what the override says; it learns."""
     run = trained(tmp_path, option, checkpoint, override)
-    policy = run.module.policy.model
+    policy = run.lightning_module.policy.model
     dtype = next(policy.parameters()).dtype
-    assert (dtype, policy.config._attn_implementation, run.trainer.global_step) == variant
+    assert (dtype, policy.config._attn_implementation, run.global_step) == variant
 
 
 @pytest.mark.parametrize("option", ["codellama-7b", "qwen2.5-coder-0.5b-instruct"])
 def test_what_is_sampled_is_what_is_trained(
     option, tmp_path, checkpoint, command, graded_by_length
 ):
-    policy = trained(tmp_path, option, checkpoint).module.policy
+    policy = trained(tmp_path, option, checkpoint).lightning_module.policy
     prompts = policy.encode(
         [
             {"instruction": "Write it.", "prefix": "def f():\n", "suffix": "\n"},
             {"instruction": "Write it, please, now.", "prefix": "def g(x, y):\n", "suffix": "\n"},
         ]
     )
-    taken = sample(policy, prompts, 6, torch.Generator().manual_seed(0))
+    taken = generate(policy, prompts, 6, torch.Generator().manual_seed(0))
     inputs = prompts.ids, prompts.mask, taken.ids
-    chosen = taken.ids.unsqueeze(-1)
-    recomputed = policy(*inputs).log_probs.gather(-1, chosen).squeeze(-1)
-    torch.testing.assert_close(recomputed[taken.mask], taken.log_probs[taken.mask])
-    reference = policy(*inputs, reference=True).log_probs.gather(-1, chosen).squeeze(-1)
+
+    def log_probs(hidden, **side):
+        return gather_tokens(policy.log_probs(hidden, taken.ids, **side).log_probs, taken.ids)
+
+    recomputed = log_probs(policy.hidden_states(*inputs))
+    sampled = log_probs(taken.hidden_states)
+    torch.testing.assert_close(recomputed[taken.mask], sampled[taken.mask])
+    reference = log_probs(policy.hidden_states(*inputs, reference=True), reference=True)
     assert (reference - recomputed)[taken.mask].abs().max() > 1e-3
 
 

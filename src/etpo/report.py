@@ -8,7 +8,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from etpo.console import console_script
 from etpo.errors import ConfigError
 from etpo.studies import figures, read, tables
-from etpo.studies.pages.report import to_html
 from etpo.studies.scores import scales, score_runs
 
 DECIMALS = 6  # of table.csv
@@ -19,14 +18,21 @@ def report(cfg: DictConfig) -> None:
     folders = study_folders(cfg)
     saved = None if cfg.runs is None else read.read_report(Path(cfg.runs))
     data = read.merge(saved, read.read_studies(folders) if folders else None)
-    out = out_folder(cfg, folders)
-    best_known = known_rewards(cfg.best_known, set(data.summary["dataset"]))
+    if cfg.out is None and cfg.runs is None and len(folders) > 1:
+        raise ConfigError("out=null: with several studies give out=FOLDER")
+    out = Path(cfg.out or cfg.runs or folders[0])
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out={out}: allowed is a folder")
+    datasets = set(data.summary["dataset"])
+    scale = scales(data, known_rewards(cfg.best_known, datasets))
     methods = tables.method_order(data.summary["method"], cfg.compare_with)
-    shown = shown_methods(cfg.curves_of, methods)
+    shown = as_list(cfg.curves_of) or methods
+    for method in shown:
+        if method not in methods:
+            raise ConfigError(f"curves_of={method}: allowed methods: {', '.join(methods)}")
     references = read.read_references(cfg.references)
-    references = references[references["dataset"].isin(data.summary["dataset"])]
+    references = references[references["dataset"].isin(datasets)]
 
-    scale = scales(data, best_known)
     scores = score_runs(data, scale)
     table = tables.make_table(scores, methods, references)
     excluded = [f"excluded: {run}: {reason}" for run, reason in data.excluded.to_numpy()]
@@ -39,8 +45,9 @@ def report(cfg: DictConfig) -> None:
     table.round(DECIMALS).to_csv(out / "table.csv", index=False, lineterminator="\n")
     figures.save(curves, out / "curves")
     figures.save(bars, out / "bars")
+    drawings = figures.inline_svg(curves), figures.inline_svg(bars)
     pages = {
-        "index.html": to_html(table, scale, notes, curves, bars),
+        "index.html": tables.to_html(table, scale, notes, *drawings),
         "table.md": tables.to_markdown(table, scale, notes),
         "table.tex": tables.to_latex(table),
     }
@@ -75,25 +82,6 @@ def as_list(value: object) -> list[str]:
     """Return a config value that is null, one value or a list as a list of texts."""
     values = value if isinstance(value, ListConfig) else [value]
     return [str(v) for v in values if v is not None]
-
-
-def out_folder(cfg: DictConfig, folders: list[Path]) -> Path:
-    """Return the output folder, by default the only folder that was read."""
-    if cfg.out is None and cfg.runs is None and len(folders) > 1:
-        raise ConfigError("out=null: with several studies give out=FOLDER")
-    out = Path(cfg.out or cfg.runs or folders[0])
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"out={out}: allowed is a folder")
-    return out
-
-
-def shown_methods(curves_of: object, methods: list[str]) -> list[str]:
-    """Return the methods of the learning curves; raise ConfigError for an unknown one."""
-    shown = as_list(curves_of) or methods
-    for method in shown:
-        if method not in methods:
-            raise ConfigError(f"curves_of={method}: allowed methods: {', '.join(methods)}")
-    return shown
 
 
 def known_rewards(best_known: object, datasets: set[str]) -> dict[str, float]:

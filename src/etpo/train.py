@@ -25,7 +25,7 @@ def build(cfg: DictConfig, environment: Any) -> tuple["Trainer", dict[str, Any]]
     """Return the trainer and the arguments of its `fit`; the model is loaded last."""
     from lightning import seed_everything
 
-    from etpo.callbacks.run_start import callback_options
+    from etpo.callbacks.every_run import callback_options
     from etpo.callbacks.tracking import start_tracking
     from etpo.checkpoints import check_fits, load_resumable
 

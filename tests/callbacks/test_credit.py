@@ -6,9 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from etpo.callbacks.credit import SelectedAction, TokenCredit
+from etpo.callbacks.credit import TokenCredit
 
-FOLLOWED = SelectedAction([5, 6], [7], 0, {"env": 0, "reward": -1.0, "error": "TypeError: no"})
+FOLLOWED = {
+    "prompt_ids": [5, 6],
+    "action_ids": [7],
+    "record": {"env": 0, "reward": -1.0, "error": "TypeError: no"},
+    "iteration": 0,
+}
 
 
 def line(iteration):

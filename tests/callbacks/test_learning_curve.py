@@ -9,13 +9,8 @@ def callback(folder):
 
 def test_lines_hold_the_metrics_against_actions():
     rows = [
-        {"iteration": "0", "rollout/reward": "-0.5", "rollout/valid_rate": "0.25"},
-        {
-            "iteration": "1",
-            "rollout/reward": "0.5",
-            "rollout/valid_rate": "0.75",
-            "val/reward": "1.0",
-        },
+        {"iteration": 0, "rollout/reward": -0.5, "rollout/valid_rate": 0.25},
+        {"iteration": 1, "rollout/reward": 0.5, "rollout/valid_rate": 0.75, "val/reward": 1.0},
     ]
     reward, valid = learning_curve(rows, 64, "title").axes
     mean, greedy = (line.get_xydata().tolist() for line in reward.lines)

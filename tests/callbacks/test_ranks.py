@@ -21,7 +21,7 @@ class RankZeroSummary(RunSummary):
 
     def on_train_end(self, trainer, pl_module):
         if trainer.is_global_zero:
-            self.file.write_text(json.dumps(self.summary()))
+            self.file.write_text(json.dumps(self.numbers))
 
 
 def test_without_other_processes_there_is_one_value():

@@ -35,19 +35,19 @@ THREE = {
 def test_a_run_is_counted(fit):
     collected = RunSummary()
     trainer = fit([collected], 3)
-    assert counted(collected.summary()) == THREE
-    assert collected.summary()["wall_seconds"] > 0
+    assert counted(collected.numbers) == THREE
+    assert collected.numbers["wall_seconds"] > 0
     assert float(trainer.callback_metrics["time/iteration_seconds"]) > 0
 
 
 def test_a_resumed_run_counts_the_iterations_before_it(tmp_path, fit, interrupted, checkpoint):
     collected = RunSummary()
     fit([collected, checkpoint()], 3, module=interrupted(2))
-    assert collected.summary()["iterations"] == 2
+    assert collected.numbers["iterations"] == 2
     resumed = RunSummary()
     fit([resumed, checkpoint()], 3, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
-    assert counted(resumed.summary()) == THREE
-    assert resumed.summary()["wall_seconds"] > collected.summary()["wall_seconds"]
+    assert counted(resumed.numbers) == THREE
+    assert resumed.numbers["wall_seconds"] > collected.numbers["wall_seconds"]
 
 
 def test_the_best_reward_so_far_never_falls_and_survives_a_resume(fit):
@@ -63,7 +63,7 @@ def test_the_best_reward_so_far_never_falls_and_survives_a_resume(fit):
 def test_the_summary_is_written_whole(tmp_path, fit):
     collected = RunSummary()
     fit([collected], 3)
-    summary = {"status": "finished", "nan": math.nan, "held_out_auc": 0.875, **collected.summary()}
+    summary = {"status": "finished", "nan": math.nan, "held_out_auc": 0.875, **collected.numbers}
     write_summary(tmp_path, summary)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert THREE.items() <= summary.items()
@@ -75,7 +75,7 @@ def test_the_summary_is_written_whole(tmp_path, fit):
 def test_a_run_without_a_completed_iteration_has_a_summary(tmp_path, fit, interrupted, capsys):
     collected = RunSummary()
     fit([collected], 3, module=interrupted(0))
-    summary = {"status": "interrupted", **collected.summary()}
+    summary = {"status": "interrupted", **collected.numbers}
     assert summary["iterations"] == 0
     assert summary["last_mean_reward"] is None
     assert summary["tokens_per_second"] is None
@@ -87,7 +87,7 @@ def test_a_run_without_a_completed_iteration_has_a_summary(tmp_path, fit, interr
 
 
 def closing(folder, status):
-    summary = RunSummary().summary() | THREE
+    summary = RunSummary().numbers | THREE
     print_closing(summary | {"status": status, "held_out_auc": None}, folder)
 
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from etpo.studies.pages.credit import PAGE_ITERATIONS, evenly_spaced, read_rows, to_html, write_page
+from etpo.studies.pages.credit import PAGE_ITERATIONS, evenly_spaced, to_html, write_page
 
 from .browser import CHROMIUM, Browser
 
@@ -59,9 +59,10 @@ def show(browser, tmp_path):
     browser.requests.clear()
 
     def opened(rows, fragment=""):
-        page = tmp_path / "credit.html"
-        write_page(page, rows, "ETPO, iris, seed 0")
-        browser.open(f"file://{page}{fragment}")
+        file = tmp_path / "credit.jsonl"
+        file.write_text("".join(json.dumps(line) + "\n" for line in rows))
+        write_page(file, "ETPO, iris, seed 0")
+        browser.open(f"file://{file.with_suffix('.html')}{fragment}")
         return browser
 
     yield opened
@@ -287,7 +288,8 @@ def test_a_hostile_title_is_text():
 def test_the_page_of_a_run(finished_run, browser):
     """Default settings but for sizes: every token of every line is there."""
     browser.errors.clear()
-    rows = read_rows(finished_run.folder / "credit.jsonl")
+    lines = (finished_run.folder / "credit.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
     assert {line["iteration"] for line in rows} == {0, 1, 2}
     episodes = (finished_run.folder / "episodes.jsonl").read_text().splitlines()
     sampled = {json.loads(line)["action"] for line in episodes}
@@ -323,11 +325,13 @@ def test_a_long_run_keeps_the_page_small():
 
 
 def test_without_rows_there_is_no_page(tmp_path):
-    page = tmp_path / "credit.html"
-    write_page(page, ROWS, "t")
-    assert page.exists()
-    write_page(page, [], "t")
-    assert list(tmp_path.iterdir()) == []
+    file = tmp_path / "credit.jsonl"
+    file.write_text(json.dumps(ROWS[0]) + "\n")
+    write_page(file, "t")
+    assert file.with_suffix(".html").exists()
+    file.write_text("")
+    write_page(file, "t")
+    assert not file.with_suffix(".html").exists()
 
 
 @pytest.mark.parametrize(("advantage", "shown"), [([0.0, 0.0, None], True), ([0.0, -1e-3], False)])

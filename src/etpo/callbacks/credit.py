@@ -4,7 +4,7 @@ import functools
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -17,18 +17,9 @@ from etpo.errors import check_integer
 from etpo.files import append_lines
 from etpo.models.token_text import label, token_texts
 from etpo.rollout.types import Rollout
-from etpo.studies.pages.credit import read_rows, write_page
+from etpo.studies.pages.credit import write_page
 
 ALTERNATIVES = 5
-
-
-class SelectedAction(NamedTuple):
-    """An action and its prompt, without padding, and what its lines repeat of its record."""
-
-    prompt_ids: list[int]
-    action_ids: list[int]
-    iteration: int  # in which it was sampled
-    record: dict[str, Any]
 
 
 class TokenCredit(Callback):
@@ -37,22 +28,16 @@ class TokenCredit(Callback):
     The first `num_actions` actions of rank zero, ordered by environment, are recorded every
     `every_n_iterations` iterations, before the iteration's first update. One action is followed:
     the action with the lowest reward of the first recorded iteration is evaluated again in every
-    later one. A resumed run truncates both files to the iterations before the restored one.
-
-    Args:
-        folder: The folder of `credit.jsonl` and `credit.html`.
-        title: Names the run on the page, after the algorithm.
-        every_n_iterations: Number of iterations between two recorded ones.
-        num_actions: Number of actions per recorded iteration.
+    later one. A resumed run truncates both files to the iterations before the restored one. On the
+    page, `title` follows the name of the algorithm.
     """
 
     def __init__(self, folder: str, title: str, every_n_iterations: int, num_actions: int) -> None:
         check_integer("callbacks.credit.every_n_iterations", every_n_iterations, 1)
         check_integer("callbacks.credit.num_actions", num_actions, 1)
-        self.file, self.page = (Path(folder) / f"credit.{end}" for end in ("jsonl", "html"))
-        self.title = title
+        self.file, self.title = Path(folder) / "credit.jsonl", title
         self.every_n_iterations, self.num_actions = every_n_iterations, num_actions
-        self.followed: SelectedAction | None = None
+        self.followed: dict[str, Any] | None = None
         self.lines: list[dict[str, Any]] = []  # written when the iteration is completed
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -66,16 +51,15 @@ class TokenCredit(Callback):
         self, trainer: Trainer, module: LightningModule, rollout: Rollout, batch: Any
     ) -> None:
         """Evaluate the selected actions; on all ranks, since the policy may be sharded."""
-        self.lines = []
-        iteration = trainer.current_epoch
+        self.lines, iteration = [], trainer.current_epoch
         if iteration % self.every_n_iterations:
             return
         # rows are ordered by round, then by environment
-        by_environment = torch.arange(len(rollout.records)).view(-1, rollout.num_envs).T.flatten()
-        rows = by_environment[: self.num_actions].tolist()
-        selected = {row: select(rollout, row, iteration) for row in rows}
+        rows = torch.arange(len(rollout.records)).view(-1, rollout.num_envs).T.flatten()
+        selected = {row: select(rollout, row) for row in rows[: self.num_actions].tolist()}
         if self.followed is None:
-            self.followed = min(selected.values(), key=lambda action: action.record["reward"])
+            action = min(selected.values(), key=lambda action: action["record"]["reward"])
+            self.followed = action | {"iteration": iteration}
         advantages = None
         if isinstance(module, OnPolicyAlgorithm):
             advantages = module.sampled_advantages(batch)
@@ -83,7 +67,7 @@ class TokenCredit(Callback):
             sampled = None if advantages is None else advantages[row]
             self.lines.append({"iteration": iteration} | credit_line(module, action, sampled))
         followed = {"iteration": iteration} | credit_line(module, self.followed, None)
-        self.lines.append(followed | {"followed": self.followed.iteration})
+        self.lines.append(followed | {"followed": self.followed["iteration"]})
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self.lines:
@@ -92,31 +76,30 @@ class TokenCredit(Callback):
 
     def write_page(self, module: LightningModule) -> None:
         """Write the page from `credit.jsonl`."""
-        write_page(self.page, read_rows(self.file), f"{type(module).__name__}, {self.title}")
+        write_page(self.file, f"{type(module).__name__}, {self.title}")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"followed": None if self.followed is None else tuple(self.followed)}
+        return {"followed": self.followed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        followed = state_dict["followed"]
-        self.followed = None if followed is None else SelectedAction(*followed)
+        self.followed = state_dict["followed"]
 
 
-def select(rollout: Rollout, row: int, iteration: int) -> SelectedAction:
-    """Return the action in a row of a rollout."""
+def select(rollout: Rollout, row: int) -> dict[str, Any]:
+    """Return prompt_ids and action_ids, without padding, and record of a row of a rollout."""
     actions, record = rollout.actions, rollout.records[row]
     until_now = rollout.records[row % rollout.num_envs : row + 1 : rollout.num_envs]
     episode = sum(other.attempt == 1 for other in until_now)
     names = ("attempt", "prompt", "reward", "error")
-    return SelectedAction(
-        actions.prompt_ids[row][actions.prompt_mask[row]].tolist(),
-        actions.action_ids[row][actions.action_mask[row]].tolist(),
-        iteration,
-        {"env": record.env, "episode": episode} | {n: getattr(record, n) for n in names},
-    )
+    fields = {name: getattr(record, name) for name in names}
+    return {
+        "prompt_ids": actions.prompt_ids[row][actions.prompt_mask[row]].tolist(),
+        "action_ids": actions.action_ids[row][actions.action_mask[row]].tolist(),
+        "record": {"env": record.env, "episode": episode, **fields},
+    }
 
 
-def token_numbers(module: LightningModule, action: SelectedAction) -> dict[str, Tensor]:
+def token_numbers(module: LightningModule, action: dict[str, Any]) -> dict[str, Tensor]:
     """Evaluate policy, reference and critic at the l tokens of an action.
 
     Returns:
@@ -125,10 +108,9 @@ def token_numbers(module: LightningModule, action: SelectedAction) -> dict[str, 
         other tokens: other_ids, other_probability, other_q.
     """
     prompt_ids, action_ids = (
-        torch.tensor([ids], device=module.device) for ids in (action.prompt_ids, action.action_ids)
+        torch.tensor([action[name]], device=module.device) for name in ("prompt_ids", "action_ids")
     )
-    inputs = prompt_ids, torch.ones_like(prompt_ids, dtype=torch.bool), action_ids
-    policy = module.policy
+    inputs, policy = (prompt_ids, torch.ones_like(prompt_ids).bool(), action_ids), module.policy
     ref_hidden = policy.hidden_states(*inputs, reference=True)
     log_pi, _ = policy.log_probs(policy.hidden_states(*inputs), action_ids)
     log_ref, _ = policy.log_probs(ref_hidden, action_ids, reference=True)
@@ -154,14 +136,14 @@ def token_numbers(module: LightningModule, action: SelectedAction) -> dict[str, 
 
 
 def credit_line(
-    module: LightningModule, action: SelectedAction, sampled: Tensor | None
+    module: LightningModule, action: dict[str, Any], sampled: Tensor | None
 ) -> dict[str, Any]:
     """Return an action's line of `credit.jsonl`, without its iteration.
 
     sampled: the advantages of its tokens in the objective, [>= l], or None.
     """
     numbers = token_numbers(module, action)
-    tokenizer, ids = module.policy.tokenizer, action.action_ids
+    tokenizer, ids = module.policy.tokenizer, action["action_ids"]
     if sampled is not None:
         numbers["sampled_advantage"] = sampled[: len(ids)].cpu()
     parts = [name for name in ("critic_advantage", "sampled_advantage") if name in numbers]
@@ -172,17 +154,14 @@ def credit_line(
     possible = numbers["other_probability"] > 0
     others = [o[p].tolist() for o, p in zip(numbers.pop("other_ids"), possible, strict=True)]
     texts, labels = token_texts(tokenizer, ids, others, module.policy.stop_ids)
-    columns = [
-        [rounded(values) for values in numbers.pop(name)]
-        for name in ("other_probability", "other_q")
-        if name in numbers
-    ]
+    rounded = {name: round_digits(values.tolist()) for name, values in numbers.items()}
+    columns = [rounded.pop(name) for name in ("other_probability", "other_q") if name in rounded]
     return {
-        **action.record,
+        **action["record"],
         "text": texts,
         # of tokens without text, by position
         "names": {str(i): label(tokenizer, ids[i]) for i, text in enumerate(texts) if text == ""},
-        **{name: rounded(values) for name, values in numbers.items()},
+        **rounded,
         # zip ends at the last label: tokens without probability have none
         "alternatives": [
             [list(cells) for cells in zip(*row, strict=False)]
@@ -191,6 +170,8 @@ def credit_line(
     }
 
 
-def rounded(values: Tensor) -> list[float | None]:
-    """Round to five significant digits; None for nan."""
-    return [None if math.isnan(x) else float(f"{x:.5g}") for x in values.tolist()]
+def round_digits(value: Any) -> Any:
+    """Round the numbers of nested lists to five significant digits; None for nan."""
+    if isinstance(value, list):
+        return [round_digits(entry) for entry in value]
+    return None if math.isnan(value) else float(f"{value:.5g}")

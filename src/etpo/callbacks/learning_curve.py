@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from lightning import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
@@ -17,9 +18,9 @@ METRICS = ("rollout/reward", "val/reward", "rollout/valid_rate")
 
 
 class LearningCurve(LoggedMetrics):
-    """Draw reward and valid rate against actions when a run ends or is interrupted.
+    """Draw reward and valid rate against actions when a run ends, also for TensorBoard.
 
-    TensorBoard gets the figure, too. environment, model, seed: title of the figure.
+    The title of the figure is environment, model and seed.
     """
 
     def __init__(self, folder: str, environment: str, model: str, seed: int) -> None:
@@ -37,16 +38,12 @@ class LearningCurve(LoggedMetrics):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows = list(state_dict["rows"])
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.draw(trainer)
-
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        self.draw(trainer)
+        self.on_train_end(trainer, pl_module)
 
-    def draw(self, trainer: Trainer) -> None:
-        """Write the figure, if an iteration was completed."""
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # without an iteration that an exception ended before its checkpoint
         rows = [row for row in self.rows if row["iteration"] < trainer.current_epoch]
         if not rows or not trainer.is_global_zero:
@@ -61,6 +58,8 @@ class LearningCurve(LoggedMetrics):
 
 def learning_curve(rows: list[dict[str, float]], actions_per_iteration: int, title: str) -> Figure:
     """Draw rewards above and the valid rate below; rows have an iteration and its `METRICS`."""
+    table = pd.DataFrame(rows, columns=["iteration", *METRICS], dtype=float)
+    table["actions"] = (table["iteration"] + 1) * actions_per_iteration
     figure = Figure(figsize=(7, 5), layout="constrained")
     reward, valid = figure.subplots(2, sharex=True, height_ratios=(2, 1))
     for axes, name, label, colour in (
@@ -68,23 +67,15 @@ def learning_curve(rows: list[dict[str, float]], actions_per_iteration: int, tit
         (reward, "val/reward", "greedy actions, mean", GREEDY),
         (valid, "rollout/valid_rate", None, MEAN),
     ):
-        points = [
-            ((int(row["iteration"]) + 1) * actions_per_iteration, float(row[name]))
-            for row in rows
-            if name in row
-        ]
-        axes.plot(*zip(*points, strict=True), color=colour, label=label, marker="o", markersize=3)
-    reward.set_title(title)
-    reward.set_ylabel("reward")
-    reward.legend(frameon=False)
-    valid.set_ylabel("actions without error")
-    valid.set_ylim(-0.03, 1.03)
-    valid.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    valid.set_xlabel(f"actions ({actions_per_iteration} per iteration)")
-    valid.set_xlim(left=0)
-    valid.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (reward, valid):
+        line = {"color": colour, "label": label, "marker": "o", "markersize": 3}
+        axes.plot("actions", name, data=table.dropna(subset=name), **line)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", linewidth=0.5, alpha=0.4)
+    reward.set(title=title, ylabel="reward")
+    reward.legend(frameon=False)
+    valid.set(ylabel="actions without error", ylim=(-0.03, 1.03), xlim=(0, None))
+    valid.set_xlabel(f"actions ({actions_per_iteration} per iteration)")
+    valid.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    valid.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.align_ylabels()
     return figure

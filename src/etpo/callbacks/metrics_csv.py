@@ -9,7 +9,7 @@ from etpo.files import read_rows, write_rows
 
 
 class LoggedMetrics(Callback):
-    """Base class of callbacks that need the metrics logged in the current iteration only."""
+    """Base class of callbacks that need only the metrics logged in the current iteration."""
 
     before: dict[str, Tensor] = {}
 
@@ -17,7 +17,7 @@ class LoggedMetrics(Callback):
         self.before = dict(trainer.callback_metrics)
 
     def logged(self, trainer: Trainer) -> dict[str, float]:
-        """Return them by name. Lightning keeps the last value of what was not logged again."""
+        """Return these metrics by name; Lightning keeps values that were not logged again."""
         current = trainer.callback_metrics.items()
         return {name: v.item() for name, v in current if v is not self.before.get(name)}
 
@@ -26,11 +26,9 @@ class MetricsCSV(LoggedMetrics):
     """Write `folder/metrics.csv`: iteration (from 0), step, then the iteration's metrics by name.
 
     A callback, not a logger: Lightning calls loggers after the checkpoint is written, and a run
-    that is killed in between would be resumed without that row. Metrics that another callback logs
-    at the end of an iteration are in its row if that callback comes before this one.
-
-    Floats are written with all bits. The first row of a resumed run cuts the file back to the
-    iterations before it. `step` is the number of the iteration's last optimizer step, from 0.
+    that is killed in between would be resumed without that row. Callbacks that log must come before
+    this one. Floats are written exactly. A resumed run replaces the rows of its iterations. `step`
+    is the number of the iteration's last optimizer step, from 0.
     """
 
     def __init__(self, folder: str) -> None:

@@ -1,7 +1,8 @@
-"""One line per iteration, and one now and then while an iteration takes long."""
+"""Print one line per iteration, and the progress of a long iteration."""
 
 import logging
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,10 +22,10 @@ QUIET_SECONDS = 30.0
 
 
 class RolloutProgress(Callback):
-    """Print on rank zero: a line per iteration, and its progress after `QUIET_SECONDS` without one.
+    """Print a line per iteration, and the progress after `QUIET_SECONDS` without a line.
 
-    An iteration's line is printed when its checkpoint and its logs are written: a run stopped after
-    a line continues with the next iteration. It also goes to the logger "etpo", Hydra's log file.
+    An iteration's line is printed and logged when its checkpoint and its logs are written: a run
+    that is stopped after a line continues with the next iteration.
     """
 
     def __init__(self) -> None:
@@ -38,14 +39,14 @@ class RolloutProgress(Callback):
         if trainer.is_global_zero:
             self.connect(trainer, self.show)
 
-    def connect(self, trainer: Trainer, show: Any) -> None:
-        """Let rollouts and scores report to `show`, or to nothing if it is None."""
+    def connect(self, trainer: Trainer, show: Callable[[str, int, int], None] | None) -> None:
+        """Call `show` for parts of rollouts and scores that are finished."""
         trainer.datamodule.on_progress = show
         if hasattr(trainer.datamodule.environment, "on_score"):
             trainer.datamodule.environment.on_score = show and partial(show, "scoring")
 
     def show(self, stage: str, done: int, total: int) -> None:
-        """Print, if it is time, that `done` of `total` parts of a stage are finished."""
+        """Print that `done` of `total` parts of a stage are finished, if it is time."""
         if time.perf_counter() - self.printed > QUIET_SECONDS:
             seconds = time.perf_counter() - self.started
             self.print(f"  {stage} {done}/{total}, {seconds:.0f} s")
@@ -54,6 +55,13 @@ class RolloutProgress(Callback):
         """Write a line to standard output at once."""
         print(line, flush=True)
         self.printed = time.perf_counter()
+
+    def print_iteration(self) -> None:
+        """Print and log the line of a completed iteration, if it is not printed yet."""
+        if self.line is not None:
+            self.print(self.line)
+            log.info(self.line)
+            self.line = None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.print_iteration()
@@ -72,23 +80,15 @@ class RolloutProgress(Callback):
             self.number = trainer.current_epoch + 1
             self.line = iteration_line(self.number, trainer.max_epochs, metrics, seconds)
 
-    def print_iteration(self) -> None:
-        """Print and log the line that is due, if any."""
-        if self.line is not None:
-            line, self.line = self.line, None
-            self.print(line)
-            log.info(line)
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.print_iteration()
+        if trainer.current_epoch == self.number:  # counted after checkpoint and logs
+            self.print_iteration()
         self.connect(trainer, None)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        if trainer.current_epoch == self.number:  # counted after checkpoint and logs
-            self.print_iteration()
-        self.connect(trainer, None)
+        self.on_train_end(trainer, pl_module)
 
 
 def iteration_line(number: int, total: int, metrics: dict[str, float], seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""`summary.json`: the numbers of a run, and what is printed when it ends."""
+"""`summary.json`, and the summary that is printed when a run ends."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,32 +53,30 @@ NUMBERS = (
     ("KL to reference", ("kl_to_reference_last",), ".3f"),
     ("tokens per second", ("tokens_per_second",), ".0f"),
 )
-# attributes of RunSummary that a checkpoint keeps
-STATE = (
-    *("iterations", "counts", "numbers"),
-    *("generate_seconds", "wall_seconds", "peak_memory_mib"),
-)
+COUNTS = ("env_steps", "action_tokens", "cache_hits")
 
 
 class RunSummary(Callback):
-    """Count the costs of a run and keep its first and last numbers, over all ranks.
+    """Collect `numbers` of a run over all ranks, by key of `summary.json`; None if unknown.
 
     A resumed run continues the counts. Logs `rollout/best_reward_so_far` and
     `time/iteration_seconds`.
     """
 
     def __init__(self) -> None:
-        self.iterations = 0
-        self.counts = {"env_steps": 0, "action_tokens": 0, "cache_hits": 0}
-        self.numbers: dict[str, float | None] = dict.fromkeys([*FIRST, *LAST, "best_reward"])
-        self.generate_seconds = self.wall_seconds = self.peak_memory_mib = self.started = 0.0
+        self.numbers: dict[str, Any] = {
+            **dict.fromkeys(["iterations", *COUNTS], 0),
+            **dict.fromkeys([*FIRST, *LAST, "best_reward", "tokens_per_second"]),
+            **dict.fromkeys(["wall_seconds", "peak_memory_mib"], 0.0),
+        }
+        self.generate_seconds = self.started = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.started = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        rollout = trainer.datamodule.rollout
+        rollout, numbers = trainer.datamodule.rollout, self.numbers
         ranks = gather(
             {
                 "env_steps": len(rollout.records),
@@ -86,41 +85,32 @@ class RunSummary(Callback):
                 "best_reward": max(record.reward for record in rollout.records),
             }
         )
-        for key in self.counts:
-            self.counts[key] += sum(rank[key] for rank in ranks)
-        if self.iterations == 0:
-            self.numbers |= {key: metrics.get(name) for key, name in FIRST.items()}
-        self.numbers |= {key: metrics.get(name) for key, name in LAST.items()}
-        best = self.numbers["best_reward"]  # None at first, and after a change of the data
-        found = [rank["best_reward"] for rank in ranks]
-        self.numbers["best_reward"] = max(found if best is None else [best, *found])
-        pl_module.log("rollout/best_reward_so_far", self.numbers["best_reward"], sync_dist=True)
+        for key in COUNTS:
+            numbers[key] += sum(rank[key] for rank in ranks)
+        if numbers["iterations"] == 0:
+            numbers |= {key: metrics.get(name) for key, name in FIRST.items()}
+        numbers |= {key: metrics.get(name) for key, name in LAST.items()}
+        # the best reward so far is None at first, and after a change of the data
+        best = [found["best_reward"] for found in (numbers, *ranks)]
+        numbers["best_reward"] = max(reward for reward in best if reward is not None)
         self.generate_seconds += metrics["time/generate_seconds"]
-        self.iterations = trainer.current_epoch + 1
-        self.peak_memory_mib = max(self.peak_memory_mib, peak_memory_mib(pl_module.device))
+        tokens = numbers["action_tokens"]
+        numbers["tokens_per_second"] = tokens / self.generate_seconds if tokens else None
+        numbers["iterations"] = trainer.current_epoch + 1
+        peak = peak_memory_mib(pl_module.device)
+        numbers["peak_memory_mib"] = max(numbers["peak_memory_mib"], peak)
         now = time.perf_counter()
         seconds, self.started = now - self.started, now
-        self.wall_seconds += seconds
+        numbers["wall_seconds"] += seconds
+        pl_module.log("rollout/best_reward_so_far", numbers["best_reward"], sync_dist=True)
         pl_module.log("time/iteration_seconds", seconds, sync_dist=True)
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in STATE}
+        return {"numbers": self.numbers, "generate_seconds": self.generate_seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name in STATE:
-            setattr(self, name, state_dict[name])
-
-    def summary(self) -> dict[str, Any]:
-        """Return the run's numbers by key of `summary.json`; null without a completed iteration."""
-        tokens = self.counts["action_tokens"]
-        return {
-            "iterations": self.iterations,
-            **self.counts,
-            **self.numbers,
-            "tokens_per_second": tokens / self.generate_seconds if tokens else None,
-            "wall_seconds": self.wall_seconds,
-            "peak_memory_mib": self.peak_memory_mib,
-        }
+        self.numbers = dict(state_dict["numbers"])
+        self.generate_seconds = state_dict["generate_seconds"]
 
 
 def peak_memory_mib(device: torch.device) -> float:
@@ -135,14 +125,13 @@ def close(trainer: Trainer, cfg: DictConfig, status: str) -> dict[str, Any]:
     """Write, track and print the summary of a run on rank zero; return it."""
     if not trainer.is_global_zero:
         return {"status": status}
-    environment = trainer.datamodule.environment
+    environment, held_out_auc = trainer.datamodule.environment, None
     best = next((c.best for c in trainer.callbacks if isinstance(c, BestAction)), None)
-    held_out_auc = None
     if best is not None and hasattr(environment, "held_out_score"):
         held_out_auc = environment.held_out_score(best["action"])
     value = trainer.callback_metrics.get(cfg.optimized_metric)
     finite = value is not None and math.isfinite(value)
-    counted = next((c.summary() for c in trainer.callbacks if isinstance(c, RunSummary)), {})
+    numbers = next((c.numbers for c in trainer.callbacks if isinstance(c, RunSummary)), {})
     summary = {
         "status": status,
         "algorithm": algorithm_name(type(trainer.lightning_module).__name__),
@@ -154,7 +143,7 @@ def close(trainer: Trainer, cfg: DictConfig, status: str) -> dict[str, Any]:
         "sandbox": getattr(environment, "sandbox_level", None),
         "iterations": trainer.current_epoch,
         "last_metrics": {cfg.optimized_metric: float(value)} if finite else {},
-        **counted,
+        **numbers,
         "held_out_auc": held_out_auc,
     }
     folder = Path(cfg.paths.output_dir)
@@ -165,12 +154,12 @@ def close(trainer: Trainer, cfg: DictConfig, status: str) -> dict[str, Any]:
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
-    """Write `folder/summary.json` with the versions of packages; numbers not finite become null."""
-    versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    """Write `summary.json` with package versions; replace numbers that are not finite by null."""
     for key, value in summary.items():
         if isinstance(value, float) and not math.isfinite(value):
             summary[key] = None
-    summary["versions"] = versions
+    versions = {name: version(name) for name in PACKAGES}
+    summary["versions"] = versions | {"python": platform.python_version()}
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
@@ -179,9 +168,9 @@ def print_closing(summary: dict[str, Any], folder: Path) -> None:
     iterations, finished = summary["iterations"], summary["status"] == "finished"
     rows = []
     for label, keys, form in NUMBERS:
-        texts = ["-" if summary.get(k) is None else f"{summary[k]:{form}}" for k in keys]
-        if set(texts) != {"-"}:
-            rows.append((label, " -> ".join(texts)))
+        known = [summary[key] for key in keys if summary.get(key) is not None]
+        if known:
+            rows.append((label, " -> ".join(f"{number:{form}}" for number in known)))
     rows += [(label, str(folder / name)) for label, name in FILES if (folder / name).exists()]
     last = folder / "checkpoints" / "last.ckpt"
     if last.exists():
@@ -192,7 +181,12 @@ def print_closing(summary: dict[str, Any], folder: Path) -> None:
     counts = f"{iterations} iterations"
     if "env_steps" in summary:
         counts += f", {summary['env_steps']} actions, {summary['wall_seconds']:.0f} s"
+    print_rows(f"\n[bold]{summary['status'].capitalize()}[/bold] after {counts}", rows)
+
+
+def print_rows(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    """Print a title with rich's markup and an indented row for each label and text."""
     console = Console(soft_wrap=True, highlight=False)
-    console.print(f"\n[bold]{summary['status'].capitalize()}[/bold] after {counts}")
+    console.print(title)
     for label, text in rows:
         console.print(f"  {label:<18}{text}", markup=False)

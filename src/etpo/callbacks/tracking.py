@@ -1,4 +1,4 @@
-"""Actions and results for W&B and TensorBoard, in addition to the metrics."""
+"""Log actions and results to W&B and TensorBoard, in addition to the metrics."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,27 +11,25 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from etpo.callbacks.best_action import FILES
 from etpo.errors import ConfigError, reason
 from etpo.rollout.types import Record
+from etpo.studies.tables import markdown_table
 
 COLUMNS = ("iteration", *Record._fields)
 
 
 def wandb_runs(loggers: Sequence[Logger]) -> list[Any]:
-    """Return the runs of W&B's loggers; they are stand-ins on other ranks than zero."""
+    """Return the runs of W&B's loggers; dummies on ranks other than zero."""
     return [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]
 
 
 def start_tracking(loggers: Sequence[Logger]) -> None:
-    """Start the runs of W&B's loggers before a model is loaded.
-
-    Raises ConfigError if W&B refuses: without a login, with a bad key, without a network.
-    """
-    if any(isinstance(logger, WandbLogger) for logger in loggers):
+    """Start W&B's runs; raise ConfigError without a login, with a bad key, without a network."""
+    own = [logger for logger in loggers if isinstance(logger, WandbLogger)]
+    if own:
         wandb.finish()  # a failed run of a multirun may have left one open
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger._wandb_init.pop("anonymous", None)  # deprecated, Lightning always passes it
+    for logger in own:
+        logger._wandb_init.pop("anonymous", None)  # deprecated, Lightning always passes it
     try:
-        wandb_runs(loggers)
+        wandb_runs(own)
     except (wandb.Error, ValueError, OSError, TimeoutError) as error:
         raise ConfigError(
             f"logger=wandb: {reason(error)} (logger.wandb.offline=true needs no account and no "
@@ -40,10 +38,9 @@ def start_tracking(loggers: Sequence[Logger]) -> None:
 
 
 class Tracking(Callback):
-    """Show sampled actions every `every_n_iterations` iterations, the first `num_actions` of each.
+    """Log the first `num_actions` actions of every `every_n_iterations`-th iteration as a table.
 
-    W&B gets a table `actions`, and `env_steps` (actions sampled so far) as the horizontal axis of
-    all its metrics; TensorBoard gets the table as text.
+    `env_steps`, the actions sampled so far, is the horizontal axis of all metrics in W&B.
     """
 
     def __init__(self, every_n_iterations: int, num_actions: int) -> None:
@@ -63,7 +60,12 @@ class Tracking(Callback):
             records = trainer.datamodule.rollout.records[: self.num_actions]
             rows = [[trainer.current_epoch, *record] for record in records]
             for logger in trainer.loggers:
-                show_actions(logger, rows, trainer.global_step)
+                if isinstance(logger, WandbLogger):
+                    table = wandb.Table(list(COLUMNS), rows)
+                    logger.experiment.log({"actions": table}, commit=False)
+                elif isinstance(logger, TensorBoardLogger):
+                    text = "\n".join(markdown_table(COLUMNS, rows))
+                    logger.experiment.add_text("actions", text, trainer.global_step)
 
     def add_env_steps(self, trainer: Trainer) -> None:
         """Add `env_steps` to the next row of metrics."""
@@ -72,30 +74,17 @@ class Tracking(Callback):
             run.log({"env_steps": steps}, commit=False)
 
 
-def show_actions(logger: Logger, rows: Sequence[Sequence[Any]], step: int) -> None:
-    """Log a table with the columns `COLUMNS`."""
-    if isinstance(logger, WandbLogger):
-        logger.experiment.log({"actions": wandb.Table(list(COLUMNS), list(rows))}, commit=False)
-    elif isinstance(logger, TensorBoardLogger):
-        lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
-        cells = [[str(c).replace("|", "\\|").replace("\n", "<br>") for c in line] for line in lines]
-        text = "\n".join(f"| {' | '.join(line)} |" for line in cells)
-        logger.experiment.add_text("actions", text, step)
-
-
 def track_results(loggers: Sequence[Logger], summary: dict[str, Any], folder: Path) -> None:
     """Log `summary.json`, the credit page, and the best action as an artifact to W&B."""
+    page, script_data = folder / "credit.html", folder / "best_action_data.csv"
     for run in wandb_runs(loggers):
         run.summary.update({f"summary/{key}": value for key, value in summary.items()})
-        page = folder / "credit.html"
         if page.exists():
             html = wandb.Html(page.read_text(encoding="utf-8"), inject=False)
-            steps = {key: summary[key] for key in ("env_steps",) if key in summary}
-            run.log({"credit": html, **steps})
+            run.log({"credit": html} | {k: v for k, v in summary.items() if k == "env_steps"})
         for file in (folder / name for name in FILES if (folder / name).exists()):
             artifact = wandb.Artifact(f"best_action-{run.id}", type="action")
             artifact.add_file(str(file))
-            data = file.with_name("best_action_data.csv")  # read by the script
-            if file.suffix == ".py" and data.exists():
-                artifact.add_file(str(data))
+            if file.suffix == ".py" and script_data.exists():
+                artifact.add_file(str(script_data))
             run.log_artifact(artifact)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -35,28 +36,28 @@ def learning_curves(runs: pd.DataFrame, methods: list[str], references: pd.DataF
         method: {"color": colour, "linestyle": dash, "linewidth": 1.8}
         for method, colour, dash in zip(methods, cycle(COLOURS), dashes, strict=False)
     }
-    models = dict.fromkeys(references["model"])
     reference_lines = {
         model: {"color": GREY, "linestyle": dash, "linewidth": 1.1}
-        for model, dash in zip(models, cycle(REFERENCE_DASHES), strict=False)
+        for model, dash in zip(references["model"].unique(), cycle(REFERENCE_DASHES), strict=False)
     }
-    for axes in panels.flat[len(datasets) :]:
-        axes.set_axis_off()
-    for axes, dataset in zip(panels.flat, datasets, strict=False):
-        own = runs[runs["dataset"] == dataset]
+    for place, axes in enumerate(panels.flat):
+        if place >= len(datasets):
+            axes.set_axis_off()
+            continue
+        own = runs[runs["dataset"] == datasets[place]]
         for method, line in lines.items():
             draw_curve(axes, own[own["method"] == method], line)
-        for _, model, auc in references[references["dataset"] == dataset].itertuples(index=False):
+        reference = references[references["dataset"] == datasets[place]]
+        for model, auc in zip(reference["model"], reference["auc"], strict=True):
             axes.axhline(auc, **reference_lines[model])
-        axes.set_title(dataset)
-        axes.set_xlim(left=0)
+        axes.set(title=datasets[place], xlim=(0, None))
         axes.locator_params(axis="x", nbins=5)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", linewidth=0.5, alpha=0.4)
-    for axes in panels[:, 0]:
-        axes.set_ylabel("mean reward")
-    for axes in panels.flat[max(0, len(datasets) - width) : len(datasets)]:
-        axes.set_xlabel("actions")
+        if place % width == 0:
+            axes.set_ylabel("mean reward")
+        if place + width >= len(datasets):
+            axes.set_xlabel("actions")
     lines |= {f"{model} (reference)": line for model, line in reference_lines.items()}
     handles = [Line2D([], [], label=label, **line) for label, line in lines.items()]
     figure.legend(handles=handles, loc="outside right upper", frameon=False, handlelength=3)
@@ -78,10 +79,9 @@ def bars(table: pd.DataFrame, scores: pd.DataFrame, methods: list[str]) -> Figur
 
     There is a row of panels per data set and, with several data sets, one over all of them.
     """
-    rows = table[table["kind"] == "method"]
     parts = [
         (dataset, "final", "final reward", own, scores[scores["dataset"] == dataset])
-        for dataset, own in rows.groupby("dataset")
+        for dataset, own in table[table["kind"] == "method"].groupby("dataset")
     ]
     if len(parts) > 1:
         overall = table[table["kind"] == "all"]
@@ -102,10 +102,10 @@ def draw_bars(
     axes: Axes, score: str, estimates: pd.DataFrame, runs: pd.DataFrame, methods: list[str]
 ) -> None:
     """Draw horizontal bars of an estimated score, with its value at the right edge."""
-    for position, method in enumerate(methods):
-        if method not in estimates.index or pd.isna(estimates.loc[method, score]):
+    known = estimates.reindex(methods)[[score, f"{score}_low", f"{score}_high"]]
+    for position, (method, value, low, high) in enumerate(known.itertuples(name=None)):
+        if pd.isna(value):
             continue
-        value, low, high = estimates.loc[method, [score, f"{score}_low", f"{score}_high"]]
         colour = COLOURS[position % len(COLOURS)]
         axes.barh(position, value, height=0.7, color=colour, alpha=0.55)
         axes.plot([low, high], [position] * 2, "|-", color="black", linewidth=1.5)
@@ -114,8 +114,7 @@ def draw_bars(
         edge = axes.get_yaxis_transform()
         axes.text(1.02, position, f"{value:.3f}", transform=edge, va="center", fontsize="small")
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(methods)), methods)
-    axes.set_ylim(len(methods) - 0.4, -0.6)
+    axes.set(yticks=range(len(methods)), yticklabels=methods, ylim=(len(methods) - 0.4, -0.6))
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", linewidth=0.5, alpha=0.4)
@@ -134,3 +133,12 @@ def to_svg(figure: Figure, transparent: bool = False) -> str:
     with rc_context({"svg.hashsalt": "etpo"}):
         figure.savefig(text, format="svg", transparent=transparent, metadata={"Date": None})
     return text.getvalue()
+
+
+def inline_svg(figure: Figure) -> Markup:
+    """Return an `<svg>` element without background, with black in the colour of the page's text.
+
+    Matplotlib writes black text without a colour, so that it inherits `fill`.
+    """
+    text = to_svg(figure, transparent=True)
+    return Markup(text[text.index("<svg") :].replace("#000000", "currentColor"))

@@ -29,9 +29,9 @@ CONFIG_FILE = "study_config.json"  # the configuration with which a study began 
 def run_in_study(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -> float | None:
     """Train one run of a study, or resume it from its checkpoint, unless it is finished.
 
-    Return its optimized metric; None if it is not finite, if the run failed, or if another process
-    trains it. A failure does not stop the study: `failed.txt` has its reason and traceback. The
-    working directory is restored. Exit with status 2 for an unknown `optimized_metric`.
+    Return its optimized metric; None, a failed trial of a search, if it is not finite, if the run
+    failed, or if another process trains it. A failure does not stop the study: `failed.txt` has its
+    reason and traceback. Exit with status 2 for an unknown `optimized_metric`.
     """
     folder = Path(cfg.paths.output_dir)
     name = " ".join(HydraConfig.get().overrides.task)
@@ -45,14 +45,16 @@ def run_in_study(cfg: DictConfig, train: Callable[[DictConfig], float | None]) -
             check_unchanged(folder, cfg)
             if incomplete_reason(folder) is None:
                 print(f"\nrun {name}\n  was finished before: {folder}", flush=True)
-                return finite(last_metric(folder, cfg.optimized_metric))
-            last = folder / "checkpoints" / "last.ckpt"
-            if cfg.ckpt_path is None and last.is_file():
-                cfg.ckpt_path = str(last)
-            print(f"\nrun {name}", flush=True)
-            if is_main_process():
-                save_config(folder, cfg)
-            return finite(train(cfg))
+                value = last_metric(folder, cfg.optimized_metric)
+            else:
+                last = folder / "checkpoints" / "last.ckpt"
+                if cfg.ckpt_path is None and last.is_file():
+                    cfg.ckpt_path = str(last)
+                print(f"\nrun {name}", flush=True)
+                if is_main_process():
+                    save_config(folder, cfg)
+                value = train(cfg)
+            return value if value is not None and math.isfinite(value) else None
         except UnknownMetric as error:
             if new:
                 shutil.rmtree(folder)
@@ -121,20 +123,15 @@ def last_metric(folder: Path, name: str) -> float | None:
     return None if value is None else float(value)
 
 
-def finite(value: float | None) -> float | None:
-    """Return `value`, or None, a failed trial of a search, if it is not a finite number."""
-    return value if value is not None and math.isfinite(value) else None
-
-
 class StudyReport(Callback):
     """Print how many runs of a study are finished; exit with status 1 if one failed."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         study = Path(config.hydra.sweep.dir)
         runs = sorted(file.parent for file in study.glob(f"*/{CONFIG_FILE}"))
-        reasons = {run: incomplete_reason(run) for run in runs}
-        finished = sum(reason is None for reason in reasons.values())
-        failed = {run: why for run, why in reasons.items() if (why or "").startswith("failed")}
+        reasons = {run: incomplete_reason(run) or "finished" for run in runs}
+        finished = [*reasons.values()].count("finished")
+        failed = {run: why for run, why in reasons.items() if why.startswith("failed")}
         remaining = len(reasons) - finished - len(failed)
         print(f"\nStudy {study}: {finished} runs finished, {remaining} not finished")
         for run, reason in failed.items():

@@ -14,11 +14,8 @@ from etpo.errors import ConfigError
 from etpo.studies.multirun import incomplete_reason
 
 METRICS = (
-    "rollout/reward",
-    "rollout/valid_rate",
-    "val/reward",
-    "rollout/kl_to_reference",
-    "rollout/best_reward",
+    *("rollout/reward", "rollout/valid_rate", "val/reward"),
+    *("rollout/kl_to_reference", "rollout/best_reward"),
 )
 KEYS = ["dataset", "method", "seed"]  # identify a run
 FILES = {
@@ -45,23 +42,10 @@ class StudyData(NamedTuple):
     excluded: pd.DataFrame  # one row per run that is in neither
 
 
-class Run(NamedTuple):
-    """A run's folder; `summary` and `metrics` are None unless the run is finished."""
-
-    name: str
-    algorithm: str
-    overrides: dict[str, str]
-    summary: dict[str, Any] | None
-    metrics: pd.DataFrame | None
-
-
 def read_studies(folders: Sequence[Path]) -> StudyData:
-    """Read the finished runs of studies; exclude incomplete runs and duplicates.
-
-    Raise ConfigError if no run is finished.
-    """
+    """Read the finished runs of studies, at least one; exclude incomplete runs and duplicates."""
     runs, excluded = [], []
-    for path in [p for f in folders for p in sorted(file.parent for file in f.glob("*/.hydra"))]:
+    for path in [p.parent for folder in folders for p in sorted(folder.glob("*/.hydra"))]:
         name, reason = f"{path.parent.name}/{path.name}", incomplete_reason(path)
         try:
             hydra = OmegaConf.load(path / ".hydra" / "hydra.yaml").hydra
@@ -69,22 +53,20 @@ def read_studies(folders: Sequence[Path]) -> StudyData:
             overrides = parse_overrides(hydra.overrides.task)
             shown = [f"{k}={v}".rstrip("=") for k, v in overrides.items() if k not in IGNORED_KEYS]
             name = " ".join([name, *shown])
-            results = (None, None) if reason else read_results(path)
-            runs.append(Run(name, algorithm, overrides, *results))
+            run = {"name": name, "algorithm": algorithm, "overrides": overrides}
+            runs.append(run if reason else run | read_results(path))
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             reason = reason or f"unreadable: {type(error).__name__}: {error}".splitlines()[0]
         if reason is not None:
             excluded.append((name, reason))
-    kept: dict[tuple, Run] = {}
-    labels = method_labels([(run.algorithm, run.overrides) for run in runs])
+    kept: dict[tuple, dict[str, Any]] = {}
+    labels = method_labels([(run["algorithm"], run["overrides"]) for run in runs])
     for run, method in zip(runs, labels, strict=True):
-        if run.summary is None:
-            continue
-        key = (dataset_label(run.summary, run.overrides), method, run.summary["seed"])
-        if key in kept:
-            excluded.append((run.name, f"the same run as {kept[key].name}"))
-        else:
-            kept[key] = run
+        if "metrics" in run:
+            key = (dataset_label(run, run["overrides"]), method, run["seed"])
+            first = kept.setdefault(key, run)
+            if first is not run:
+                excluded.append((run["name"], f"the same run as {first['name']}"))
     if not kept:
         example = f"; {': '.join(excluded[0])}" if excluded else ""
         raise ConfigError(
@@ -100,8 +82,8 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
     return {key.lstrip("+"): value for key, _, value in pairs}
 
 
-def read_results(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Return the content of `summary.json` and `metrics.csv`; raise an error if incomplete."""
+def read_results(folder: Path) -> dict[str, Any]:
+    """Return `metrics` and keys of `summary.json` of a run; raise an error if incomplete."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     metrics = pd.read_csv(folder / "metrics.csv", float_precision="round_trip")
     if "rollout/reward" not in metrics or metrics["rollout/reward"].isna().any():
@@ -111,23 +93,23 @@ def read_results(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
             f"metrics.csv has {len(metrics)} iterations, summary.json {summary['iterations']}"
         )
     names = ("dataset", "environment", "seed", *FILES["summary.csv"][len(KEYS) :])
-    return {name: summary[name] for name in names}, metrics
+    return {name: summary[name] for name in names} | {"metrics": metrics}
 
 
 def method_labels(choices: Sequence[tuple[str, dict[str, str]]]) -> list[str]:
-    """Label each (algorithm, overrides) by what distinguishes it from others of its algorithm.
+    """Label each (algorithm, overrides) by the overrides that differ within its algorithm.
 
-    The label is the algorithm and those overrides that differ, each named by the last part of its
-    key, or by the whole key if two such keys have the same last part: `etpo eta=0.3`.
+    An override is named by the last part of its key, or by the whole key if two such keys have the
+    same last part: `etpo eta=0.3`.
     """
     differing: dict[str, set[str]] = {}
     for algorithm in {name for name, _ in choices}:
         own = [overrides for name, overrides in choices if name == algorithm]
         keys = set().union(*own) - NOT_PART_OF_METHOD
         differing[algorithm] = {k for k in keys if len({o.get(k) for o in own}) > 1}
-    last_parts = {key: key.rpartition(".")[2] for key in set().union(*differing.values())}
-    count = Counter(last_parts.values())
-    short = {key: last if count[last] == 1 else key for key, last in last_parts.items()}
+    keys = set().union(*differing.values())
+    count = Counter(key.rpartition(".")[2] for key in keys)
+    short = {key: last if count[last := key.rpartition(".")[2]] == 1 else key for key in keys}
     return [
         " ".join([name, *(f"{short[k]}={o[k]}" for k in sorted(differing[name] & o.keys()))])
         for name, o in choices
@@ -141,21 +123,19 @@ def dataset_label(summary: dict[str, Any], overrides: dict[str, str]) -> str:
     return summary["dataset"] or summary["environment"]
 
 
-def to_study_data(runs: dict[tuple, Run], excluded: list[tuple[str, str]]) -> StudyData:
+def to_study_data(runs: dict[tuple, dict[str, Any]], excluded: list[tuple[str, str]]) -> StudyData:
     """Build the tables of the `runs`, by dataset, method and seed, sorted by these."""
     curves, summaries = [], []
     for key, run in sorted(runs.items()):
-        names = dict(zip(KEYS, key, strict=True))
-        curve = run.metrics.reindex(columns=["iteration", *METRICS]).assign(**names)
-        per_iteration = run.summary["env_steps"] // run.summary["iterations"]
-        curve["env_steps"] = (curve["iteration"] + 1) * per_iteration
-        curves.append(curve)
-        summaries.append({**run.summary, **names})
+        names, metrics = dict(zip(KEYS, key, strict=True)), run.pop("metrics")
+        env_steps = (metrics["iteration"] + 1) * (run["env_steps"] // run["iterations"])
+        curves.append(metrics.assign(**names, env_steps=env_steps))
+        summaries.append(run | names)
     columns = FILES["summary.csv"]
-    # astype: a missing held-out score, None, becomes nan
+    # a missing held-out score, None, becomes nan
     summary = pd.DataFrame(summaries)[columns].astype(dict.fromkeys(columns[-3:], float))
     return StudyData(
-        pd.concat(curves, ignore_index=True)[FILES["runs.csv"]].round(DECIMALS),
+        pd.concat(curves, ignore_index=True).reindex(columns=FILES["runs.csv"]).round(DECIMALS),
         summary.round(DECIMALS),
         pd.DataFrame(excluded, columns=FILES["excluded.csv"]),
     )
@@ -171,18 +151,16 @@ def read_report(folder: Path) -> StudyData:
     """Read the files of an earlier report; raise ConfigError if a file or a column is missing."""
     tables = []
     for name, columns in FILES.items():
-        file = folder / name
+        file, types = folder / name, {"dataset": str, "method": str}
         if not file.is_file():
             raise ConfigError(
                 f"runs={folder}: no {name}; allowed is the folder of a report, with "
                 f"{', '.join(FILES)}"
             )
-        table = pd.read_csv(
-            file, float_precision="round_trip", dtype={"dataset": str, "method": str}
-        )
-        missing = [column for column in columns if column not in table]
-        if missing:
-            raise ConfigError(f"runs={folder}: {name} lacks the column {missing[0]}")
+        table = pd.read_csv(file, float_precision="round_trip", dtype=types)
+        for column in columns:
+            if column not in table:
+                raise ConfigError(f"runs={folder}: {name} lacks the column {column}")
         tables.append(table[columns])
     return StudyData(*tables)
 
@@ -191,22 +169,19 @@ def merge(saved: StudyData | None, fresh: StudyData | None) -> StudyData:
     """Add the runs of `fresh` that are not in `saved`; keep the excluded runs of `fresh`."""
     if saved is None or fresh is None:
         return saved or fresh
-    known = set(saved.summary[KEYS].itertuples(index=False, name=None))
-
-    def join(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
-        unknown = [key not in known for key in new[KEYS].itertuples(index=False, name=None)]
-        return pd.concat([old, new[unknown]]).sort_values(KEYS, kind="stable", ignore_index=True)
-
-    runs, summary = join(saved.runs, fresh.runs), join(saved.summary, fresh.summary)
-    return StudyData(runs, summary, fresh.excluded)
+    known = pd.MultiIndex.from_frame(saved.summary[KEYS])
+    joined = []
+    for old, new in ((saved.runs, fresh.runs), (saved.summary, fresh.summary)):
+        new = new[~pd.MultiIndex.from_frame(new[KEYS]).isin(known)]
+        joined.append(pd.concat([old, new]).sort_values(KEYS, kind="stable", ignore_index=True))
+    return StudyData(*joined, fresh.excluded)
 
 
 def read_references(path: str | None) -> pd.DataFrame:
     """Read the ROC AUC of reference models: columns dataset, model, auc.
 
-    Args:
-        path: A CSV file with the column `name`, the data set, and for every model M the columns
-            `M`, its mean ROC AUC, and `M_std`. Other columns are ignored. None: no models.
+    The CSV file has the columns `name`, the data set, and for every model M its mean ROC AUC `M`,
+    and `M_std`. Other columns are ignored.
     """
     columns = ["dataset", "model", "auc"]
     if path is None:
@@ -223,8 +198,7 @@ def read_references(path: str | None) -> pd.DataFrame:
             f"references={path}: allowed is a table with the column name and, for every model, "
             "MODEL and MODEL_std"
         )
-    for model in models:
-        if not pd.api.types.is_numeric_dtype(wide[model]):
-            raise ConfigError(f"references={path}: column {model} has a value that is not a number")
+    for model in wide[models].select_dtypes(exclude="number"):
+        raise ConfigError(f"references={path}: column {model} has a value that is not a number")
     long = wide.melt("name", models, "model", "auc").rename(columns={"name": "dataset"})
     return long.dropna()[columns]

@@ -33,42 +33,29 @@ def curve_area(scores: np.ndarray, env_steps: np.ndarray, budget: int) -> float:
 
 
 def steps_to(values: np.ndarray, env_steps: np.ndarray, threshold: float) -> tuple[float, bool]:
-    """Return the actions up to the end of the first iteration with a value >= threshold, and True.
-
-    If no iteration reaches the threshold, return a lower bound, all actions, and False.
-    """
-    reached = values >= threshold
-    if not reached.any():
-        return float(env_steps[-1]), False
-    return float(env_steps[reached.argmax()]), True
+    """Return the actions up to the first value >= threshold, or all, and whether there is one."""
+    reached = env_steps[values >= threshold]
+    return float([*reached, env_steps[-1]][0]), len(reached) > 0
 
 
 def collapsed(scores: np.ndarray) -> bool:
-    """Return True if the normalised curve fell by 0.3 or more after passing 0.8.
-
-    The curve is smoothed by a moving mean over three iterations. The fall is measured from its
-    highest value so far.
-    """
-    if len(scores) < WINDOW:
-        return False
-    moving = np.convolve(scores, np.full(WINDOW, 1 / WINDOW), "valid")
-    highest = np.maximum.accumulate(moving)
+    """Return True if the moving mean over 3 iterations fell by 0.3 below a maximum above 0.8."""
+    moving = pd.Series(scores).rolling(WINDOW).mean()
+    highest = moving.cummax()
     return bool(((highest > PASSED) & (highest - moving >= FALL - ROUNDING)).any())
 
 
 def scales(data: StudyData, best_known: dict[str, float]) -> pd.DataFrame:
-    """Return the normalised scale and the budget of every data set, one row each.
+    """Return the normalised scale of every data set and its budget, the actions of a shortest run.
 
-    first: Mean over all runs of the first iteration's mean reward.
-    best_known: The value given, or else the highest reward of an action in any run.
-    budget: Number of actions of the shortest run.
+    The scale is the mean reward of the first iteration of all runs, and the value given in
+    `best_known` or the highest reward of an action in any run.
     """
-    start = data.runs[data.runs["iteration"] == 0].groupby("dataset")
+    first = data.runs[data.runs["iteration"] == 0].groupby("dataset")["rollout/reward"].mean()
     summary = data.summary.groupby("dataset")
-    best = summary["best_reward"].max()
+    best, budget = summary["best_reward"].max(), summary["env_steps"].min()
     best.update(best_known)
-    columns = {"first": start["rollout/reward"].mean(), "best_known": best}
-    return pd.DataFrame({**columns, "budget": summary["env_steps"].min()})
+    return pd.DataFrame({"first": first, "best_known": best, "budget": budget})
 
 
 def score_runs(data: StudyData, scale: pd.DataFrame) -> pd.DataFrame:
@@ -84,7 +71,7 @@ def score_runs(data: StudyData, scale: pd.DataFrame) -> pd.DataFrame:
 def run_scores(curve: pd.DataFrame, summary: pd.Series, scale: pd.Series) -> dict[str, object]:
     """Compute the scores of one run from its rows of `runs.csv` and `summary.csv`."""
     rewards, env_steps = curve["rollout/reward"].to_numpy(), curve["env_steps"].to_numpy()
-    first, best_known = scale["first"], scale["best_known"]
+    first, best_known, budget = scale
     scores = normalised(rewards, first, best_known)
     final, greedy = final_mean(rewards), curve["val/reward"].iloc[-1]
     steps_95, reached_95 = steps_to(scores, env_steps, REACHED)
@@ -96,7 +83,7 @@ def run_scores(curve: pd.DataFrame, summary: pd.Series, scale: pd.Series) -> dic
         "greedy": greedy,
         "best": float(summary["best_reward"]),
         "held_out_auc": float(summary["held_out_auc"]),
-        "area": curve_area(scores, env_steps, scale["budget"]),
+        "area": curve_area(scores, env_steps, budget),
         "steps_95": np.nan if np.isnan(scores).all() else steps_95,
         "reached_95": reached_95,
         "steps_90": steps_90,

@@ -41,21 +41,19 @@ def iqm_curve(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def probability_of_improvement(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Estimate:
-    """Estimate P(a run of X is better than a run of Y), averaged over data sets.
+    """Estimate P(X > Y) + P(X = Y) / 2 of two runs, averaged over data sets.
 
-    Equal runs count one half. `pairs` holds the scores of X and of Y, float [runs] each, on every
-    data set.
+    `pairs` holds the scores of X and of Y, float [runs] each, on every data set.
     """
     return estimate([x for x, _ in pairs] + [y for _, y in pairs], improvement)
 
 
 def improvement(*strata: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Compute P(X > Y) + P(X = Y) / 2 from X of all data sets, followed by Y of all data sets."""
-    count = len(strata) // 2
-    shares = []
+    """Compute the probability of improvement from all X, followed by all Y."""
+    strata = [np.moveaxis(stratum, axis, -1) for stratum in strata]
+    count, shares = len(strata) // 2, []
     for x, y in zip(strata[:count], strata[count:], strict=True):
-        x = np.moveaxis(x, axis, -1)[..., :, None]
-        y = np.moveaxis(y, axis, -1)[..., None, :]
+        x, y = x[..., :, None], y[..., None, :]
         shares.append(((x > y) + 0.5 * (x == y)).mean(axis=(-2, -1)))
     return np.mean(shares, axis=0)
 
@@ -77,14 +75,7 @@ def interval(
     if any(stratum.shape[-1] < 2 for stratum in strata):
         unknown = np.full(strata[0].shape[:-1], np.nan)
         return unknown, unknown
-    found = bootstrap(
-        tuple(strata),
-        statistic,
-        vectorized=True,
-        axis=-1,
-        method="percentile",
-        n_resamples=RESAMPLES,
-        confidence_level=CONFIDENCE,
-        rng=np.random.default_rng(SEED),
-    ).confidence_interval
-    return found.low, found.high
+    rng = np.random.default_rng(SEED)
+    settings = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE, "method": "percentile"}
+    found = bootstrap(tuple(strata), statistic, axis=-1, vectorized=True, rng=rng, **settings)
+    return found.confidence_interval.low, found.confidence_interval.high

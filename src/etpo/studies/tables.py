@@ -1,10 +1,12 @@
 """The tables of a report: estimates per data set and method, as numbers and as formatted text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pandas as pd
+from markupsafe import Markup
 
 from etpo.errors import ConfigError
+from etpo.studies.pages import render
 from etpo.studies.read import StudyData
 from etpo.studies.statistics import iqm_estimate, probability_of_improvement
 
@@ -37,10 +39,7 @@ OVERALL_TITLE = "All data sets"
 
 
 def method_order(methods: pd.Series, compare_with: str | None) -> list[str]:
-    """Return the methods by name, after `compare_with`, by default `etpo` or the first.
-
-    Raise ConfigError if no run has the method `compare_with`.
-    """
+    """Return `compare_with`, by default `etpo` or the first by name, then the others by name."""
     names = sorted(set(methods))
     if compare_with is not None and compare_with not in names:
         raise ConfigError(f"compare_with={compare_with}: allowed: {', '.join(names)}")
@@ -99,31 +98,29 @@ def overall_row(scores: pd.DataFrame, method: str, compared: str) -> dict[str, o
 
 def warnings(data: StudyData, methods: list[str]) -> list[str]:
     """Return one sentence per reason why rows of the table are not comparable."""
-    sentences = []
-    for dataset, steps in data.summary.groupby("dataset")["env_steps"]:
-        low, high = steps.min(), steps.max()
-        if low != high:
-            sentences.append(
-                f"{dataset}: runs have {low} to {high} actions; the curve area covers the first "
-                f"{low}, the final reward is from the end of each run"
-            )
+    steps = data.summary.groupby("dataset")["env_steps"].agg(["min", "max"])
+    sentences = [
+        f"{dataset}: runs have {low} to {high} actions; the curve area covers the first {low}, the "
+        "final reward is from the end of each run"
+        for dataset, low, high in steps.itertuples(name=None)
+        if low != high
+    ]
     datasets = data.summary.groupby("method")["dataset"].agg(set)
-    for method in methods[1:]:
-        if datasets[method] != datasets[methods[0]]:
-            sentences.append(f"{method} and {methods[0]} were not run on the same data sets")
-    return sentences
+    return sentences + [
+        f"{method} and {methods[0]} were not run on the same data sets"
+        for method in methods[1:]
+        if datasets[method] != datasets[methods[0]]
+    ]
 
 
 def formatted(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Format the table as text, one part per data set and one over all of them, by title."""
     overall = table[table["kind"] == "all"]
-    parts = {
-        dataset: format_rows(rows, DATASET_COLUMNS)
-        for dataset, rows in table[table["kind"] != "all"].groupby("dataset")
-    }
     compared = overall["method"].iloc[0]
     columns = {title.format(compared): column for title, column in OVERALL_COLUMNS.items()}
-    return parts | {OVERALL_TITLE: format_rows(overall, columns)}
+    parts = table[table["kind"] != "all"].groupby("dataset")
+    shown = {dataset: format_rows(rows, DATASET_COLUMNS) for dataset, rows in parts}
+    return shown | {OVERALL_TITLE: format_rows(overall, columns)}
 
 
 def format_rows(rows: pd.DataFrame, columns: dict[str, tuple[str, int]]) -> pd.DataFrame:
@@ -166,11 +163,36 @@ def to_markdown(table: pd.DataFrame, scale: pd.DataFrame, notes: Sequence[str]) 
         lines += ["", f"## {title}", ""]
         if title in scale.index:
             lines += [scale_line(scale, title), ""]
-        rows = [part.columns, ["---"] * len(part.columns), *part.to_numpy()]
-        lines += ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows]
+        lines += markdown_table(part.columns, part.to_numpy())
     if notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in notes)]
     return "\n".join(lines) + "\n"
+
+
+def to_html(
+    table: pd.DataFrame, scale: pd.DataFrame, notes: Sequence[str], curves: Markup, bars: Markup
+) -> str:
+    """Render the content of `table.md` and both figures as one page; equal input, equal text."""
+    own = table[table["kind"] == "method"]
+    methods, datasets = (", ".join(own[name].unique()) for name in ("method", "dataset"))
+    return render(
+        "report.html.j2",
+        facts=f"{own['seeds'].sum()} runs of {methods} on {datasets}.",
+        parts=formatted(table),
+        scales={dataset: scale_line(scale, dataset) for dataset in scale.index},
+        curves=curves,
+        bars=bars,
+        notes=notes,
+    )
+
+
+def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    cells = [
+        [str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in row]
+        for row in (titles, ["---"] * len(titles), *rows)
+    ]
+    return [f"| {' | '.join(row)} |" for row in cells]
 
 
 def to_latex(table: pd.DataFrame) -> str:
@@ -196,7 +218,6 @@ def to_console(table: pd.DataFrame) -> str:
         ["seeds", "final reward", "held-out AUC", "curve area", "collapses"]
     ]
     overall = overall[["runs", "final score", "curve area", compared]]
-    for name in ("held-out AUC", "curve area"):  # without interval
-        datasets[name] = datasets[name].str.partition(" [")[0]
-    overall["curve area"] = overall["curve area"].str.partition(" [")[0]
-    return f"{datasets.to_string()}\n\n{overall.to_string()}"
+    intervals = dict.fromkeys(["held-out AUC", "curve area"], r" \[.*")  # not shown
+    shown = (part.replace(intervals, "", regex=True) for part in (datasets, overall))
+    return "\n\n".join(part.to_string() for part in shown)

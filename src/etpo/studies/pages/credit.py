@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
 from etpo.files import write_text
@@ -16,15 +17,11 @@ from etpo.studies.pages import render
 PAGE_ITERATIONS = 50  # limits the size of a page
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Read the lines of a `credit.jsonl`."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
-def write_page(page: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """Replace `page` in one step, or remove it if there are no rows."""
-    if rows:
-        write_text(page, to_html(rows, title))
+def write_page(file: Path, title: str) -> None:
+    """Write the page of a `credit.jsonl` next to it, or remove it if there are no lines."""
+    lines, page = file.read_text(encoding="utf-8").splitlines(), file.with_suffix(".html")
+    if lines:
+        write_text(page, to_html([json.loads(line) for line in lines], title))
     else:
         page.unlink(missing_ok=True)
 
@@ -32,8 +29,8 @@ def write_page(page: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
 def to_html(rows: Sequence[dict[str, Any]], title: str) -> str:
     """Render the lines of a `credit.jsonl`, in their order; at least one.
 
-    Texts in the rows are untrusted. They reach the page as JSON and become text nodes. The content
-    security policy of the page allows only its own script and no loading.
+    Untrusted texts reach the page as JSON and become text nodes. The content security policy of the
+    page allows only its own script and no loading.
     """
     iterations = [
         {"iteration": number, "actions": list(actions)}
@@ -53,6 +50,5 @@ def to_html(rows: Sequence[dict[str, Any]], title: str) -> str:
 
 def evenly_spaced(items: Sequence[Any], count: int) -> list[Any]:
     """Select at most `count` >= 2 evenly spaced items, including the first and the last."""
-    if len(items) <= count:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+    places = np.linspace(0, len(items) - 1, min(count, len(items)))
+    return [items[round(place)] for place in places]

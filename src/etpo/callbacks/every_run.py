@@ -1,4 +1,4 @@
-"""Callbacks of every run: its configuration on disk, the metric of a study, comparable rewards."""
+"""Callbacks of every run, in addition to the configured ones."""
 
 import json
 import logging
@@ -12,10 +12,12 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig, OmegaConf
 
-from etpo.callbacks.same_rewards import SameRewards
 from etpo.config import short_hash
 from etpo.errors import UnknownMetric
 from etpo.run_folder import save_config
+
+# Callbacks whose state compares rewards of several iterations.
+COMPARING = ("BestAction", "ModelCheckpoint", "EarlyStopping")
 
 
 def callback_options(cfg: DictConfig, environment: Any) -> dict[str, Any]:
@@ -25,19 +27,21 @@ def callback_options(cfg: DictConfig, environment: Any) -> dict[str, Any]:
     key = getattr(environment, "reward_key", None)
     key = key or short_hash(json.dumps(settings, sort_keys=True, default=str))
     configured = [instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()]
-    multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    last = [KnownMetric(str(cfg.optimized_metric))] if multirun else []
-    options: dict[str, Any] = {"callbacks": [RunStart(cfg), SameRewards(key), *configured, *last]}
+    options: dict[str, Any] = {"callbacks": [*configured, EveryRun(cfg, key)]}
     if not any(isinstance(callback, Checkpoint) for callback in configured):
         options["enable_checkpointing"] = False  # else Lightning adds a callback
     return options
 
 
-class RunStart(Callback):
-    """Write `.hydra/` and log the configuration, once everything is checked."""
+class EveryRun(Callback):
+    """Write `.hydra/` and log the configuration `cfg`; come after the callbacks that log metrics.
 
-    def __init__(self, cfg: DictConfig) -> None:
-        self.cfg = cfg
+    A multirun whose first iteration does not log `optimized_metric` raises UnknownMetric. A run
+    resumed with another `reward_key` (data, splits, limits) drops its best reward.
+    """
+
+    def __init__(self, cfg: DictConfig, reward_key: str) -> None:
+        self.cfg, self.reward_key = cfg, reward_key
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
@@ -46,18 +50,24 @@ class RunStart(Callback):
         for logger in trainer.loggers:
             logger.log_hyperparams(OmegaConf.to_container(self.cfg, resolve=True))
 
-
-class KnownMetric(Callback):
-    """Raise UnknownMetric after the first iteration of a multirun that does not log `name`.
-
-    It comes after the callbacks that log.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        name = str(self.cfg.optimized_metric)
         known = {*trainer.callback_metrics, "val/reward"}  # not every iteration validates
-        if self.name not in known:
+        multirun = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+        if multirun and name not in known:
             allowed = ", ".join(sorted(known))
-            raise UnknownMetric(f"optimized_metric={self.name}: allowed are {allowed}")
+            raise UnknownMetric(f"optimized_metric={name}: allowed are {allowed}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reward_key": self.reward_key}
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        states = checkpoint["callbacks"]
+        saved = states.get(self.state_key, self.state_dict())
+        if saved["reward_key"] != self.reward_key:
+            for name in [name for name in states if name.startswith(COMPARING)]:
+                del states[name]
+            if "RunSummary" in states:
+                states["RunSummary"]["numbers"]["best_reward"] = None
