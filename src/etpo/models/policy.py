@@ -19,8 +19,7 @@ from etpo.models.loading import check_vocabulary, expanded, load_model, load_tok
 from etpo.models.probe import check_forwards
 from etpo.models.prompting import PromptBatch, PromptTemplate, check_prompt, encode_batch
 from etpo.models.shared_prompt import checkpoint_layers, forward_actions
-from etpo.models.stopping import stop_ids
-from etpo.models.stopping import stop_strings as parse_stop_strings
+from etpo.models.stopping import parse_stop_strings, stop_ids
 from etpo.models.token_text import added_text
 
 
