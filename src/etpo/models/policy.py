@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from etpo.environments.text_env import TextObservation
 from etpo.errors import ConfigError, check_integer, check_range
@@ -17,7 +17,7 @@ from etpo.models.chunked_logits import project_to_vocabulary
 from etpo.models.distribution import TokenDistribution, scale_logits, token_distribution
 from etpo.models.loading import check_vocabulary, expanded, load_model, load_tokenizer
 from etpo.models.probe import check_forwards
-from etpo.models.prompting import PromptBatch, PromptTemplate, check_prompt, encode_batch
+from etpo.models.prompting import PromptBatch, PromptTemplate, encode_batch
 from etpo.models.shared_prompt import checkpoint_layers, forward_actions
 from etpo.models.stopping import parse_stop_strings, stop_ids
 from etpo.models.token_text import added_text
@@ -27,9 +27,9 @@ class LanguageModelPolicy(nn.Module):
     """Policy pi_theta and reference pi_ref over one tokenizer.
 
     Without `lora` the reference is a frozen copy of the pretrained weights; with it, the policy
-    with its adapter switched off. pi is softmax(logits / temperature), for the reference too, and
-    the same pi is sampled and trained. Padded vocabulary ids have no probability. Dropout is off
-    in every forward.
+    with its adapter disabled. pi is softmax(logits / temperature), for the reference too, and the
+    same pi is sampled and trained. Padded vocabulary ids have no probability. Dropout is off in
+    every forward.
 
     Args:
         name_or_path: Hub id or local folder of a causal LM.
@@ -76,7 +76,9 @@ class LanguageModelPolicy(nn.Module):
         self.stop_strings = parse_stop_strings(stop_strings)
         self.tokenizer = load_tokenizer(name_or_path)
         self.stop_ids = stop_ids(self.tokenizer, stop_tokens, name_or_path)
-        check_prompt(prompt, self.tokenizer, max_prompt_tokens)  # before weights are loaded
+        # before weights are loaded: raises ConfigError if the tokenizer does not fit
+        example = TextObservation(instruction="a", prefix="a", suffix="a")
+        prompt.encode(self.tokenizer, example, max_prompt_tokens)
         model = load_model(name_or_path, dtype, attn_implementation)
         # before any copy is made
         self.checkpointed = gradient_checkpointing and checkpoint_layers(model)
@@ -87,10 +89,12 @@ class LanguageModelPolicy(nn.Module):
             )
         self.reference_model = copy.deepcopy(model).requires_grad_(False) if lora is None else None
         self.model = model if lora is None else add_adapter(model, lora)
-        largest = max(self.tokenizer.get_vocab().values())
         rows, self.hidden_size = model.get_output_embeddings().weight.shape
-        self.vocabulary_size = min(rows, largest + 1)
-        self.context_size = context_size(model.config.get_text_config())
+        self.vocabulary_size = min(rows, max(self.tokenizer.get_vocab().values()) + 1)
+        config = model.config.get_text_config()
+        limits = (getattr(config, n, None) for n in ("max_position_embeddings", "max_seq_len"))
+        # the most tokens that the model can read
+        self.context_size = next((limit for limit in limits if limit), float("inf"))
         self.embedding_size = model.get_input_embeddings().weight.shape[0]
         sizes = self.embedding_size, self.vocabulary_size
         check_vocabulary(name_or_path, self.tokenizer, *sizes, self.stop_ids)
@@ -122,8 +126,7 @@ class LanguageModelPolicy(nn.Module):
     def decode(self, ids: Sequence[int], rest: str = "") -> str:
         """Return the text that an action [l] adds to its prompt, up to its stop token or string.
 
-        rest: `Prompt.rest`, which is dropped from the text's start. Special tokens other than the
-        stop token are part of the text.
+        rest: `Prompt.rest`, removed from the text's start. Other special tokens are kept.
         """
         kept = [int(i) for i in ids]
         if kept and kept[-1] in self.stop_ids:
@@ -133,12 +136,7 @@ class LanguageModelPolicy(nn.Module):
         return text[: min((end for end in ends if end >= 0), default=len(text))]
 
     def hidden_states(
-        self,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        action_ids: Tensor,
-        *,
-        reference: bool = False,
+        self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor, reference: bool = False
     ) -> Tensor:
         """Compute the last hidden states [B, L, D] at the L prefixes of action_ids [B, L].
 
@@ -146,8 +144,8 @@ class LanguageModelPolicy(nn.Module):
         left, actions on the right. Equal rows are computed once, unless activations are
         checkpointed. No gradient reaches the reference.
         """
+        inputs = prompt_ids, prompt_mask, action_ids
         with self._weights(reference) as model:
-            inputs = prompt_ids, prompt_mask, action_ids
             return forward_actions(trunk_of(model), *inputs, self.checkpointed)
 
     def logits(
@@ -178,10 +176,8 @@ class LanguageModelPolicy(nn.Module):
             lm_head: Use this LM head in place of the policy's current one.
         """
         logits = self.logits(hidden, reference=reference, lm_head=lm_head)
-        min_p = 0.0 if reference else self.min_p
-        return token_distribution(
-            logits, self.temperature, min_p, support=support, action_ids=action_ids
-        )
+        options = self.temperature, 0.0 if reference else self.min_p
+        return token_distribution(logits, *options, support=support, action_ids=action_ids)
 
     @property
     def lm_head(self) -> nn.Module:
@@ -198,16 +194,9 @@ class LanguageModelPolicy(nn.Module):
         """Yield the policy's model, or the reference's without gradient."""
         if not reference:
             yield self.model
-            return
-        with torch.no_grad():
-            if self.reference_model is not None:
+        elif self.reference_model is not None:
+            with torch.no_grad():
                 yield self.reference_model
-            else:
-                with self.model.disable_adapter():
-                    yield self.model
-
-
-def context_size(config: PreTrainedConfig) -> int | float:
-    """Return how many tokens a model can read at most, infinity without a limit."""
-    sizes = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
-    return next((size for size in sizes if size), float("inf"))
+        else:
+            with torch.no_grad(), self.model.disable_adapter():
+                yield self.model
