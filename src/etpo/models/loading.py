@@ -98,27 +98,6 @@ def check_weights(name_or_path: str, model: PreTrainedModel, found: dict[str, An
         warnings.warn(unused, stacklevel=2)
 
 
-def check_vocabulary(
-    name_or_path: str,
-    tokenizer: PreTrainedTokenizerBase,
-    embedding_size: int,
-    vocabulary_size: int,
-    stop_ids: list[int],
-) -> None:
-    """Raise ConfigError if the model lacks tokens of the tokenizer, or all stop tokens."""
-    key = f"model.name_or_path={name_or_path}"
-    if tokenizer.vocab_size > embedding_size:
-        raise ConfigError(
-            f"{key}: its tokenizer has {tokenizer.vocab_size} tokens; allowed are at most "
-            f"{embedding_size}, the rows of its embedding"
-        )
-    if min(stop_ids) >= vocabulary_size:
-        raise ConfigError(
-            f"{key}: its tokens that end an action, {stop_ids}, are not among the model's "
-            f"{vocabulary_size}; model.stop_tokens adds others"
-        )
-
-
 def some(names: list[str]) -> str:
     """Return the first of `names` and the number of others."""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more weights"

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from etpo.environments.text_env import TextObservation
@@ -15,9 +16,9 @@ from etpo.models.adapters import add_adapter
 from etpo.models.causal_lm import trunk_of
 from etpo.models.chunked_logits import project_to_vocabulary
 from etpo.models.distribution import TokenDistribution, scale_logits, token_distribution
-from etpo.models.loading import check_vocabulary, expanded, load_model, load_tokenizer
+from etpo.models.loading import expanded, load_model, load_tokenizer
 from etpo.models.probe import check_forwards
-from etpo.models.prompting import PromptBatch, PromptTemplate, encode_batch
+from etpo.models.prompting import PromptBatch, PromptTemplate
 from etpo.models.shared_prompt import checkpoint_layers, forward_actions
 from etpo.models.stopping import parse_stop_strings, stop_ids
 from etpo.models.token_text import added_text
@@ -73,6 +74,7 @@ class LanguageModelPolicy(nn.Module):
         self.prompt, self.max_prompt_tokens = prompt, max_prompt_tokens
         self.temperature, self.min_p = temperature, min_p
         name_or_path = expanded(name_or_path)
+        self.key = f"model.name_or_path={name_or_path}"
         self.stop_strings = parse_stop_strings(stop_strings)
         self.tokenizer = load_tokenizer(name_or_path)
         self.stop_ids = stop_ids(self.tokenizer, stop_tokens, name_or_path)
@@ -89,22 +91,35 @@ class LanguageModelPolicy(nn.Module):
             )
         self.reference_model = copy.deepcopy(model).requires_grad_(False) if lora is None else None
         self.model = model if lora is None else add_adapter(model, lora)
-        rows, self.hidden_size = model.get_output_embeddings().weight.shape
-        self.vocabulary_size = min(rows, max(self.tokenizer.get_vocab().values()) + 1)
-        config = model.config.get_text_config()
-        limits = (getattr(config, n, None) for n in ("max_position_embeddings", "max_seq_len"))
-        # the most tokens that the model can read
-        self.context_size = next((limit for limit in limits if limit), float("inf"))
-        self.embedding_size = model.get_input_embeddings().weight.shape[0]
-        sizes = self.embedding_size, self.vocabulary_size
-        check_vocabulary(name_or_path, self.tokenizer, *sizes, self.stop_ids)
-        # padding is never read, but it is looked up
-        pads = (self.tokenizer.pad_token_id, *self.stop_ids)
-        self.pad_id = next(i for i in pads if i is not None and i < self.embedding_size)
+        self._set_sizes(model)
         self.eval()
         self.shares_prefixes = False  # whether `SharedPrefixCache` decodes this model
         if attn_implementation in ("eager", "sdpa"):  # the others need a GPU, and the weights on it
             self.shares_prefixes = check_forwards(self, name_or_path)
+
+    def _set_sizes(self, model: PreTrainedModel) -> None:
+        """Set sizes and pad token; raise ConfigError if the tokenizer does not fit the model."""
+        key, tokenizer = self.key, self.tokenizer
+        rows, self.hidden_size = model.get_output_embeddings().weight.shape
+        self.vocabulary_size = min(rows, max(tokenizer.get_vocab().values()) + 1)
+        self.embedding_size = model.get_input_embeddings().weight.shape[0]
+        if tokenizer.vocab_size > self.embedding_size:
+            raise ConfigError(
+                f"{key}: its tokenizer has {tokenizer.vocab_size} tokens; allowed are at most "
+                f"{self.embedding_size}, the rows of its embedding"
+            )
+        if min(self.stop_ids) >= self.vocabulary_size:
+            raise ConfigError(
+                f"{key}: its tokens that end an action, {self.stop_ids}, are not among the "
+                f"model's {self.vocabulary_size}; model.stop_tokens adds others"
+            )
+        config = model.config.get_text_config()
+        limits = (getattr(config, n, None) for n in ("max_position_embeddings", "max_seq_len"))
+        # the most tokens that the model can read
+        self.context_size = next((limit for limit in limits if limit), float("inf"))
+        # padding is never read, but it is looked up
+        pads = (tokenizer.pad_token_id, *self.stop_ids)
+        self.pad_id = next(i for i in pads if i is not None and i < self.embedding_size)
 
     def train(self, mode: bool = True) -> "LanguageModelPolicy":
         """Keep evaluation mode: dropout is off in every forward."""
@@ -119,9 +134,30 @@ class LanguageModelPolicy(nn.Module):
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def encode(self, observations: Sequence[TextObservation]) -> PromptBatch:
-        """Encode prompts as left-padded tensors on the CPU."""
-        sizes = self.max_prompt_tokens, self.embedding_size, self.pad_id
-        return encode_batch(self.prompt, self.tokenizer, observations, *sizes)
+        """Encode prompts as left-padded tensors on the CPU; equal ones are tokenized once.
+
+        Raises:
+            ConfigError: a prompt has a token without a row in the embedding.
+        """
+        keys = [tuple(observation.items()) for observation in observations]
+        encoded = {
+            key: self.prompt.encode(self.tokenizer, TextObservation(key), self.max_prompt_tokens)
+            for key in set(keys)
+        }
+        largest = max(i for prompt in encoded.values() for i in prompt.ids)
+        if largest >= self.embedding_size:  # a token that was added without a row
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise ConfigError(
+                f"{self.key}: a prompt has the token {token!r} ({largest}); allowed are the "
+                f"{self.embedding_size} of its embedding"
+            )
+        prompts = [encoded[key] for key in keys]
+        rows = [torch.tensor(prompt.ids) for prompt in prompts]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_id, padding_side="left")
+        ones = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+        mask = pad_sequence(ones, batch_first=True, padding_side="left")
+        rests = tuple(prompt.rest for prompt in prompts)
+        return PromptBatch(ids, mask, sum(prompt.dropped for prompt in prompts), rests)
 
     def decode(self, ids: Sequence[int], rest: str = "") -> str:
         """Return the text that an action [l] adds to its prompt, up to its stop token or string.

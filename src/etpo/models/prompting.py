@@ -4,13 +4,10 @@ Every template cuts a prompt that exceeds `max_tokens` by dropping the OLDEST to
 (prefix or instruction). Control tokens and the suffix are kept.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from etpo.environments.text_env import TextObservation
@@ -52,36 +49,6 @@ class PromptTemplate(Protocol):
     def encode(
         self, tokenizer: PreTrainedTokenizerBase, observation: TextObservation, max_tokens: int
     ) -> Prompt: ...
-
-
-def encode_batch(
-    template: PromptTemplate,
-    tokenizer: PreTrainedTokenizerBase,
-    observations: Sequence[TextObservation],
-    max_tokens: int,
-    embedding_size: int,
-    pad_id: int,
-) -> PromptBatch:
-    """Encode observations as left-padded tensors on the CPU; equal ones are tokenized once.
-
-    Raises:
-        ConfigError: a prompt has a token without a row in the embedding.
-    """
-    keys = [tuple(observation.items()) for observation in observations]
-    encoded = {k: template.encode(tokenizer, TextObservation(k), max_tokens) for k in set(keys)}
-    largest = max(i for prompt in encoded.values() for i in prompt.ids)
-    if largest >= embedding_size:  # a token that was added without a row
-        token = tokenizer.convert_ids_to_tokens(largest)
-        raise ConfigError(
-            f"model.name_or_path={tokenizer.name_or_path}: a prompt has the token "
-            f"{token!r} ({largest}); allowed are the {embedding_size} of its embedding"
-        )
-    prompts = [encoded[key] for key in keys]
-    rows = [torch.tensor(prompt.ids) for prompt in prompts]
-    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
-    ones = [torch.ones_like(row, dtype=torch.bool) for row in rows]
-    mask = pad_sequence(ones, batch_first=True, padding_side="left")
-    return PromptBatch(ids, mask, sum(p.dropped for p in prompts), tuple(p.rest for p in prompts))
 
 
 def _fit(
