@@ -24,10 +24,7 @@ NEUTRAL |= {"cache_position", "output_attentions", "output_hidden_states"}
 
 
 class PreallocatedLayer(DynamicLayer):
-    """Keys and values of one layer with room for further tokens, which are written in place.
-
-    `DynamicLayer` copies all it holds for every token.
-    """
+    """One layer's keys and values; writes a token in place, where `DynamicLayer` copies all."""
 
     def __init__(self, keys: Tensor, values: Tensor, max_new_tokens: int) -> None:
         super().__init__()
@@ -59,7 +56,7 @@ class PreallocatedLayer(DynamicLayer):
 
 
 class PerRowCache(DynamicCache):
-    """Prompt and action of each of B rows; arguments and attributes as of `SharedPrefixCache`."""
+    """Prompt and action of each of B rows; arguments and `order` as of `SharedPrefixCache`."""
 
     def __init__(self, prefilled: Prefill, max_new_tokens: int) -> None:
         super().__init__()
@@ -201,10 +198,7 @@ def shared_prefix_attention(
     """Attend from one token per row to its prompt and the S tokens of its action.
 
     query: [B, H, 1, D]; key, value: [B, K, S, D], H a multiple of K -> [B, 1, H, D]. The softmax is
-    over both parts, in float32. For `transformers.AttentionInterface`.
-
-    Raises:
-        NotImplementedError: the model passes an argument of another kind of attention.
+    over both parts, in float32. Raises NotImplementedError for an argument of another attention.
     """
     unknown = {name for name, x in others.items() if x is not None} - NEUTRAL
     if unknown or attention_mask is not None:

@@ -87,5 +87,4 @@ def without_adapter(model: PeftModel) -> nn.Module:
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.set_adapter([])  # otherwise peft leaves the trained copy in
-    unloaded: nn.Module = model.unload()
-    return unloaded
+    return model.unload()

@@ -13,8 +13,8 @@ def trunk_of(model: nn.Module) -> nn.Module:
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     assert isinstance(model, PreTrainedModel)
-    found: nn.Module = model.base_model
-    return found if found is not model else model.model  # Llama 4 has another base_model_prefix
+    # Llama 4 has another base_model_prefix
+    return model.model if model.base_model is model else model.base_model
 
 
 def last_hidden_states(trunk: nn.Module, last: int, **inputs: Any) -> Tensor:
@@ -22,5 +22,4 @@ def last_hidden_states(trunk: nn.Module, last: int, **inputs: Any) -> Tensor:
     like_mamba = "cache_params" in inspect.signature(trunk.forward).parameters
     if like_mamba and "past_key_values" in inputs:
         inputs["cache_params"] = inputs.pop("past_key_values")
-    states: Tensor = trunk(**inputs).last_hidden_state
-    return states[:, -last:]
+    return trunk(**inputs).last_hidden_state[:, -last:]

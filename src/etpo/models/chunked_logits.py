@@ -93,8 +93,7 @@ def project_to_vocabulary(layer: nn.Module, x: Tensor) -> Tensor:
     """
     sums = _sums.get()
     if sums is None or type(layer) is not nn.Linear or not torch.is_grad_enabled():
-        output: Tensor = layer(x)
-        return output
+        return layer(x)
     weight = layer.weight
     if weight.requires_grad and weight not in sums:
         total: list[Tensor] = []

@@ -16,6 +16,7 @@ from etpo.models.policy import LanguageModelPolicy
 from etpo.models.shared_prompt import forward_actions
 
 Copied = TypeVar("Copied", bound=nn.Module)
+Head = type[nn.Module]
 WITH_HEAD = ("full", "lora", "frozen_trunk")
 
 
@@ -70,10 +71,7 @@ class Critic(nn.Module):
     head: Callable[[Tensor], Any]  # hidden states [..., C] -> the outputs of `forward`
 
     def __init__(
-        self,
-        policy: LanguageModelPolicy,
-        hidden_size: int = 512,
-        head: type[nn.Module] = DuelingHead,
+        self, policy: LanguageModelPolicy, hidden_size: int = 512, head: Head = DuelingHead
     ) -> None:
         super().__init__()
         self.trunk = self.make_trunk(policy)
@@ -93,8 +91,7 @@ class Critic(nn.Module):
         """
         if self.trunk is None:
             return ref_hidden
-        inputs = prompt_ids, prompt_mask, action_ids
-        return forward_actions(self.trunk, *inputs, self.checkpointed)
+        return forward_actions(self.trunk, prompt_ids, prompt_mask, action_ids, self.checkpointed)
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Return the trained parameters of `head`."""
@@ -133,7 +130,7 @@ class LoraCritic(Critic):
         self,
         policy: LanguageModelPolicy,
         hidden_size: int = 512,
-        head: type[nn.Module] = DuelingHead,
+        head: Head = DuelingHead,
         *,
         lora: dict[str, Any],
     ) -> None:
@@ -160,7 +157,7 @@ class LanguageModelCritic(Critic):
     algorithm's critic is not a Q-function.
     """
 
-    def __init__(self, policy: LanguageModelPolicy, head: type[nn.Module] = DuelingHead) -> None:
+    def __init__(self, policy: LanguageModelPolicy, head: Head = DuelingHead) -> None:
         nn.Module.__init__(self)
         if head is not DuelingHead:
             raise ConfigError(f"critic=lm_copy: allowed are {', '.join(WITH_HEAD)}")
@@ -201,10 +198,7 @@ def make_target_network(critic: Copied) -> Copied:
 
 @torch.no_grad()
 def polyak_update(target: nn.Module, source: nn.Module, tau: float) -> None:
-    """Set target <- (1 - tau) target + tau source, parameter by parameter; 0 <= tau <= 1.
-
-    Shared parameters stay as they are.
-    """
+    """Set target <- (1 - tau) target + tau source for all parameters that are not shared."""
     for old, new in zip(target.parameters(), source.parameters(), strict=True):
         if old is not new:
             old.lerp_(new, tau)

@@ -99,7 +99,7 @@ def check_weights(name_or_path: str, model: PreTrainedModel, found: dict[str, An
 
 
 def some(names: list[str]) -> str:
-    """Return the first of `names` and the number of others."""
+    """Name the first weight and the number of others."""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more weights"
 
 

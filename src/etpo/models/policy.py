@@ -140,10 +140,8 @@ class LanguageModelPolicy(nn.Module):
             ConfigError: a prompt has a token without a row in the embedding.
         """
         keys = [tuple(observation.items()) for observation in observations]
-        encoded = {
-            key: self.prompt.encode(self.tokenizer, TextObservation(key), self.max_prompt_tokens)
-            for key in set(keys)
-        }
+        encode, limit = self.prompt.encode, self.max_prompt_tokens
+        encoded = {key: encode(self.tokenizer, TextObservation(key), limit) for key in set(keys)}
         largest = max(i for prompt in encoded.values() for i in prompt.ids)
         if largest >= self.embedding_size:  # a token that was added without a row
             token = self.tokenizer.convert_ids_to_tokens(largest)
@@ -153,11 +151,10 @@ class LanguageModelPolicy(nn.Module):
             )
         prompts = [encoded[key] for key in keys]
         rows = [torch.tensor(prompt.ids) for prompt in prompts]
-        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_id, padding_side="left")
-        ones = [torch.ones_like(row, dtype=torch.bool) for row in rows]
-        mask = pad_sequence(ones, batch_first=True, padding_side="left")
-        rests = tuple(prompt.rest for prompt in prompts)
-        return PromptBatch(ids, mask, sum(prompt.dropped for prompt in prompts), rests)
+        ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
+        mask, rests = ids >= 0, tuple(prompt.rest for prompt in prompts)
+        dropped = sum(prompt.dropped for prompt in prompts)
+        return PromptBatch(ids.where(mask, self.pad_id), mask, dropped, rests)
 
     def decode(self, ids: Sequence[int], rest: str = "") -> str:
         """Return the text that an action [l] adds to its prompt, up to its stop token or string.
@@ -205,11 +202,11 @@ class LanguageModelPolicy(nn.Module):
         """Compute the distribution over the vocabulary at last hidden states [..., D].
 
         Args:
-            hidden: As `hidden_states` returns them, or any selection of them.
+            hidden: Any selection of the result of `hidden_states`.
             action_ids: int64 [...], the taken tokens, which `min_p` always keeps.
             reference: Use the reference's LM head, without gradient; it keeps all tokens.
             support: bool [..., V], the tokens to keep in place of those that `min_p` selects.
-            lm_head: Use this LM head in place of the policy's current one.
+            lm_head: Use this LM head instead of the policy's current one.
         """
         logits = self.logits(hidden, reference=reference, lm_head=lm_head)
         options = self.temperature, 0.0 if reference else self.min_p
@@ -218,8 +215,7 @@ class LanguageModelPolicy(nn.Module):
     @property
     def lm_head(self) -> nn.Module:
         """The policy's LM head."""
-        head: nn.Module = self.model.get_output_embeddings()
-        return head
+        return self.model.get_output_embeddings()
 
     def lm_head_parameters(self) -> list[nn.Parameter]:
         """Return the trained parameters of the LM head."""

@@ -26,16 +26,12 @@ def check_forwards(policy: "LanguageModelPolicy", name_or_path: str) -> bool:
         inputs = batch(policy)
         expected, hidden = plain_forwards(policy, *inputs)
         checks = {
-            "its logits are not finite": lambda: expected,
-            "its LM head gives other logits at its last hidden states": lambda: policy.logits(
-                hidden
-            ),
-            "padding on the left changes its logits": lambda: policy.logits(
-                policy.hidden_states(*inputs)
-            ),
-            "decoding with a cache changes its logits": lambda: decode(policy, inputs, False),
+            "its logits are not finite": expected,
+            "its LM head gives other logits at its last hidden states": policy.logits(hidden),
+            "padding on the left changes its logits": policy.logits(policy.hidden_states(*inputs)),
+            "decoding with a cache changes its logits": decode(policy, inputs, False),
         }
-        faults = (f for f, logits in checks.items() if not close(policy, logits(), expected))
+        faults = (f for f, logits in checks.items() if not close(policy, logits, expected))
         fault = next(faults, None)
     except Exception as error:  # of a model that does not know the cache or an argument
         fault = f"its forward raises {described(error)}"

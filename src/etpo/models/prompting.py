@@ -157,8 +157,7 @@ class ChatTemplate:
     def encode(
         self, tokenizer: PreTrainedTokenizerBase, observation: TextObservation, max_tokens: int
     ) -> Prompt:
-        in_parts = self._reads_parts(tokenizer)
-        text = observation["instruction"]
+        text, in_parts = observation["instruction"], self._reads_parts(tokenizer)
         ids = self._render(tokenizer, text, in_parts, tokenize=True)
         if len(ids) <= max_tokens:
             return Prompt(ids, 0)
@@ -193,10 +192,7 @@ class ChatTemplate:
         tokenizer: PreTrainedTokenizerBase, text: str, in_parts: bool, tokenize: bool
     ) -> Any:
         """Return the text of the prompt or, with `tokenize`, its ids."""
-        content = [{"type": "text", "text": text}] if in_parts else text
+        turn = {"role": "user", "content": [{"type": "text", "text": text}] if in_parts else text}
         return tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            tokenize=tokenize,
-            add_generation_prompt=True,
-            return_dict=False,
+            [turn], tokenize=tokenize, add_generation_prompt=True, return_dict=False
         )
