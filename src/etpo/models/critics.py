@@ -22,8 +22,8 @@ WITH_HEAD = ("full", "lora", "frozen_trunk")
 
 def zero_init(layer: nn.Linear) -> nn.Linear:
     """Set weights and bias to exactly zero."""
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
     return layer
 
 
@@ -79,8 +79,8 @@ class Critic(nn.Module):
         self.head = head(policy.hidden_size, policy.vocabulary_size, hidden_size)
 
     def make_trunk(self, policy: LanguageModelPolicy) -> nn.Module | None:
-        """Return the language model, without LM head, that the critic trains."""
-        raise NotImplementedError
+        """Return the language model, without LM head, that the critic trains, if any."""
+        return None
 
     def hidden_states(
         self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor, ref_hidden: Tensor
@@ -108,9 +108,6 @@ class Critic(nn.Module):
 
 class HeadCritic(Critic):
     """A head on the frozen reference's last hidden states: no further language model."""
-
-    def make_trunk(self, policy: LanguageModelPolicy) -> None:
-        return None
 
 
 class TrunkCritic(Critic):

@@ -1,5 +1,6 @@
 """Stop tokens and stop strings: where an action ends."""
 
+import contextlib
 import re
 from collections.abc import Sequence
 
@@ -35,10 +36,9 @@ def stop_ids(
 
 def model_eos_ids(name_or_path: str) -> list[int]:
     """Return the EOS ids of generation_config.json or, if it has none, of config.json."""
-    try:
+    eos = None
+    with contextlib.suppress(OSError):  # most likely there is no such file
         eos = GenerationConfig.from_pretrained(name_or_path).eos_token_id
-    except OSError:  # most likely there is no such file
-        eos = None
     if eos is None:
         config, _ = PreTrainedConfig.get_config_dict(name_or_path)
         eos = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
