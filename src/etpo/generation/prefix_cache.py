@@ -6,8 +6,8 @@ states; it serves any causal LM with a `DynamicCache`.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,7 @@ NEUTRAL |= {"cache_position", "output_attentions", "output_hidden_states"}
 
 
 class PreallocatedLayer(DynamicLayer):
-    """Keys and values of one layer with room for further tokens, which are written in place.
-
-    `DynamicLayer` copies all it holds for every token.
-    """
+    """One layer's keys and values; writes a token in place, where `DynamicLayer` copies all."""
 
     def __init__(self, keys: Tensor, values: Tensor, max_new_tokens: int) -> None:
         super().__init__()
@@ -59,7 +56,7 @@ class PreallocatedLayer(DynamicLayer):
 
 
 class PerRowCache(DynamicCache):
-    """Prompt and action of each of B rows; arguments and attributes as of `SharedPrefixCache`."""
+    """Prompt and action of each of B rows; arguments and `order` as of `SharedPrefixCache`."""
 
     def __init__(self, prefilled: Prefill, max_new_tokens: int) -> None:
         super().__init__()
@@ -69,11 +66,6 @@ class PerRowCache(DynamicCache):
             if type(layer) is DynamicLayer:  # sliding windows and recurrent states stay
                 self.layers[index] = PreallocatedLayer(layer.keys, layer.values, max_new_tokens)
         self.order = torch.arange(len(prefilled.prompt_index), device=prefilled.mask.device)
-        self.inputs: dict[str, Any] = {}
-
-    def attention(self, config: PreTrainedConfig) -> AbstractContextManager[None]:
-        """Leave the model's attention as it is."""
-        return nullcontext()
 
     def select_rows(self, rows: Tensor) -> Tensor:
         """Keep `rows` [b] only; return them in the cache's order."""
@@ -81,18 +73,11 @@ class PerRowCache(DynamicCache):
         return rows
 
 
-class Bucket(NamedTuple):
-    """A range of prompts that have equally many rows, and the range of these rows."""
-
-    prompts: slice
-    rows: slice
-
-
 class SharedPrefixCache(DynamicCache):
     """Keys and values of G distinct prompts, and of one action for each of B rows.
 
-    order: int64 [B], the given row at each place of the cache. `inputs` are arguments for the
-    model's forward, within `attention`.
+    order: int64 [B], the given row at each place of the cache. buckets: ranges of prompts that have
+    equally many rows, each with the range of these rows.
     """
 
     def __init__(self, prefilled: Prefill, max_new_tokens: int) -> None:
@@ -104,17 +89,6 @@ class SharedPrefixCache(DynamicCache):
         for pair in self.prompts:
             empty = (states[:1, :, :0].expand(shape) for states in pair)
             self.layers.append(PreallocatedLayer(*empty, max_new_tokens))
-        self.inputs = {"shared_prefix": self}
-
-    @contextmanager
-    def attention(self, config: PreTrainedConfig) -> Iterator[None]:
-        """Use `shared_prefix_attention` in models of this configuration."""
-        before = config._attn_implementation
-        config._attn_implementation = ATTENTION
-        try:
-            yield
-        finally:
-            config._attn_implementation = before
 
     def regroup(self, prompt_index: Tensor) -> Tensor:
         """Sort rows into buckets and drop prompts without a row; return the rows' order [B]."""
@@ -127,11 +101,11 @@ class SharedPrefixCache(DynamicCache):
         self.prompts = [(keys[used], values[used]) for keys, values in self.prompts]
         order = prompt_index.argsort(stable=True)
         self.prompt_index = prompt_index[order]
-        self.buckets = []
+        self.buckets: list[tuple[slice, slice]] = []
         prompt = row = 0
         for count, prompts in zip(*counts.unique(return_counts=True), strict=True):
             ends = prompt + int(prompts), row + int(prompts * count)
-            self.buckets.append(Bucket(slice(prompt, ends[0]), slice(row, ends[1])))
+            self.buckets.append((slice(prompt, ends[0]), slice(row, ends[1])))
             prompt, row = ends
         return order
 
@@ -143,11 +117,11 @@ class SharedPrefixCache(DynamicCache):
 
 
 class Decoder:
-    """Decodes one action for each row of prompts [B, P], padded on the left.
+    """Decode one action for each row of prompts [B, P], padded on the left.
 
     rows: int64 [b], the rows that are decoded, in the cache's order. hidden_states: [b, 1, D], the
-    last ones of each. shared: whether its cache is a `SharedPrefixCache`. share_prefixes: allow
-    that, if no sliding window is too small.
+    last ones of each. shared: whether `cache` is a `SharedPrefixCache`, which `share_prefixes`
+    allows and a sliding window that is too small prevents.
     """
 
     def __init__(
@@ -166,8 +140,7 @@ class Decoder:
             or (type(layer) is DynamicSlidingWindowLayer and size <= layer.sliding_window)
             for layer in prefilled.cache.layers
         )
-        kind = SharedPrefixCache if self.shared else PerRowCache
-        self.cache = kind(prefilled, max_new_tokens)
+        self.cache = (SharedPrefixCache if self.shared else PerRowCache)(prefilled, max_new_tokens)
         self.rows = self.cache.order
         self.mask = prompt_mask[self.rows]
         self.hidden_states = prefilled.hidden_states[prefilled.prompt_index[self.rows]]
@@ -175,7 +148,7 @@ class Decoder:
     def step(self, token: Tensor, seen: Tensor) -> None:
         """Append `token` [b] to the rows; `seen` [b] is false for a token that is not attended."""
         self.mask = torch.cat([self.mask, seen[:, None]], dim=1)
-        with self.cache.attention(self.trunk.config):
+        with shared_attention(self.trunk.config, self.cache) as options:
             self.hidden_states = last_hidden_states(
                 self.trunk,
                 last=1,
@@ -184,7 +157,7 @@ class Decoder:
                 position_ids=position_ids(self.mask)[:, -1:],
                 past_key_values=self.cache,
                 use_cache=True,
-                **self.cache.inputs,
+                **options,
             )
 
     def select_rows(self, selected: Tensor) -> Tensor:
@@ -192,6 +165,22 @@ class Decoder:
         places = self.cache.select_rows(selected.nonzero()[:, 0])
         self.rows, self.mask = self.rows[places], self.mask[places]
         return places
+
+
+@contextmanager
+def shared_attention(
+    config: PreTrainedConfig, cache: PerRowCache | SharedPrefixCache
+) -> Iterator[dict[str, Any]]:
+    """Let models of this configuration attend to a shared cache; yield options of their forward."""
+    if not isinstance(cache, SharedPrefixCache):
+        yield {}
+        return
+    before = config._attn_implementation
+    config._attn_implementation = ATTENTION
+    try:
+        yield {"shared_prefix": cache}
+    finally:
+        config._attn_implementation = before
 
 
 def shared_prefix_attention(
@@ -209,10 +198,7 @@ def shared_prefix_attention(
     """Attend from one token per row to its prompt and the S tokens of its action.
 
     query: [B, H, 1, D]; key, value: [B, K, S, D], H a multiple of K -> [B, 1, H, D]. The softmax is
-    over both parts, in float32. For `transformers.AttentionInterface`.
-
-    Raises:
-        NotImplementedError: the model passes an argument of another kind of attention.
+    over both parts, in float32. Raises NotImplementedError for an argument of another attention.
     """
     unknown = {name for name, x in others.items() if x is not None} - NEUTRAL
     if unknown or attention_mask is not None:
@@ -224,11 +210,10 @@ def shared_prefix_attention(
     width = prompt_keys.shape[2]
     scores = query.new_empty(*query.shape[:3], width + key.shape[2])  # [B, K, H / K, P + S]
     scores[..., width:] = query @ key.transpose(2, 3)
-    for prompts, rows in shared_prefix.buckets:
-        keys = prompt_keys[prompts].transpose(2, 3)
-        scores[rows, ..., :width] = ungroup(
-            group_by_prompt(query[rows], len(keys)) @ keys, query[rows]
-        )
+    for prompts, rows in shared_prefix.buckets:  # G prompts with n rows each
+        keys = prompt_keys[prompts]
+        grouped = query[rows].unflatten(0, (len(keys), -1))
+        scores[rows, ..., :width] = torch.einsum("gnkhd,gkpd->gnkhp", grouped, keys).flatten(0, 1)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if shared_prefix.padded:
@@ -238,24 +223,9 @@ def shared_prefix_attention(
     output = weights[..., width:] @ value
     for prompts, rows in shared_prefix.buckets:
         values = prompt_values[prompts]
-        output[rows] += ungroup(
-            group_by_prompt(weights[rows, ..., :width], len(values)) @ values, query[rows]
-        )
+        grouped = weights[rows, ..., :width].unflatten(0, (len(values), -1))
+        output[rows] += torch.einsum("gnkhp,gkpd->gnkhd", grouped, values).flatten(0, 1)
     return output.view(batch, 1, heads, -1), None
-
-
-def group_by_prompt(states: Tensor, prompts: int) -> Tensor:
-    """[G n, K, R, X] of G prompts with n rows each -> [G, K, n R, X]."""
-    _, groups, repeats, size = states.shape
-    states = states.view(prompts, -1, groups, repeats, size).transpose(1, 2)
-    return states.reshape(prompts, groups, -1, size)
-
-
-def ungroup(states: Tensor, like: Tensor) -> Tensor:
-    """Invert `group_by_prompt`, `like` [G n, K, R, ...]: [G, K, n R, X] -> [G n, K, R, X]."""
-    rows, groups, repeats, _ = like.shape
-    states = states.view(len(states), groups, -1, repeats, states.shape[-1]).transpose(1, 2)
-    return states.reshape(rows, groups, repeats, -1)
 
 
 AttentionInterface.register(ATTENTION, shared_prefix_attention)

@@ -1,6 +1,7 @@
-"""LoRA adapters that leave the weights under them alone."""
+"""LoRA adapters that do not change the weights under them."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
@@ -9,7 +10,9 @@ from torch import nn
 
 from etpo.errors import ConfigError, reason
 
-# others read data first, move the weights under the adapter, or change with the length of a prompt
+Adapted = TypeVar("Adapted", bound=nn.Module)
+
+# other settings read data first, change the base weights, or depend on the length of a prompt
 ALLOWED = (
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"),
     *("target_modules", "exclude_modules", "target_parameters", "fan_in_fan_out"),
@@ -26,53 +29,32 @@ VALUES = {
 
 
 def add_adapter(model: nn.Module, settings: dict[str, Any]) -> PeftModel:
-    """The model with a LoRA adapter that changes nothing yet; only the adapter is trained.
+    """Wrap the model in a LoRA adapter, which alone is trained and initially changes no output.
 
-    settings: of `model.lora`, arguments of `peft.LoraConfig`. Switched off, the adapter leaves the
-    model as it was. Raises ConfigError for settings that do not fit the model, and for those with
-    which this would not hold.
+    Args:
+        model: Computes the same as before while the adapter is disabled.
+        settings: `model.lora`, arguments of `peft.LoraConfig`.
+
+    Raises:
+        ConfigError: the settings do not fit the model, or would train more than the adapter.
     """
-    config = adapter_config("model.lora", settings)
-    with_adapter = _fitted("model.lora", get_peft_model, model, config)
-    check_adapter("model.lora", with_adapter)
-    return with_adapter
+    return _adapt("model.lora", settings, lambda config: get_peft_model(model, config))
 
 
 def inject_adapter(model: nn.Module, settings: dict[str, Any]) -> nn.Module:
-    """As `add_adapter`, of `critic.lora`, and in the model itself."""
-    config = adapter_config("critic.lora", settings)
-    if config.modules_to_save or config.trainable_token_indices:
+    """Add the adapter of `critic.lora` to the layers of the model; otherwise as `add_adapter`."""
+    if settings.get("modules_to_save") or settings.get("trainable_token_indices"):
         raise ConfigError("critic.lora: allowed are adapters without weights besides their own")
-    with_adapter: nn.Module = _fitted("critic.lora", inject_adapter_in_model, config, model)
-    check_adapter("critic.lora", with_adapter)
-    return with_adapter
+    return _adapt("critic.lora", settings, lambda config: inject_adapter_in_model(config, model))
 
 
-def _fitted(key: str, add: Any, *arguments: Any) -> Any:
+def _adapt(key: str, settings: dict[str, Any], add: Callable[[LoraConfig], Adapted]) -> Adapted:
+    """Return `add(config)`; raise ConfigError unless disabling the adapter restores the model."""
+    settings = check_settings(key, settings)
     try:
-        return add(*arguments)
+        model = add(LoraConfig(**settings))
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"{key}: {reason(error)}") from error
-
-
-def adapter_config(key: str, settings: dict[str, Any]) -> LoraConfig:
-    """The settings of `key` for peft; ConfigError for one that is not allowed."""
-    if OmegaConf.is_config(settings):
-        settings = OmegaConf.to_container(settings)  # peft wants lists
-    settings = {"task_type": "CAUSAL_LM"} | settings
-    for name, value in settings.items():
-        if name not in ALLOWED and value not in (None, False):
-            raise ConfigError(f"{key}.{name}={value}: allowed settings are {', '.join(ALLOWED)}")
-        if name in VALUES and value not in VALUES[name]:
-            allowed = ", ".join(map(str, VALUES[name])).lower()
-            raise ConfigError(f"{key}.{name}={value}: allowed are {allowed}")
-    known = {name: value for name, value in settings.items() if name in ALLOWED}
-    config: LoraConfig = _fitted(key, lambda: LoraConfig(**known))
-    return config
-
-
-def check_adapter(key: str, model: nn.Module) -> None:
-    """Raises ConfigError unless all that is trained is switched off with the adapter."""
     switched = {
         id(parameter)
         for module in model.modules()
@@ -83,12 +65,26 @@ def check_adapter(key: str, model: nn.Module) -> None:
     strange = next((name for name, p in trained.items() if id(p) not in switched), None)
     if strange is not None or not trained:
         raise ConfigError(f"{key}: would train {strange or 'nothing'}; allowed is an adapter alone")
+    return model
+
+
+def check_settings(key: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `LoraConfig`; raise ConfigError if one is not allowed."""
+    if OmegaConf.is_config(settings):
+        settings = OmegaConf.to_container(settings)  # peft wants lists
+    settings = {"task_type": "CAUSAL_LM"} | settings
+    for name, value in settings.items():
+        if name not in ALLOWED and value not in (None, False):
+            raise ConfigError(f"{key}.{name}={value}: allowed settings are {', '.join(ALLOWED)}")
+        if name in VALUES and value not in VALUES[name]:
+            allowed = ", ".join(map(str, VALUES[name])).lower()
+            raise ConfigError(f"{key}.{name}={value}: allowed are {allowed}")
+    return {name: value for name, value in settings.items() if name in ALLOWED}
 
 
 def without_adapter(model: PeftModel) -> nn.Module:
-    """The model under the adapter, taken out of it: `model` is of no use afterwards."""
+    """Remove the adapter and return the base model; `model` cannot be used afterwards."""
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
-            module.set_adapter([])  # else peft leaves the trained copy in
-    unloaded: nn.Module = model.unload()
-    return unloaded
+            module.set_adapter([])  # otherwise peft leaves the trained copy in
+    return model.unload()

@@ -1,4 +1,4 @@
-"""Parts of any causal LM of transformers: the trunk, its last hidden states and its forward."""
+"""Parts of any causal LM of transformers: the trunk and its last hidden states."""
 
 import inspect
 from typing import Any
@@ -13,18 +13,13 @@ def trunk_of(model: nn.Module) -> nn.Module:
     if isinstance(model, PeftModel):
         model = model.get_base_model()
     assert isinstance(model, PreTrainedModel)
-    found: nn.Module = model.base_model
-    return found if found is not model else model.model  # Llama 4 has another base_model_prefix
+    # Llama 4 has another base_model_prefix
+    return model.model if model.base_model is model else model.base_model
 
 
 def last_hidden_states(trunk: nn.Module, last: int, **inputs: Any) -> Tensor:
     """Run a trunk; return its last hidden states at the last `last` positions, 0: at all."""
-    if "past_key_values" in inputs and takes_cache_params(trunk):
+    like_mamba = "cache_params" in inspect.signature(trunk.forward).parameters
+    if like_mamba and "past_key_values" in inputs:
         inputs["cache_params"] = inputs.pop("past_key_values")
-    states: Tensor = trunk(**inputs).last_hidden_state
-    return states[:, -last:]
-
-
-def takes_cache_params(trunk: nn.Module) -> bool:
-    """Return whether the cache is an argument `cache_params`, as in Mamba."""
-    return "cache_params" in inspect.signature(trunk.forward).parameters
+    return trunk(**inputs).last_hidden_state[:, -last:]

@@ -1,11 +1,12 @@
 """Evaluate functions of distributions over the vocabulary, `chunk` tokens at a time.
 
-A function of per-token inputs [..., D] that goes through the vocabulary, [..., V], and returns
-numbers per token is evaluated on one chunk of tokens after the other. At most one chunk's
-[chunk, V] is held, in the backward pass too.
+A function maps per-token inputs [..., D] over the vocabulary, [..., V], to numbers per token. It is
+evaluated on one chunk of tokens after the other. At most one chunk's [chunk, V] is held, in the
+backward pass too.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -33,7 +34,7 @@ def in_chunks(function: PerToken, chunk: int, *per_token: Tensor) -> tuple[Tenso
     """
     if per_token[0].shape[:2].numel() <= chunk:
         return function(*per_token)
-    function = summing_gradients(function, {})
+    function = summing_gradients({})(function)
     parts = [
         checkpoint(function, *part, use_reentrant=False, preserve_rng_state=False)
         for part in split(per_token, chunk)
@@ -60,7 +61,7 @@ def reduce_in_chunks(
         outputs = in_chunks(function, chunk, *per_token)
         return reduce(*outputs), tuple(output.detach() for output in outputs)
     sums: Sums = {parameter: (parameter, []) for parameter in parameters}
-    function = summing_gradients(function, sums)
+    function = summing_gradients(sums)(function)
     trained = [place for place, tensor in enumerate(per_token) if tensor.requires_grad]
     weights: list[tuple[Tensor, ...]] = []  # d reduce / d outputs, by chunk
     parts, gradients = [], []
@@ -68,7 +69,9 @@ def reduce_in_chunks(
         leaves = [part[place].requires_grad_() for place in trained]
         outputs = function(*part)
         if not weights:
-            weights = split(gradient_of(reduce, outputs, shape), chunk)
+            zeros = [output.new_zeros(shape, requires_grad=True) for output in outputs]
+            constant = torch.autograd.grad(reduce(*zeros), zeros, materialize_grads=True)
+            weights = split(constant, chunk)
         gradients.append(backward(outputs, weights[number], leaves, sums))
         parts.append(tuple(output.detach() for output in outputs))
         del outputs
@@ -90,8 +93,7 @@ def project_to_vocabulary(layer: nn.Module, x: Tensor) -> Tensor:
     """
     sums = _sums.get()
     if sums is None or type(layer) is not nn.Linear or not torch.is_grad_enabled():
-        output: Tensor = layer(x)
-        return output
+        return layer(x)
     weight = layer.weight
     if weight.requires_grad and weight not in sums:
         total: list[Tensor] = []
@@ -100,33 +102,22 @@ def project_to_vocabulary(layer: nn.Module, x: Tensor) -> Tensor:
     return output if layer.bias is None else output + layer.bias.to(output.dtype)
 
 
-def summing_gradients(function: PerToken, sums: Sums) -> PerToken:
-    """Return `function` with its linear layers over the vocabulary using `sums`."""
-
-    def summing(*part: Tensor) -> tuple[Tensor, ...]:
-        token = _sums.set(sums)
-        try:
-            return function(*part)
-        finally:
-            _sums.reset(token)
-
-    return summing
-
-
-def gradient_of(
-    reduce: Callable[..., Tensor], outputs: tuple[Tensor, ...], shape: torch.Size
-) -> tuple[Tensor, ...]:
-    """Return the constant gradients [B, L] of a linear `reduce`, with the dtypes of `outputs`."""
-    zeros = [output.new_zeros(shape, requires_grad=True) for output in outputs]
-    return torch.autograd.grad(reduce(*zeros), zeros, allow_unused=True, materialize_grads=True)
+@contextmanager
+def summing_gradients(sums: Sums) -> Iterator[None]:
+    """Let linear layers over the vocabulary use `sums`; as a decorator, in every call."""
+    token = _sums.set(sums)
+    try:
+        yield
+    finally:
+        _sums.reset(token)
 
 
 def backward(
     outputs: tuple[Tensor, ...], weights: tuple[Tensor, ...], leaves: list[Tensor], sums: Sums
 ) -> tuple[Tensor, ...]:
     """Return gradients of `leaves` and add the gradients of the keys of `sums` to their sums."""
-    pairs = [(o, w) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
-    kept, upstream = zip(*pairs, strict=True)
+    trained = [i for i, output in enumerate(outputs) if output.requires_grad]
+    kept, upstream = [outputs[i] for i in trained], [weights[i] for i in trained]
     found = torch.autograd.grad(kept, [*leaves, *sums], upstream, allow_unused=True)
     for (_, total), gradient in zip(sums.values(), found[len(leaves) :], strict=True):
         if gradient is not None:

@@ -16,6 +16,7 @@ from etpo.models.policy import LanguageModelPolicy
 from etpo.models.shared_prompt import forward_actions
 
 Copied = TypeVar("Copied", bound=nn.Module)
+Head = type[nn.Module]
 WITH_HEAD = ("full", "lora", "frozen_trunk")
 
 
@@ -29,7 +30,7 @@ def zero_init(layer: nn.Linear) -> nn.Linear:
 class ValueHead(nn.Module):
     """Hidden states [..., D] -> value [...], initially exactly zero.
 
-    float32 in mixed precision too: in bfloat16 values near 1 come in steps of 0.004.
+    float32 in mixed precision too: bfloat16 values near 1 have steps of 0.004.
     """
 
     def __init__(self, input_size: int, vocabulary_size: int, hidden_size: int) -> None:
@@ -51,8 +52,8 @@ class ValueHead(nn.Module):
 class DuelingHead(ValueHead):
     """Hidden states [..., D] -> (value [...], advantage [..., V]), both float32.
 
-    Q(x, w) = value + advantage(w) - E_pi[advantage]; both outputs are zero at first, so that a
-    token that was never sampled keeps advantage 0 (Wang et al., arXiv 1511.06581).
+    Q(x, w) = value + advantage(w) - E_pi[advantage] (Wang et al., arXiv 1511.06581). Both outputs
+    are initially zero, so that a token that is never sampled keeps advantage 0.
     """
 
     def __init__(self, input_size: int, vocabulary_size: int, hidden_size: int) -> None:
@@ -66,7 +67,20 @@ class DuelingHead(ValueHead):
 class Critic(nn.Module):
     """A head on hidden states at every prefix of an action."""
 
+    trunk: nn.Module | None  # computes the hidden states; None: the frozen reference does
     head: Callable[[Tensor], Any]  # hidden states [..., C] -> the outputs of `forward`
+
+    def __init__(
+        self, policy: LanguageModelPolicy, hidden_size: int = 512, head: Head = DuelingHead
+    ) -> None:
+        super().__init__()
+        self.trunk = self.make_trunk(policy)
+        self.checkpointed = policy.checkpointed
+        self.head = head(policy.hidden_size, policy.vocabulary_size, hidden_size)
+
+    def make_trunk(self, policy: LanguageModelPolicy) -> nn.Module | None:
+        """Return the language model, without LM head, that the critic trains, if any."""
+        return None
 
     def hidden_states(
         self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor, ref_hidden: Tensor
@@ -75,67 +89,35 @@ class Critic(nn.Module):
 
         ref_hidden: the reference's hidden states [B, L, D] at the same prefixes.
         """
-        raise NotImplementedError
+        if self.trunk is None:
+            return ref_hidden
+        return forward_actions(self.trunk, prompt_ids, prompt_mask, action_ids, self.checkpointed)
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Return the trained parameters of `head`."""
         return [p for p in self.head.parameters() if p.requires_grad]
 
-    def forward(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor, ref_hidden: Tensor
-    ) -> Any:
+    def forward(self, *inputs: Tensor) -> Any:
         """Return the outputs of `head` at the hidden states; arguments as of `hidden_states`."""
-        return self.head(self.hidden_states(prompt_ids, prompt_mask, action_ids, ref_hidden))
+        return self.head(self.hidden_states(*inputs))
+
+    def train(self, mode: bool = True) -> "Critic":
+        """Keep evaluation mode: dropout is off in every forward."""
+        return super().train(False)
 
 
 class HeadCritic(Critic):
     """A head on the frozen reference's last hidden states: no further language model."""
 
-    def __init__(
-        self,
-        policy: LanguageModelPolicy,
-        hidden_size: int = 512,
-        head: type[nn.Module] = DuelingHead,
-    ) -> None:
-        super().__init__()
-        self.head = head(policy.hidden_size, policy.vocabulary_size, hidden_size)
-
-    def hidden_states(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor, ref_hidden: Tensor
-    ) -> Tensor:
-        return ref_hidden
-
 
 class TrunkCritic(Critic):
     """A head on a trainable copy of the language model without its LM head."""
 
-    def __init__(
-        self,
-        policy: LanguageModelPolicy,
-        hidden_size: int = 512,
-        head: type[nn.Module] = DuelingHead,
-    ) -> None:
-        super().__init__()
-        self.trunk = self.make_trunk(policy)
-        self.checkpointed = policy.checkpointed
-        self.head = head(policy.hidden_size, policy.vocabulary_size, hidden_size)
-
     def make_trunk(self, policy: LanguageModelPolicy) -> nn.Module:
-        """Return the language model, without LM head, that the critic trains."""
         return copy.deepcopy(trunk_of(base_model_of(policy))).requires_grad_(True).float()
 
-    def train(self, mode: bool = True) -> "TrunkCritic":
-        """Keep evaluation mode: dropout is off in every forward."""
-        return super().train(False)
 
-    def hidden_states(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor, ref_hidden: Tensor
-    ) -> Tensor:
-        inputs = prompt_ids, prompt_mask, action_ids
-        return forward_actions(self.trunk, *inputs, self.checkpointed)
-
-
-class LoraCritic(TrunkCritic):
+class LoraCritic(Critic):
     """A head and an adapter on the policy's frozen language model, whose weights are shared.
 
     lora: arguments of `peft.LoraConfig`. Raises ConfigError if they do not fit the model.
@@ -145,7 +127,7 @@ class LoraCritic(TrunkCritic):
         self,
         policy: LanguageModelPolicy,
         hidden_size: int = 512,
-        head: type[nn.Module] = DuelingHead,
+        head: Head = DuelingHead,
         *,
         lora: dict[str, Any],
     ) -> None:
@@ -165,14 +147,14 @@ class LoraCritic(TrunkCritic):
         return trunk
 
 
-class LanguageModelCritic(TrunkCritic):
+class LanguageModelCritic(Critic):
     """A trainable copy of the whole language model whose logits are Q, as in the paper.
 
-    `forward` returns no value, and Q [B, L, V] in place of the advantage. Raises ConfigError for
-    an algorithm whose critic is another function than Q.
+    `forward` returns no value, and Q [B, L, V] instead of the advantage. Raises ConfigError if the
+    algorithm's critic is not a Q-function.
     """
 
-    def __init__(self, policy: LanguageModelPolicy, head: type[nn.Module] = DuelingHead) -> None:
+    def __init__(self, policy: LanguageModelPolicy, head: Head = DuelingHead) -> None:
         nn.Module.__init__(self)
         if head is not DuelingHead:
             raise ConfigError(f"critic=lm_copy: allowed are {', '.join(WITH_HEAD)}")
@@ -213,10 +195,7 @@ def make_target_network(critic: Copied) -> Copied:
 
 @torch.no_grad()
 def polyak_update(target: nn.Module, source: nn.Module, tau: float) -> None:
-    """Set target <- (1 - tau) target + tau source, parameter by parameter; 0 <= tau <= 1.
-
-    Shared parameters stay as they are.
-    """
+    """Set target <- (1 - tau) target + tau source for all parameters that are not shared."""
     for old, new in zip(target.parameters(), source.parameters(), strict=True):
         if old is not new:
             old.lerp_(new, tau)

@@ -1,6 +1,7 @@
 """Load tokenizer and causal LM of a hub id or folder, or raise a ConfigError with the reason."""
 
 import json
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,8 +24,10 @@ from transformers.utils import logging
 
 from etpo.errors import ConfigError, reason
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ATTENTION = ("eager", "sdpa", "flash_attention_2")
+ALLOWED = {
+    "dtype": ("float32", "bfloat16", "float16"),
+    "attn_implementation": ("eager", "sdpa", "flash_attention_2"),
+}
 ADAPTER = (
     "it is an adapter of peft; allowed is a whole model, such as its base model after "
     "merge_and_unload() and save_pretrained()"
@@ -36,9 +39,7 @@ TRUST = {"trust_remote_code": False}
 
 def expanded(name_or_path: str) -> str:
     """Return the name with a leading `~` replaced by the home folder."""
-    if not str(name_or_path).startswith("~"):
-        return name_or_path
-    return str(Path(name_or_path).expanduser())
+    return os.path.expanduser(name_or_path) if isinstance(name_or_path, str) else name_or_path
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
@@ -55,19 +56,16 @@ def load_model(name_or_path: str, dtype: str, attn_implementation: str) -> PreTr
         ConfigError: there is none, weights are missing, have other shapes or are quantised, or
             the model does not know `attn_implementation`.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"model.dtype={dtype}: allowed are {', '.join(DTYPES)}")
-    if attn_implementation not in ATTENTION:
-        raise ConfigError(
-            f"model.attn_implementation={attn_implementation}: allowed are {', '.join(ATTENTION)}"
-        )
+    settings = {"dtype": dtype, "attn_implementation": attn_implementation}
+    for key, value in settings.items():
+        if value not in ALLOWED[key]:
+            raise ConfigError(f"model.{key}={value}: allowed are {', '.join(ALLOWED[key])}")
     check_attention(check_model_path(name_or_path), attn_implementation)
     with refused(name_or_path):
         model, found = AutoModelForCausalLM.from_pretrained(
             name_or_path,
-            dtype=DTYPES[dtype],
-            attn_implementation=attn_implementation,
-            ignore_mismatched_sizes=True,  # they are named below
+            **settings,
+            ignore_mismatched_sizes=True,  # `check_weights` names them
             output_loading_info=True,
             **TRUST,
         )
@@ -93,37 +91,15 @@ def check_weights(name_or_path: str, model: PreTrainedModel, found: dict[str, An
     if found["mismatched_keys"]:
         name, saved, expected = sorted(found["mismatched_keys"])[0]
         raise ConfigError(
-            f"{key}: its files have {name} as {list(saved)}, its config.json says {list(expected)}"
+            f"{key}: its files have {name} as {list(saved)}, its config.json has {list(expected)}"
         )
     if unread:
-        warnings.warn(
-            f"{key}: its files have {some(unread)}, which the model leaves out", stacklevel=2
-        )
-
-
-def check_vocabulary(
-    name_or_path: str,
-    tokenizer: PreTrainedTokenizerBase,
-    embedding_size: int,
-    vocabulary_size: int,
-    stop_ids: list[int],
-) -> None:
-    """Raise ConfigError if the model lacks tokens of the tokenizer, or all stop tokens."""
-    key = f"model.name_or_path={name_or_path}"
-    if tokenizer.vocab_size > embedding_size:
-        raise ConfigError(
-            f"{key}: its tokenizer has {tokenizer.vocab_size} tokens; allowed are at most "
-            f"{embedding_size}, the rows of its embedding"
-        )
-    if min(stop_ids) >= vocabulary_size:
-        raise ConfigError(
-            f"{key}: its tokens that end an action, {stop_ids}, are not among the model's "
-            f"{vocabulary_size}; model.stop_tokens adds others"
-        )
+        unused = f"{key}: its files have {some(unread)}, which the model leaves out"
+        warnings.warn(unused, stacklevel=2)
 
 
 def some(names: list[str]) -> str:
-    """Return the first of `names` and the number of others."""
+    """Name the first weight and the number of others."""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more weights"
 
 
@@ -132,8 +108,7 @@ def check_model_path(name_or_path: str) -> PreTrainedConfig:
     key = f"model.name_or_path={name_or_path}"
     if not isinstance(name_or_path, str) or not name_or_path:
         raise ConfigError(f"{key}: allowed are a hub id or a folder")
-    folder = Path(name_or_path)
-    if (folder / ADAPTER_CONFIG).is_file():
+    if (Path(name_or_path) / ADAPTER_CONFIG).is_file():
         raise ConfigError(f"{key}: {ADAPTER}")
     with refused(name_or_path):
         config = AutoConfig.from_pretrained(name_or_path, **TRUST)
@@ -147,26 +122,18 @@ def check_model_path(name_or_path: str) -> PreTrainedConfig:
 
 def check_attention(config: PreTrainedConfig, attn_implementation: str) -> None:
     """Raise ConfigError if a model of this configuration supports eager attention only."""
-    try:
-        empty_model(config, attn_implementation)
-    except Exception as error:  # ValueError, ImportError, and others of kernels
-        if attn_implementation == "eager":
-            return  # loading reports what is wrong
+    faults = []
+    for kind in (attn_implementation, "eager"):
         try:
-            empty_model(config, "eager")
-        except Exception:
-            return
+            with torch.device("meta"), quiet():  # without memory for the weights
+                AutoModelForCausalLM.from_config(config, attn_implementation=kind, **TRUST)
+            break
+        except Exception as error:  # ValueError, ImportError, and others of kernels
+            faults.append(reason(error))
+    if len(faults) == 1:  # otherwise loading reports what is wrong
         raise ConfigError(
             f"model.attn_implementation={attn_implementation}: allowed with a model of type "
-            f"{config.model_type} is eager ({reason(error)})"
-        ) from error
-
-
-def empty_model(config: PreTrainedConfig, attn_implementation: str) -> PreTrainedModel:
-    """Return the model without memory for its weights."""
-    with torch.device("meta"), quiet():
-        return AutoModelForCausalLM.from_config(
-            config, attn_implementation=attn_implementation, **TRUST
+            f"{config.model_type} is eager ({faults[0]})"
         )
 
 
@@ -196,14 +163,13 @@ def refused(name_or_path: str) -> Iterator[None]:
 
 
 def damage(folder: Path) -> str | None:
-    """Return what is wrong with a file of a folder, or None."""
+    """Return the name and the fault of the first damaged file of a folder, or None."""
     for file in sorted(folder.glob("*")):
         if file.suffix not in (".safetensors", ".bin", ".json", ".model") or not file.is_file():
             continue
         with file.open("rb") as content:
-            start = content.read(len(LFS_POINTER))
-        if start == LFS_POINTER:
-            return f"{file.name} is a pointer of Git LFS: `git lfs pull` fetches the file"
+            if content.read(len(LFS_POINTER)) == LFS_POINTER:
+                return f"{file.name} is a pointer of Git LFS: `git lfs pull` fetches the file"
         try:
             if file.suffix == ".safetensors":
                 safe_open(file, "pt").__enter__()

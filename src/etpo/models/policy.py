@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
 from etpo.environments.text_env import TextObservation
 from etpo.errors import ConfigError, check_integer, check_range
@@ -15,12 +16,11 @@ from etpo.models.adapters import add_adapter
 from etpo.models.causal_lm import trunk_of
 from etpo.models.chunked_logits import project_to_vocabulary
 from etpo.models.distribution import TokenDistribution, scale_logits, token_distribution
-from etpo.models.loading import check_vocabulary, expanded, load_model, load_tokenizer
+from etpo.models.loading import expanded, load_model, load_tokenizer
 from etpo.models.probe import check_forwards
-from etpo.models.prompting import PromptBatch, PromptTemplate, check_prompt, encode_batch
+from etpo.models.prompting import PromptBatch, PromptTemplate
 from etpo.models.shared_prompt import checkpoint_layers, forward_actions
-from etpo.models.stopping import stop_ids
-from etpo.models.stopping import stop_strings as parse_stop_strings
+from etpo.models.stopping import parse_stop_strings, stop_ids
 from etpo.models.token_text import added_text
 
 
@@ -28,9 +28,9 @@ class LanguageModelPolicy(nn.Module):
     """Policy pi_theta and reference pi_ref over one tokenizer.
 
     Without `lora` the reference is a frozen copy of the pretrained weights; with it, the policy
-    with its adapter switched off. pi is softmax(logits / temperature), for the reference too, and
-    the same pi is sampled and trained. Padded vocabulary ids have no probability. Dropout is off
-    in every forward.
+    with its adapter disabled. pi is softmax(logits / temperature), for the reference too, and the
+    same pi is sampled and trained. Padded vocabulary ids have no probability. Dropout is off in
+    every forward.
 
     Args:
         name_or_path: Hub id or local folder of a causal LM.
@@ -74,10 +74,13 @@ class LanguageModelPolicy(nn.Module):
         self.prompt, self.max_prompt_tokens = prompt, max_prompt_tokens
         self.temperature, self.min_p = temperature, min_p
         name_or_path = expanded(name_or_path)
+        self.key = f"model.name_or_path={name_or_path}"
         self.stop_strings = parse_stop_strings(stop_strings)
         self.tokenizer = load_tokenizer(name_or_path)
         self.stop_ids = stop_ids(self.tokenizer, stop_tokens, name_or_path)
-        check_prompt(prompt, self.tokenizer, max_prompt_tokens)  # before weights are loaded
+        # before weights are loaded: raises ConfigError if the tokenizer does not fit
+        example = TextObservation(instruction="a", prefix="a", suffix="a")
+        prompt.encode(self.tokenizer, example, max_prompt_tokens)
         model = load_model(name_or_path, dtype, attn_implementation)
         # before any copy is made
         self.checkpointed = gradient_checkpointing and checkpoint_layers(model)
@@ -88,20 +91,35 @@ class LanguageModelPolicy(nn.Module):
             )
         self.reference_model = copy.deepcopy(model).requires_grad_(False) if lora is None else None
         self.model = model if lora is None else add_adapter(model, lora)
-        largest = max(self.tokenizer.get_vocab().values())
-        rows, self.hidden_size = model.get_output_embeddings().weight.shape
-        self.vocabulary_size = min(rows, largest + 1)
-        self.context_size = context_size(model.config.get_text_config())
-        self.embedding_size = model.get_input_embeddings().weight.shape[0]
-        sizes = self.embedding_size, self.vocabulary_size
-        check_vocabulary(name_or_path, self.tokenizer, *sizes, self.stop_ids)
-        # padding is never read, but it is looked up
-        pads = (self.tokenizer.pad_token_id, *self.stop_ids)
-        self.pad_id = next(i for i in pads if i is not None and i < self.embedding_size)
+        self._set_sizes(model)
         self.eval()
         self.shares_prefixes = False  # whether `SharedPrefixCache` decodes this model
         if attn_implementation in ("eager", "sdpa"):  # the others need a GPU, and the weights on it
             self.shares_prefixes = check_forwards(self, name_or_path)
+
+    def _set_sizes(self, model: PreTrainedModel) -> None:
+        """Set sizes and pad token; raise ConfigError if the tokenizer does not fit the model."""
+        key, tokenizer = self.key, self.tokenizer
+        rows, self.hidden_size = model.get_output_embeddings().weight.shape
+        self.vocabulary_size = min(rows, max(tokenizer.get_vocab().values()) + 1)
+        self.embedding_size = model.get_input_embeddings().weight.shape[0]
+        if tokenizer.vocab_size > self.embedding_size:
+            raise ConfigError(
+                f"{key}: its tokenizer has {tokenizer.vocab_size} tokens; allowed are at most "
+                f"{self.embedding_size}, the rows of its embedding"
+            )
+        if min(self.stop_ids) >= self.vocabulary_size:
+            raise ConfigError(
+                f"{key}: its tokens that end an action, {self.stop_ids}, are not among the "
+                f"model's {self.vocabulary_size}; model.stop_tokens adds others"
+            )
+        config = model.config.get_text_config()
+        limits = (getattr(config, n, None) for n in ("max_position_embeddings", "max_seq_len"))
+        # the most tokens that the model can read
+        self.context_size = next((limit for limit in limits if limit), float("inf"))
+        # padding is never read, but it is looked up
+        pads = (tokenizer.pad_token_id, *self.stop_ids)
+        self.pad_id = next(i for i in pads if i is not None and i < self.embedding_size)
 
     def train(self, mode: bool = True) -> "LanguageModelPolicy":
         """Keep evaluation mode: dropout is off in every forward."""
@@ -116,15 +134,32 @@ class LanguageModelPolicy(nn.Module):
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def encode(self, observations: Sequence[TextObservation]) -> PromptBatch:
-        """Encode prompts as left-padded tensors on the CPU."""
-        sizes = self.max_prompt_tokens, self.embedding_size, self.pad_id
-        return encode_batch(self.prompt, self.tokenizer, observations, *sizes)
+        """Encode prompts as left-padded tensors on the CPU; equal ones are tokenized once.
+
+        Raises:
+            ConfigError: a prompt has a token without a row in the embedding.
+        """
+        keys = [tuple(observation.items()) for observation in observations]
+        encode, limit = self.prompt.encode, self.max_prompt_tokens
+        encoded = {key: encode(self.tokenizer, TextObservation(key), limit) for key in set(keys)}
+        largest = max(i for prompt in encoded.values() for i in prompt.ids)
+        if largest >= self.embedding_size:  # a token that was added without a row
+            token = self.tokenizer.convert_ids_to_tokens(largest)
+            raise ConfigError(
+                f"{self.key}: a prompt has the token {token!r} ({largest}); allowed are the "
+                f"{self.embedding_size} of its embedding"
+            )
+        prompts = [encoded[key] for key in keys]
+        rows = [torch.tensor(prompt.ids) for prompt in prompts]
+        ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
+        mask, rests = ids >= 0, tuple(prompt.rest for prompt in prompts)
+        dropped = sum(prompt.dropped for prompt in prompts)
+        return PromptBatch(ids.where(mask, self.pad_id), mask, dropped, rests)
 
     def decode(self, ids: Sequence[int], rest: str = "") -> str:
         """Return the text that an action [l] adds to its prompt, up to its stop token or string.
 
-        rest: `Prompt.rest`, which is dropped from the text's start. Special tokens other than the
-        stop token are part of the text.
+        rest: `Prompt.rest`, removed from the text's start. Other special tokens are kept.
         """
         kept = [int(i) for i in ids]
         if kept and kept[-1] in self.stop_ids:
@@ -134,12 +169,7 @@ class LanguageModelPolicy(nn.Module):
         return text[: min((end for end in ends if end >= 0), default=len(text))]
 
     def hidden_states(
-        self,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        action_ids: Tensor,
-        *,
-        reference: bool = False,
+        self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor, reference: bool = False
     ) -> Tensor:
         """Compute the last hidden states [B, L, D] at the L prefixes of action_ids [B, L].
 
@@ -147,8 +177,8 @@ class LanguageModelPolicy(nn.Module):
         left, actions on the right. Equal rows are computed once, unless activations are
         checkpointed. No gradient reaches the reference.
         """
+        inputs = prompt_ids, prompt_mask, action_ids
         with self._weights(reference) as model:
-            inputs = prompt_ids, prompt_mask, action_ids
             return forward_actions(trunk_of(model), *inputs, self.checkpointed)
 
     def logits(
@@ -172,23 +202,20 @@ class LanguageModelPolicy(nn.Module):
         """Compute the distribution over the vocabulary at last hidden states [..., D].
 
         Args:
-            hidden: As `hidden_states` returns them, or any selection of them.
+            hidden: Any selection of the result of `hidden_states`.
             action_ids: int64 [...], the taken tokens, which `min_p` always keeps.
             reference: Use the reference's LM head, without gradient; it keeps all tokens.
             support: bool [..., V], the tokens to keep in place of those that `min_p` selects.
-            lm_head: Use this LM head in place of the policy's current one.
+            lm_head: Use this LM head instead of the policy's current one.
         """
         logits = self.logits(hidden, reference=reference, lm_head=lm_head)
-        min_p = 0.0 if reference else self.min_p
-        return token_distribution(
-            logits, self.temperature, min_p, support=support, action_ids=action_ids
-        )
+        options = self.temperature, 0.0 if reference else self.min_p
+        return token_distribution(logits, *options, support=support, action_ids=action_ids)
 
     @property
     def lm_head(self) -> nn.Module:
         """The policy's LM head."""
-        head: nn.Module = self.model.get_output_embeddings()
-        return head
+        return self.model.get_output_embeddings()
 
     def lm_head_parameters(self) -> list[nn.Parameter]:
         """Return the trained parameters of the LM head."""
@@ -199,16 +226,9 @@ class LanguageModelPolicy(nn.Module):
         """Yield the policy's model, or the reference's without gradient."""
         if not reference:
             yield self.model
-            return
-        with torch.no_grad():
-            if self.reference_model is not None:
+        elif self.reference_model is not None:
+            with torch.no_grad():
                 yield self.reference_model
-            else:
-                with self.model.disable_adapter():
-                    yield self.model
-
-
-def context_size(config: PreTrainedConfig) -> int | float:
-    """Return how many tokens a model can read at most, infinity without a limit."""
-    sizes = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
-    return next((size for size in sizes if size), float("inf"))
+        else:
+            with torch.no_grad(), self.model.disable_adapter():
+                yield self.model

@@ -24,8 +24,15 @@ def check_forwards(policy: "LanguageModelPolicy", name_or_path: str) -> bool:
     """
     try:
         inputs = batch(policy)
-        expected = plain_forwards(policy, *inputs)
-        fault = find_fault(policy, inputs, *expected)
+        expected, hidden = plain_forwards(policy, *inputs)
+        checks = {
+            "its logits are not finite": expected,
+            "its LM head gives other logits at its last hidden states": policy.logits(hidden),
+            "padding on the left changes its logits": policy.logits(policy.hidden_states(*inputs)),
+            "decoding with a cache changes its logits": decode(policy, inputs, False),
+        }
+        faults = (f for f, logits in checks.items() if not close(policy, logits, expected))
+        fault = next(faults, None)
     except Exception as error:  # of a model that does not know the cache or an argument
         fault = f"its forward raises {described(error)}"
     if fault is not None:
@@ -36,24 +43,9 @@ def check_forwards(policy: "LanguageModelPolicy", name_or_path: str) -> bool:
             "depend on padding and caches"
         )
     try:
-        return close(policy, decode(policy, inputs, share_prefixes=True), expected[0])
+        return close(policy, decode(policy, inputs, share_prefixes=True), expected)
     except Exception:  # the model's attention is of another kind
         return False
-
-
-def find_fault(
-    policy: "LanguageModelPolicy", inputs: tuple[Tensor, ...], logits: Tensor, hidden: Tensor
-) -> str | None:
-    """Return why the model cannot be used, or None; arguments as of `plain_forwards`."""
-    if not logits.isfinite().all():
-        return "its logits are not finite"
-    if not close(policy, policy.logits(hidden), logits):
-        return "its LM head gives other logits at its last hidden states"
-    if not close(policy, policy.logits(policy.hidden_states(*inputs)), logits):
-        return "padding on the left changes its logits"
-    if not close(policy, decode(policy, inputs, share_prefixes=False), logits):
-        return "decoding with a cache changes its logits"
-    return None
 
 
 def batch(policy: "LanguageModelPolicy") -> tuple[Tensor, ...]:

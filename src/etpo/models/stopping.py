@@ -1,5 +1,6 @@
 """Stop tokens and stop strings: where an action ends."""
 
+import contextlib
 import re
 from collections.abc import Sequence
 
@@ -7,6 +8,8 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 
 from etpo.errors import ConfigError
 from etpo.models.token_text import added_text
+
+ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
 
 
 def stop_ids(
@@ -19,51 +22,44 @@ def stop_ids(
     """
     vocabulary = tokenizer.get_vocab()
     tokens = as_texts("model.stop_tokens", stop_tokens)
-    unknown = [token for token in tokens if token not in vocabulary]
-    if unknown:
-        raise ConfigError(f"model.stop_tokens: the tokenizer has no token {unknown[0]!r}")
-    known = set(vocabulary.values())
-    ids = [vocabulary[token] for token in tokens]
-    ids += [i for i in model_eos_ids(name_or_path) if i in known]
+    for token in tokens:
+        if token not in vocabulary:
+            raise ConfigError(f"model.stop_tokens: the tokenizer has no token {token!r}")
+    ids = {vocabulary[token] for token in tokens}
+    ids |= set(model_eos_ids(name_or_path)) & set(vocabulary.values())
     if tokenizer.eos_token_id is not None:
-        ids.append(tokenizer.eos_token_id)
+        ids.add(tokenizer.eos_token_id)
     if not ids:
         raise ConfigError("model.stop_tokens: needed, since the tokenizer has no EOS token")
-    return sorted(set(ids))
+    return sorted(ids)
 
 
 def model_eos_ids(name_or_path: str) -> list[int]:
     """Return the EOS ids of generation_config.json or, if it has none, of config.json."""
-    try:
+    eos = None
+    with contextlib.suppress(OSError):  # most likely there is no such file
         eos = GenerationConfig.from_pretrained(name_or_path).eos_token_id
-    except OSError:  # most likely there is no such file
-        eos = None
     if eos is None:
         config, _ = PreTrainedConfig.get_config_dict(name_or_path)
         eos = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
     return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
 
-def stop_strings(values: str | Sequence[str] | None) -> list[str]:
+def parse_stop_strings(values: str | Sequence[str] | None) -> list[str]:
     r"""Return `model.stop_strings` as a list, with \n, \r, \t and \\ replaced as in Python.
 
     A shell passes these escapes as two characters.
     """
-    meant = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
-    return [
-        re.sub(r"\\([nrt\\])", lambda match: meant[match[1]], text)
-        for text in as_texts("model.stop_strings", values)
-    ]
+    texts = as_texts("model.stop_strings", values)
+    return [re.sub(r"\\([nrt\\])", lambda match: ESCAPES[match[1]], text) for text in texts]
 
 
 def as_texts(key: str, values: str | Sequence[str] | None) -> list[str]:
     """Return None, a text or several as a list; raise ConfigError for any other value of `key`."""
-    if values is None:
-        return []
-    values = [values] if isinstance(values, str) else values
-    if not isinstance(values, Sequence) or not all(isinstance(v, str) and v for v in values):
+    texts = [values] if isinstance(values, str) else () if values is None else values
+    if not isinstance(texts, Sequence) or not all(isinstance(v, str) and v for v in texts):
         raise ConfigError(f"{key}={values}: allowed are texts that are not empty, such as [END]")
-    return list(values)
+    return list(texts)
 
 
 def completes_stop_string(

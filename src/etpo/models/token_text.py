@@ -1,46 +1,44 @@
-"""The text that tokens add to the text before them, also where a token is a part of a character."""
+"""The text that tokens add to a preceding text, also if a token is only part of a character."""
 
 import functools
 from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-BROKEN = "\ufffd"  # what a decoder puts for bytes that make no character
+BROKEN = "\ufffd"  # a decoder's replacement for bytes that form no character
 
 
 def added_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text that `ids` add to the text before them, special tokens included.
+    """Return the text that `ids` add to a preceding text, special tokens included.
 
-    `tokenizer.decode` alone treats its first token as the start of a text: SentencePiece-like
-    decoders strip one blank there.
+    `tokenizer.decode` alone treats its first token as the start of a text, where SentencePiece-like
+    decoders strip a blank.
     """
     before, text = _anchor(tokenizer)
     return _decode(tokenizer, [*before, *ids])[len(text) :]
 
 
 def continued_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens that add exactly `text` to another text, without special tokens around them.
+    """Return tokens that add exactly `text` to a preceding text, without special tokens.
 
-    SentencePiece-like tokenizers put a blank in front of the first word of a text, which is left
-    out here.
+    They lack the blank that SentencePiece-like tokenizers put in front of a text's first word.
     """
-    ids = text_ids(tokenizer, text)
     for start in ("", "\n", "a", "."):
         before, joined = text_ids(tokenizer, start), text_ids(tokenizer, start + text)
         following = joined[len(before) :]
         if joined[: len(before)] == before and added_text(tokenizer, following) == text:
             return following
-    return ids
+    return text_ids(tokenizer, text)
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of a text, without special tokens around it."""
+    """Return the tokens of a text without special tokens around it."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 @functools.lru_cache(maxsize=8)
 def _anchor(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:
-    """A token that stands for the text before an action, and its own text."""
+    """Return one token that stands for a preceding text, and its text."""
     before = text_ids(tokenizer, "a")[-1:] or [0]
     return before, _decode(tokenizer, before)
 
@@ -60,27 +58,21 @@ def token_texts(
     others: Sequence[Sequence[int]],
     stop_ids: Collection[int],
 ) -> tuple[list[str], list[list[str]]]:
-    """Texts of an action's tokens [l], and labels of other tokens in the place of each.
+    """Return the texts of an action's tokens [l], and labels of the tokens `others` at each place.
 
-    The texts, joined, are the action's text. A token that ends inside a character has the text "";
-    the one that completes the character has all of it. The stop token at the end has the text "",
-    too. Labels are never empty: see `label`.
+    The joined texts are the action's text. A token that ends inside a character has the text "";
+    the one that completes the character has all of it. A stop token at the end has the text "".
+    Labels are never empty: see `label`.
     """
     texts, labels = [], []
     start = 0  # ids[start:place] have no text yet
     for place, token in enumerate(ids):
         due = ids[start:place]
-        text = added_text(tokenizer, [*due, token])
-        labels.append(
-            [
-                added_text(tokenizer, [*due, other]).rstrip(BROKEN) or label(tokenizer, other)
-                for other in others[place]
-            ]
-        )
+        added = [added_text(tokenizer, [*due, other]).rstrip(BROKEN) for other in others[place]]
+        labels.append([x or label(tokenizer, i) for x, i in zip(added, others[place], strict=True)])
         last = place + 1 == len(ids)
-        if last and token in stop_ids:
-            texts.append(added_text(tokenizer, due))
-        elif text.endswith(BROKEN) and not last:
+        text = added_text(tokenizer, due if last and token in stop_ids else [*due, token])
+        if text.endswith(BROKEN) and not last:
             texts.append("")
         else:
             texts.append(text)
@@ -89,5 +81,5 @@ def token_texts(
 
 
 def label(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """A name for a token that adds no text: its broken text, or its entry in the vocabulary."""
+    """Return a name for a token that adds no text: its broken text or its vocabulary entry."""
     return added_text(tokenizer, [token]) or tokenizer.convert_ids_to_tokens(token)
