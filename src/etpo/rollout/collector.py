@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from etpo.environments import validation
 from etpo.environments.text_env import TextObservation, TextVectorEnv
@@ -23,14 +22,10 @@ OnProgress = Callable[[str, int, int], None]
 class GroupStep(NamedTuple):
     """Outcome of one step of a group of environments."""
 
-    prompts: PromptBatch
-    sample: Sample
-    rewards: Tensor
-    terminated: Tensor
-    truncated: Tensor
-    step: Tensor
-    next_observations: list[TextObservation]  # next observations of truncated actions
+    actions: Actions
+    next_observations: list[TextObservation]  # true next observations of the truncated actions
     records: list[Record]
+    dropped_prompt_tokens: int
 
 
 class EnvGroup:
@@ -64,18 +59,22 @@ class EnvGroup:
         for row in truncated.nonzero().flatten().tolist():
             final = answer.final_obs[row]
             following.append(answer.observations[row] if final is None else final)
-        self.results.append(
-            GroupStep(
-                self.prompts,
-                self.sample,
-                torch.tensor(answer.rewards, dtype=torch.float32),
-                terminated,
-                truncated,
-                self.step,
-                following,
-                self.to_records(policy, answer),
-            )
+        ids, mask, hidden_states = (x.cpu() for x in self.sample[:3])
+        rewards = torch.tensor(answer.rewards, dtype=torch.float32)
+        prompts = self.prompts
+        actions = Actions(
+            prompts.ids,
+            prompts.mask,
+            ids,
+            mask,
+            hidden_states,
+            rewards,
+            terminated,
+            truncated,
+            self.step,
         )
+        records = self.to_records(policy, answer)
+        self.results.append(GroupStep(actions, following, records, prompts.dropped))
         self.step = torch.where(terminated | truncated, 0, self.step + 1)
         self.observations = answer.observations
 
@@ -173,28 +172,21 @@ def to_rollout(
     if following:
         next_prompts = policy.encode(following)
     return Rollout(
-        actions=stack(steps, policy.pad_id),
+        actions=stack([step.actions for step in steps], policy.pad_id),
         bootstrap_ids=next_prompts.ids,
         bootstrap_mask=next_prompts.mask,
         records=[record for step in steps for record in step.records],
         num_envs=num_envs,
-        dropped_prompt_tokens=sum(step.prompts.dropped for step in steps),
+        dropped_prompt_tokens=sum(step.dropped_prompt_tokens for step in steps),
         generate_seconds=generate_seconds,
         score_seconds=score_seconds,
     )
 
 
-def stack(steps: list[GroupStep], pad_id: int) -> Actions:
+def stack(steps: list[Actions], pad_id: int) -> Actions:
     """Concatenate the steps to one batch, in their order."""
-    samples = [step.sample for step in steps]
-    return Actions(
-        prompt_ids=pad_stack([step.prompts.ids for step in steps], pad_id, left=True),
-        prompt_mask=pad_stack([step.prompts.mask for step in steps], False, left=True),
-        action_ids=pad_stack([s.ids.cpu() for s in samples], pad_id, left=False),
-        action_mask=pad_stack([s.mask.cpu() for s in samples], False, left=False),
-        hidden_states=pad_stack([s.hidden_states.cpu() for s in samples], 0.0, left=False),
-        rewards=torch.cat([step.rewards for step in steps]),
-        terminated=torch.cat([step.terminated for step in steps]),
-        truncated=torch.cat([step.truncated for step in steps]),
-        step=torch.cat([step.step for step in steps]),
-    )
+    fields = {}
+    for name, blocks in zip(Actions._fields, zip(*steps, strict=True), strict=True):
+        value = pad_id if name.endswith("_ids") else 0
+        fields[name] = pad_stack(blocks, value, left=name.startswith("prompt"))
+    return Actions(**fields)

@@ -1,5 +1,6 @@
 """Data types of rollouts and training batches: B actions, P prompt tokens, L action tokens."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -78,12 +79,12 @@ class TokenBatch(NamedTuple):
     action_values: Tensor | None = None  # float32 [B], Q(o, a) of the target critic
 
 
-def pad_stack(blocks: list[Tensor], value: float, *, left: bool) -> Tensor:
-    """Concatenate [b, T_i, ...] to [sum b, max T, ...], padded with `value` on one side."""
-    width = max(block.shape[1] for block in blocks)
+def pad_stack(blocks: Sequence[Tensor], value: float, *, left: bool) -> Tensor:
+    """Concatenate [b, ...] or [b, T_i, ...] to [sum b, max T, ...], padded with `value`."""
+    width = max(block.shape[1] if block.ndim > 1 else 0 for block in blocks)
     padded = []
     for block in blocks:
-        gap = width - block.shape[1]
+        gap = width - block.shape[1] if block.ndim > 1 else 0
         edges = (0, 0) * (block.ndim - 2) + ((gap, 0) if left else (0, gap))
-        padded.append(torch.nn.functional.pad(block, edges, value=value))
+        padded.append(torch.nn.functional.pad(block, edges, value=value) if gap else block)
     return torch.cat(padded)
