@@ -29,8 +29,8 @@ CHANGEABLE_OPTIONS = {
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write next to the target and rename, so that a stop at any time leaves a whole checkpoint.
 
-    Lightning writes through the system's temporary folder, which may be on another file system, and
-    can swallow a Ctrl-C meanwhile. Raises OutputError if the file cannot be written.
+    Lightning's way through the temporary folder can swallow a Ctrl-C and may copy between file
+    systems. Raises OutputError if the file cannot be written.
     """
 
     def save_checkpoint(
@@ -59,20 +59,17 @@ def load_checkpoint(ckpt_path: str) -> dict[str, Any]:
 def saved_config(ckpt_path: str, overrides: list[str]) -> DictConfig:
     """Return the configuration of the run that wrote `ckpt_path`, with `overrides`.
 
-    `paths.output_dir` is the run's folder. Raises ConfigError if .hydra/config.yaml is missing
-    there or cannot be read.
+    `paths.output_dir` is the run's folder. Raises ConfigError if its .hydra/config.yaml is missing
+    or cannot be read.
     """
     file = checkpoint_file(ckpt_path)
     folder = run_folder(file) or file.parent.parent
     config = folder / ".hydra" / "config.yaml"
-    if not config.is_file():
-        raise ConfigError(f"ckpt_path={ckpt_path}: its run folder lacks {config.name} ({config})")
     try:
         cfg = OmegaConf.load(config)
     except (OSError, ValueError, YAMLError) as error:
-        raise ConfigError(
-            f"ckpt_path={ckpt_path}: {config} cannot be read: {described(error)}"
-        ) from error
+        reason = described(error)
+        raise ConfigError(f"ckpt_path={ckpt_path}: {config} cannot be read: {reason}") from error
     OmegaConf.set_struct(cfg, True)
     try:
         cfg.merge_with_dotlist(overrides)
@@ -120,10 +117,8 @@ def saved_state(module: LightningModule, *, optimizer: bool) -> dict[str, Tensor
 
 def check_fits(module: LightningModule, content: dict[str, Any], ckpt_path: str) -> None:
     """Raise ConfigError unless a checkpoint has the weights, shapes and optimizer of `module`."""
-    own, saved = (
-        {name: weight.shape for name, weight in state.items()}
-        for state in (saved_state(module, optimizer=True), content["state_dict"])
-    )
+    states = saved_state(module, optimizer=True), content["state_dict"]
+    own, saved = ({name: weight.shape for name, weight in state.items()} for state in states)
     name = next((n for n in saved | own if own.get(n) != saved.get(n)), None)
     if name is not None:
         raise ConfigError(
@@ -131,11 +126,11 @@ def check_fits(module: LightningModule, content: dict[str, Any], ckpt_path: str)
             "model=, model.name_or_path=, model.lora= and critic= that it was trained with"
         )
     configured: Any = module.configure_optimizers()
-    states = content.get("optimizer_states") or []
-    if not configured or not states:
+    optimizers = content.get("optimizer_states")
+    if not configured or not optimizers:
         return
     optimizer: Optimizer = configured["optimizer"]
-    for group, old in zip(optimizer.param_groups, states[0]["param_groups"], strict=False):
+    for group, old in zip(optimizer.param_groups, optimizers[0]["param_groups"], strict=False):
         options = (set(group) | set(old)) - CHANGEABLE_OPTIONS
         changed = {k for k in options if group.get(k, ...) != old.get(k, ...)}
         if changed:

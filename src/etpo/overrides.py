@@ -17,9 +17,9 @@ WITH_VALUE = {
     *("--config-dir", "-cd", "--experimental-rerun"),
 }
 # Options for GROUP=null; None removes the override.
-NULL_OPTIONS = {
-    **{"callbacks": "none", "logger": "csv"},
-    **{"debug": None, "experiment": None, "sweep": None},
+NULL_OPTIONS = dict.fromkeys(("debug", "experiment", "sweep")) | {
+    "callbacks": "none",
+    "logger": "csv",
 }
 
 

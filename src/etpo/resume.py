@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf
@@ -48,6 +47,11 @@ def run_folder(file: Path) -> Path | None:
     return next((f for f in folders if (f / ".hydra" / "overrides.yaml").is_file()), None)
 
 
+def without(overrides: Sequence[Override], key: str) -> list[Override]:
+    """Return the overrides of other keys."""
+    return [o for o in overrides if o.key_or_group != key]
+
+
 def resume_arguments(arguments: Sequence[str]) -> list[str]:
     """Return the command line of a resumed run: saved overrides, then new ones, in its folder.
 
@@ -56,19 +60,20 @@ def resume_arguments(arguments: Sequence[str]) -> list[str]:
     checkpoint does not exist or the overrides do not fit the run.
     """
     flags, overrides = split_arguments(arguments)
-    given = [o for o in overrides if o.key_or_group == "ckpt_path"]
-    others = [o for o in overrides if o.key_or_group != "ckpt_path"]
+    given = next((o for o in reversed(overrides) if o.key_or_group == "ckpt_path"), None)
+    others = without(overrides, "ckpt_path")
     lines = [o.input_line for o in others]
-    sweep = bool(given) and given[-1].is_sweep_override()
-    path = text_of(given[-1]) if given and not sweep else None
+    sweep = given is not None and given.is_sweep_override()
+    path = None if given is None or sweep else text_of(given)
     if (sweep or path) and {"-m", "--multirun"} & set(flags):
         raise ConfigError(
             "ckpt_path: allowed with --multirun is null; every run of a study resumes from its own "
             "checkpoint"
         )
+    if given is None:
+        return [*flags, *lines]
     if not path:
-        null = [given[-1].input_line if sweep else "ckpt_path=null"] if given else []
-        return [*flags, *lines, *null]
+        return [*flags, *lines, given.input_line if sweep else "ckpt_path=null"]
     file = checkpoint_file(path)
     folder = run_folder(file)
     if folder is not None:
@@ -84,23 +89,23 @@ def resumed_overrides(folder: Path, given: list[Override]) -> list[str]:
                 f"{run_dir.input_line}: a resumed run continues in its own folder; allowed is "
                 f"{folder}, or no hydra.run.dir"
             )
-    given = [o for o in given if o.key_or_group != "hydra.run.dir"]
+    given = without(given, "hydra.run.dir")
     lines = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
-    saved = [o for o in split_arguments(lines)[1] if o.key_or_group != "ckpt_path"]
-    joined = merged(saved, given)
+    saved = without(split_arguments(lines)[1], "ckpt_path")
+    merged = merge_overrides(saved, given)
     config = folder / ".hydra" / "config.yaml"
     if config.is_file() and not any(o.key_or_group == "schedule_iters" for o in [*saved, *given]):
         iterations = OmegaConf.select(OmegaConf.load(config), "schedule_iters")
-        joined.append(f"schedule_iters={iterations}")
-    return [*joined, override("hydra.run.dir", str(folder))]
+        merged.append(f"schedule_iters={iterations}")
+    return [*merged, override("hydra.run.dir", str(folder))]
 
 
-def merged(saved: list[Override], new: list[Override]) -> list[str]:
+def merge_overrides(saved: list[Override], new: list[Override]) -> list[str]:
     """Return both lists, where a new override replaces a saved one of the same key."""
-    begun = {o.key_or_group: o for o in saved}
+    saved_by_key = {o.key_or_group: o for o in saved}
     lines = []
     for given in new:
-        before, line = begun.get(given.key_or_group), given.input_line
+        before, line = saved_by_key.get(given.key_or_group), given.input_line
         same = before is None or before.value() == given.value()
         if given.key_or_group == "experiment" and not same:
             raise ConfigError(
@@ -119,18 +124,11 @@ def check_same_run(folder: Path, cfg: DictConfig) -> None:
     config = folder / ".hydra" / "config.yaml"
     if not config.is_file():
         return
-    before, now = (OmegaConf.to_container(part) for part in (OmegaConf.load(config), cfg))
+    saved = OmegaConf.load(config)
     for key in FIXED:
-        old, new = value_at(before, key), value_at(now, key)
+        old, new = OmegaConf.select(saved, key), OmegaConf.select(cfg, key)
         if old != new:
             raise ConfigError(
                 f"{key}={new}: the run was started with {key}={old}; allowed is the same, or a new "
                 "run without ckpt_path"
             )
-
-
-def value_at(container: Any, key: str) -> Any:
-    """Return the value at a dotted key of nested dictionaries, or None."""
-    for part in key.split("."):
-        container = container.get(part) if isinstance(container, dict) else None
-    return container

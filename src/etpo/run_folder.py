@@ -26,9 +26,9 @@ RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK", "GROUP_RANK")
 
 
 class RunFolder(Callback):
-    """Hydra callback that notes which folders a run creates, and names a study.
+    """Hydra callback: note the folders that a run creates; name a study without a name.
 
-    A study without a name gets a hash of its overrides in any order, except for the launcher's.
+    The name is a hash of the overrides in any order, without the launcher's.
     """
 
     multirun: DictConfig | None = None  # the configuration of the study
@@ -53,7 +53,7 @@ class RunFolder(Callback):
 
 
 def is_main_process() -> bool:
-    """Return whether this is the first process of the first node."""
+    """Return True in the first process of the first node."""
     return all(os.environ.get(name, "0") == "0" for name in RANKS)
 
 
@@ -74,8 +74,8 @@ def held(cfg: DictConfig) -> Iterator[None]:
     Raises ConfigError for a folder that another process holds, or that has results of another run.
     """
     folder = Path(cfg.paths.output_dir)
-    new_lock = not (folder / "lock").exists()
-    accepted = False
+    lock = folder / "lock"
+    new_lock, accepted = not lock.exists(), False
     try:
         with claimed(folder) as mine:
             if not mine:
@@ -89,14 +89,14 @@ def held(cfg: DictConfig) -> Iterator[None]:
     finally:
         started = (folder / ".hydra").exists()
         if is_main_process() and new_lock and not (accepted and started):
-            (folder / "lock").unlink(missing_ok=True)
+            lock.unlink(missing_ok=True)
         if not started:
             remove_made()
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[bool]:
-    """Yield whether this process alone holds the folder, until the context or the process ends."""
+    """Yield True if this process alone holds the folder, until the context or the process ends."""
     if not is_main_process():  # the first process claims it for all
         yield True
         return
@@ -106,10 +106,10 @@ def claimed(folder: Path) -> Iterator[bool]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = True
         except BlockingIOError:
-            yield False
-        else:
-            yield True
+            mine = False
+        yield mine
 
 
 def check_owner(folder: Path, cfg: DictConfig) -> None:
@@ -129,10 +129,7 @@ def save_config(folder: Path, cfg: DictConfig) -> None:
     hydra = HydraConfig.instance().cfg
     if hydra is None:
         return
-    parts = {
-        "config": OmegaConf.to_yaml(cfg),
-        "hydra": OmegaConf.to_yaml(OmegaConf.create({"hydra": hydra.hydra})),
-        "overrides": OmegaConf.to_yaml(hydra.hydra.overrides.task),
-    }
-    for name, text in parts.items():
-        write_text(folder / ".hydra" / f"{name}.yaml", text)
+    own = {"hydra": hydra.hydra}
+    parts = {"config": cfg, "hydra": own, "overrides": hydra.hydra.overrides.task}
+    for name, content in parts.items():
+        write_text(folder / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(content))
