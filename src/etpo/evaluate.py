@@ -1,32 +1,35 @@
 """`etpo-evaluate ckpt_path=...`: play whole episodes with a checkpoint, greedy and sampled."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
-from scipy import stats
 
-from etpo.checkpoints import load_checkpoint, load_weights, saved_config
 from etpo.config import check_missing
 from etpo.console import console_script
 from etpo.environments import validation
 from etpo.environments.text_env import TextVectorEnv
 from etpo.errors import MAX_SEED, ConfigError, check_integer
 from etpo.files import write_text
-from etpo.generation.sampler import decode_actions, generate
-from etpo.models.policy import LanguageModelPolicy
-from etpo.rollout.datamodule import derived_seed
-from etpo.rollout.types import Record
+from etpo.resume import checkpoint_file
 from etpo.run_folder import remove_made
 
-Episodes = list[list[Record]]
+if TYPE_CHECKING:  # PyTorch is imported late, so that bad input is refused at once
+    import torch
+
+    from etpo.models.policy import LanguageModelPolicy
+    from etpo.rollout.types import Record
+
+    Episodes = list[list[Record]]
+
 STATISTICS = (
     *("episodes", "mean_actions", "valid_rate", "mean_return", "standard_error", "interval"),
     *("success_rate", "success_interval"),
@@ -46,9 +49,11 @@ def play(
     """Play `count` episodes to their end or to `max_actions` actions; greedy without `generator`.
 
     Each copy of the environment plays one episode after a `reset`, so that short episodes are not
-    counted more often. Raises ConfigError for invalid values from an environment
-    (`etpo.environments.validation`).
+    counted more often. Raises ConfigError for invalid values from an environment.
     """
+    from etpo.generation.sampler import decode_actions, generate
+    from etpo.rollout.types import Record
+
     source = f"environment {environment.task_name}"
     episodes: Episodes = []
     together = type(environment).step_part is TextVectorEnv.step_part
@@ -99,6 +104,8 @@ def statistics(episodes: Episodes, *, has_success: bool) -> dict[str, Any]:
     interval: 95%, of Student's t distribution. success_rate, with `has_success`: share of episodes
     with return 1; success_interval: 95%, after Wilson.
     """
+    from scipy import stats
+
     returns = returns_of(episodes)
     actions = [record for episode in episodes for record in episode]
     count, mean = len(returns), fmean(returns)
@@ -128,8 +135,14 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Episodes]]:
     check_integer("seed", cfg.seed, 0, MAX_SEED)
     if not OmegaConf.is_list(cfg.overrides):
         raise ConfigError(f"overrides={cfg.overrides}: allowed is a list, ['key=value', ...]")
+    checkpoint_file(cfg.ckpt_path)
+    import torch
+
+    from etpo.checkpoints import load_checkpoint, load_weights, saved_config
+    from etpo.rollout.datamodule import derived_seed
+
     state = load_checkpoint(cfg.ckpt_path)["state_dict"]
-    run = saved_config(str(cfg.ckpt_path), [str(override) for override in cfg.overrides])
+    run = saved_config(cfg.ckpt_path, [str(override) for override in cfg.overrides])
     run.rollout.num_envs = min(run.rollout.num_envs, cfg.samples)
     if "max_attempts" in run.environment:
         run.environment.max_attempts = 1
@@ -140,20 +153,15 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Episodes]]:
     module.policy.to(device)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     mixed = torch.autocast(device.type, torch.bfloat16, run.trainer.precision == "bf16-mixed")
-    programs = hasattr(environment, "held_out")
+    greedy_count = 1 if hasattr(environment, "held_out") else cfg.samples
+    policies = {"greedy": (greedy_count, None), "sampled": (cfg.samples, generator)}
+    sizes = {"max_new_tokens": run.rollout.max_new_tokens, "max_actions": cfg.max_actions}
+    sizes["seed"] = derived_seed(cfg.seed)
     try:
         with mixed:
             played = {
-                name: play(
-                    module.policy,
-                    environment,
-                    1 if programs and source is None else cfg.samples,
-                    max_new_tokens=run.rollout.max_new_tokens,
-                    max_actions=cfg.max_actions,
-                    generator=source,
-                    seed=derived_seed(cfg.seed),
-                )
-                for name, source in (("greedy", None), ("sampled", generator))
+                name: play(module.policy, environment, count, generator=source, **sizes)
+                for name, (count, source) in policies.items()
             }
         return evaluation(environment, played, str(cfg.ckpt_path)), played
     finally:
@@ -182,18 +190,17 @@ def evaluation(
 
 def result_table(result: dict[str, Any]) -> Table:
     """Return one row per policy; a failure counts as a held-out reward of -1."""
-    programs = "greedy_program" in result
-    last, form = ("mean held-out reward", ".4f") if programs else ("success", ".0%")
-    columns = ("policy", "episodes", "actions", "valid", "mean return", "95% interval", last)
-    table = Table(*columns)
+    key, last, form = "success_rate", "success", ".0%"
+    if "greedy_program" in result:
+        key, last, form = "held_out_reward", "mean held-out reward", ".4f"
+    table = Table("policy", "episodes", "actions", "valid", "mean return", "95% interval", last)
     for policy in ("greedy", "sampled"):
         row = result[policy]
-        value = row["held_out_reward"] if programs else row["success_rate"]
         table.add_row(
             *(policy, str(row["episodes"]), f"{row['mean_actions']:.1f}"),
             *(f"{row['valid_rate']:.0%}", f"{row['mean_return']:.4f}"),
             "{:.4f} to {:.4f}".format(*row["interval"]) if row["interval"] else "-",
-            "-" if value is None else f"{value:{form}}",
+            "-" if row[key] is None else f"{row[key]:{form}}",
         )
     return table
 

@@ -1,8 +1,6 @@
 """`etpo-export ckpt_path=... out=FOLDER`: write a checkpoint's policy as a Hugging Face folder."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,16 +19,14 @@ from etpo.console import console_script
 from etpo.errors import ConfigError, reason
 from etpo.models.policy import LanguageModelPolicy
 
-PREFIX = "policy."
-
 
 def load_policy(ckpt_path: str) -> LanguageModelPolicy:
     """Return the policy of the run that wrote `ckpt_path`, with the checkpoint's weights.
 
     Raises ConfigError if its run folder or its model is missing or does not fit.
     """
-    state = load_checkpoint(ckpt_path)["state_dict"]
-    weights = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
+    state, start = load_checkpoint(ckpt_path)["state_dict"], "policy."
+    weights = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
     if not weights:
         raise ConfigError(f"ckpt_path={ckpt_path}: it holds no weights of a model")
     try:
@@ -107,10 +103,9 @@ def write(policy: LanguageModelPolicy, folder: Path, merge: bool) -> None:
     if isinstance(model, PeftModel) and merge:
         model = merged(model)
     elif isinstance(model, PeftModel):
-        config = model.active_peft_config
-        base = Path(config.base_model_name_or_path)
+        base = Path(model.active_peft_config.base_model_name_or_path)
         if base.is_dir():  # found from any working directory
-            config.base_model_name_or_path = str(base.absolute())
+            model.active_peft_config.base_model_name_or_path = str(base.absolute())
     model.generation_config = settings
     model.save_pretrained(folder)
     settings.save_pretrained(folder)  # peft writes the adapter alone
@@ -132,29 +127,24 @@ def export(cfg: DictConfig) -> Path:
     if not isinstance(cfg.merge, bool):
         raise ConfigError(f"merge={cfg.merge}: allowed are true, false")
     out = Path(str(cfg.out)).expanduser()
-    with output_errors(cfg.out):
+    try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"out={cfg.out} exists; allowed is a new or an empty folder")
-    policy = load_policy(str(cfg.ckpt_path))
-    if not cfg.merge and not isinstance(policy.model, PeftModel):
-        raise ConfigError("merge=false needs a run with model.lora; this one trained all weights")
-    with output_errors(cfg.out):
+        policy = load_policy(str(cfg.ckpt_path))
+        if not cfg.merge and not isinstance(policy.model, PeftModel):
+            raise ConfigError(
+                "merge=false needs a run with model.lora; this one trained all weights"
+            )
         out.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
             write(policy, Path(folder) / out.name, cfg.merge)
             os.replace(Path(folder) / out.name, out)
-    return out
-
-
-@contextmanager
-def output_errors(out: str) -> Iterator[None]:
-    """Turn an error of the operating system into a ConfigError with the key `out`."""
-    try:
-        yield
     except (OSError, SafetensorError) as error:
         raise ConfigError(
-            f"out={out}: cannot be written ({reason(error)}); allowed is a folder with room for it"
+            f"out={cfg.out}: cannot be written ({reason(error)}); allowed is a folder with room "
+            "for it"
         ) from error
+    return out
 
 
 @console_script("export")

@@ -3,9 +3,10 @@
 Only finite numbers reach the weights; only plain text and numbers reach records and checkpoints.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from decimal import Decimal
+from functools import partial
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -32,35 +33,36 @@ class StepResult(NamedTuple):
 
 def step_result(returned: Any, count: int) -> StepResult:
     """Validate the five results of `TextVectorEnv.step` or `step_part` for `count` environments."""
-    observations, rewards, terminated, truncated, infos = returned
-    fields = {"observations": observations, "rewards": rewards, "terminations": terminated}
-    fields |= {"truncations": truncated}
+    following, rewards, terminated, truncated, infos = returned
     for key in ("final_obs", "error", "cached"):
         if key not in infos:
             raise ConfigError(f"infos lacks {key}; allowed are final_obs, error, attempt, cached")
-        fields[f"infos[{key!r}]"] = infos[key]
-    for name, values in fields.items():
-        check_count(name, values, count)
     return StepResult(
-        [observation(value) for value in observations],
-        [reward(value) for value in rewards],
-        [flag("terminated", value) for value in terminated],
-        [flag("truncated", value) for value in truncated],
-        [None if value is None else observation(value) for value in infos["final_obs"]],
-        [error_text(value) for value in infos["error"]],
-        [flag("cached", value) for value in infos["cached"]],
+        observations(following, count),
+        column("rewards", rewards, count, reward),
+        column("terminations", terminated, count, partial(flag, "terminated")),
+        column("truncations", truncated, count, partial(flag, "truncated")),
+        column(
+            "infos['final_obs']",
+            infos["final_obs"],
+            count,
+            lambda value: None if value is None else observation(value),
+        ),
+        column("infos['error']", infos["error"], count, error_text),
+        column("infos['cached']", infos["cached"], count, partial(flag, "cached")),
     )
 
 
-def observations(returned: Sequence[Any], count: int) -> list[TextObservation]:
-    """Validate the first observations of `count` environments."""
-    check_count("observations", returned, count)
-    return [observation(value) for value in returned]
-
-
-def check_count(name: str, values: Sequence[Any], count: int) -> None:
+def column(name: str, values: Sequence[Any], count: int, validate: Callable[[Any], Any]) -> list:
+    """Validate one value per environment."""
     if len(values) != count:
         raise ConfigError(f"{len(values)} {name}: allowed are {count}, one per environment")
+    return [validate(value) for value in values]
+
+
+def observations(values: Sequence[Any], count: int) -> list[TextObservation]:
+    """Validate the observations of `count` environments."""
+    return column("observations", values, count, observation)
 
 
 def observation(value: Any, fields: Sequence[str] = FIELDS) -> TextObservation:
@@ -77,10 +79,8 @@ def reward(value: Any) -> float:
     """Return a finite reward; text, None and complex numbers are refused."""
     found = number(value)
     if found is None or not abs(found) <= MAX_REWARD:
-        raise ConfigError(
-            f"reward={shown(value)}: allowed is a finite number from -{MAX_REWARD:g} to "
-            f"{MAX_REWARD:g}"
-        )
+        span = f"from -{MAX_REWARD:g} to {MAX_REWARD:g}"
+        raise ConfigError(f"reward={shown(value)}: allowed is a finite number {span}")
     return found
 
 
@@ -111,11 +111,10 @@ def number(value: Any) -> float | None:
 
 def text(name: str, value: Any) -> str:
     """Return valid Unicode: lone surrogates become U+FFFD, bytes are decoded as UTF-8."""
-    if isinstance(value, bytes):
-        try:
-            value = value.decode()
-        except UnicodeDecodeError:
-            raise ConfigError(f"{name}={shown(value)}: allowed are bytes in UTF-8") from None
+    try:
+        value = value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        raise ConfigError(f"{name}={shown(value)}: allowed are bytes in UTF-8") from None
     if not isinstance(value, str):
         raise ConfigError(f"{name}={shown(value)}: allowed is text")
     return well_formed(value)
@@ -123,14 +122,12 @@ def text(name: str, value: Any) -> str:
 
 def error_text(value: Any) -> str | None:
     """Return an error as text of at most `MAX_ERROR` characters; None for false values."""
-    try:
+    with suppress(Exception):  # the truth value of an array of several values is undefined
         if not value:
             return None
-    except Exception:  # the truth value of an array of several values is undefined
-        pass
     try:
         text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-    except Exception:
+    except Exception:  # a faulty __str__
         text = ""
     return well_formed(text or type(value).__name__)[:MAX_ERROR]
 
