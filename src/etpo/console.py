@@ -20,7 +20,6 @@ from etpo.overrides import split_arguments
 from etpo.resume import CheckpointInConfig
 
 TRACEBACK = "HYDRA_FULL_ERROR"  # with this variable the scripts show tracebacks
-COMPLETION = {"-sc", "--shell-completion", "--shell_completion"}
 Arguments = Callable[[Sequence[str]], list[str]]
 
 # Hydra would print several lines and exit
@@ -56,8 +55,7 @@ def console_script(config_name: str, arguments: Arguments = flags_first) -> Call
 
 def compose_and_run(config_name: str, arguments: Arguments, task: Callable[..., Any]) -> None:
     """Let Hydra compose the configuration and call `task`; again if it names a checkpoint."""
-    if not COMPLETION & set(sys.argv):
-        sys.argv[1:] = arguments(sys.argv[1:])
+    sys.argv[1:] = arguments(sys.argv[1:])
 
     @functools.wraps(task)
     def job(cfg: DictConfig) -> Any:

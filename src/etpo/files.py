@@ -2,7 +2,6 @@
 
 import csv
 import logging
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,21 +11,19 @@ from etpo.errors import OutputError
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """Yield a temporary file next to `path` that replaces `path` when the context ends.
+    """Yield a temporary file that replaces `path` at the end, or is removed after an exception.
 
-    After an exception `path` is unchanged and the temporary file is removed. Raises OutputError for
-    an error of the operating system.
+    Raises OutputError for an error of the operating system.
     """
     part = path.with_name(f"{path.name}.part")
     try:
         with output_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield part
-            os.replace(part, path)
-    except BaseException:
+            part.replace(path)
+    finally:
         if part.is_file():
             part.unlink()
-        raise
 
 
 @contextmanager

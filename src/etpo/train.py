@@ -35,8 +35,7 @@ def build(cfg: DictConfig, environment: Any) -> tuple["Trainer", dict[str, Any]]
     seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.rollout, environment=environment)
     loggers = [instantiate(logger) for logger in (cfg.get("logger") or {}).values()]
-    callbacks = callback_options(cfg, environment)
-    trainer = instantiate(cfg.trainer, logger=loggers, **callbacks)
+    trainer = instantiate(cfg.trainer, logger=loggers, **callback_options(cfg, environment))
     datamodule.check_sizes(trainer.world_size)
     start_tracking(trainer.loggers)
     module = instantiate(cfg.algorithm, policy=instantiate(cfg.model))
