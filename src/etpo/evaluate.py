@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -30,11 +31,6 @@ if TYPE_CHECKING:  # PyTorch is imported late, so that bad input is refused at o
 
     Episodes = list[list[Record]]
 
-STATISTICS = (
-    *("episodes", "mean_actions", "valid_rate", "mean_return", "standard_error", "interval"),
-    *("success_rate", "success_interval"),
-)
-
 
 def play(
     policy: LanguageModelPolicy,
@@ -51,8 +47,7 @@ def play(
     Each copy of the environment plays one episode after a `reset`, so that short episodes are not
     counted more often. Raises ConfigError for invalid values from an environment.
     """
-    from etpo.generation.sampler import decode_actions, generate
-    from etpo.rollout.types import Record
+    from etpo.rollout.collector import EnvGroup
 
     source = f"environment {environment.task_name}"
     episodes: Episodes = []
@@ -65,30 +60,18 @@ def play(
             observations = validation.observations(first, environment.num_envs)
         playing = np.arange(environment.num_envs) < size
         while playing.any():
-            envs = np.arange(environment.num_envs) if together else np.flatnonzero(playing)
-            prompts = policy.encode([observations[env] for env in envs])
-            taken = generate(policy, prompts, max_new_tokens, generator)
-            texts = decode_actions(policy, prompts, taken)
-            step = environment.step(texts) if together else environment.step_part(texts, envs)
+            group = EnvGroup(np.flatnonzero(playing | together), observations)
+            texts = group.act(policy, max_new_tokens, generator)
+            step = environment.step(texts) if together else environment.step_part(texts, group.envs)
             with validation.error_prefix(source):
-                answer = validation.step_result(step, len(envs))
-            for row, env in enumerate(envs):
+                answer = validation.step_result(step, len(texts))
+            for row, record in enumerate(group.to_records(policy, answer)):
+                env = record.env
                 observations[env] = answer.observations[row]
-                if not playing[env]:
-                    continue
-                record = Record(
-                    env=int(env),
-                    attempt=len(wave[env]) + 1,
-                    prompt=str(policy.tokenizer.decode(prompts.ids[row][prompts.mask[row]])),
-                    action=texts[row],
-                    reward=answer.rewards[row],
-                    error=answer.errors[row],
-                    cached=answer.cached[row],
-                    length_limited=bool(taken.length_limited[row]),
-                )
-                wave[env].append(record)
-                ended = answer.terminated[row] or answer.truncated[row]
-                playing[env] = not (ended or record.attempt == max_actions)
+                if playing[env]:
+                    wave[env].append(record._replace(attempt=len(wave[env]) + 1))
+                    ended = answer.terminated[row] or answer.truncated[row]
+                    playing[env] = not ended and len(wave[env]) < max_actions
         episodes += wave
     return episodes
 
@@ -109,9 +92,10 @@ def statistics(episodes: Episodes, *, has_success: bool) -> dict[str, Any]:
     returns = returns_of(episodes)
     actions = [record for episode in episodes for record in episode]
     count, mean = len(returns), fmean(returns)
-    row: dict[str, Any] = dict.fromkeys(STATISTICS)
-    row |= {"episodes": count, "mean_actions": len(actions) / count, "mean_return": mean}
-    row["valid_rate"] = fmean(record.error is None for record in actions)
+    valid_rate = fmean(record.error is None for record in actions)
+    row: dict[str, Any] = {"episodes": count, "mean_actions": len(actions) / count}
+    row |= {"valid_rate": valid_rate, "mean_return": mean}
+    row |= dict.fromkeys(("standard_error", "interval", "success_rate", "success_interval"))
     if count > 1:
         row["standard_error"] = error = stdev(returns) / count**0.5
         half = float(stats.t.ppf(0.975, count - 1)) * error
@@ -126,12 +110,11 @@ def statistics(episodes: Episodes, *, has_success: bool) -> dict[str, Any]:
 def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Episodes]]:
     """Play greedy and sampled episodes; return their statistics, and the episodes by policy.
 
-    success_rate is defined if every return of both policies is -1, 0 or 1. In the data-science task
-    only first attempts are played, which are also scored on the held-out rows.
+    In the data-science task only first attempts are played.
     """
     check_missing(cfg)
-    for key in ("samples", "max_actions"):
-        check_integer(key, cfg[key], 1)
+    check_integer("samples", cfg.samples, 1)
+    check_integer("max_actions", cfg.max_actions, 1)
     check_integer("seed", cfg.seed, 0, MAX_SEED)
     if not OmegaConf.is_list(cfg.overrides):
         raise ConfigError(f"overrides={cfg.overrides}: allowed is a list, ['key=value', ...]")
@@ -154,29 +137,28 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Episodes]]:
     generator = torch.Generator(device).manual_seed(cfg.seed)
     mixed = torch.autocast(device.type, torch.bfloat16, run.trainer.precision == "bf16-mixed")
     greedy_count = 1 if hasattr(environment, "held_out") else cfg.samples
-    policies = {"greedy": (greedy_count, None), "sampled": (cfg.samples, generator)}
-    sizes = {"max_new_tokens": run.rollout.max_new_tokens, "max_actions": cfg.max_actions}
-    sizes["seed"] = derived_seed(cfg.seed)
-    try:
+    limits = {"max_new_tokens": run.rollout.max_new_tokens, "max_actions": cfg.max_actions}
+    limits["seed"] = derived_seed(cfg.seed)
+    with closing(environment):
         with mixed:
-            played = {
-                name: play(module.policy, environment, count, generator=source, **sizes)
-                for name, (count, source) in policies.items()
-            }
+            greedy = play(module.policy, environment, greedy_count, generator=None, **limits)
+            sampled = play(module.policy, environment, cfg.samples, generator=generator, **limits)
+        played = {"greedy": greedy, "sampled": sampled}
         return evaluation(environment, played, str(cfg.ckpt_path)), played
-    finally:
-        environment.close()
 
 
 def evaluation(
     environment: TextVectorEnv, played: dict[str, Episodes], ckpt_path: str
 ) -> dict[str, Any]:
-    """Return the content of `evaluation.json`."""
+    """Return the content of `evaluation.json`.
+
+    success_rate is defined if every return is -1, 0 or 1. Programs are scored on held-out rows.
+    """
     programs = hasattr(environment, "held_out")
     name = environment.dataset.name if programs else environment.task_name
     result: dict[str, Any] = {"ckpt_path": ckpt_path, "environment": name}
-    returns = {value for episodes in played.values() for value in returns_of(episodes)}
-    has_success = not programs and returns <= {-1.0, 0.0, 1.0}
+    returns = returns_of([episode for episodes in played.values() for episode in episodes])
+    has_success = not programs and set(returns) <= {-1.0, 0.0, 1.0}
     for policy, episodes in played.items():
         result[policy] = statistics(episodes, has_success=has_success)
         if programs:
@@ -220,8 +202,7 @@ def report(result: dict[str, Any], played: dict[str, Episodes], folder: Path) ->
     Console(width=200).print(result_table(result))
     if "greedy_program" in result:
         print(result["greedy_program"])
-    for name in ("evaluation.json", "episodes.jsonl"):
-        print(f"written: {folder / name}")
+    print(f"written: {folder / 'evaluation.json'}\nwritten: {folder / 'episodes.jsonl'}")
 
 
 @console_script("evaluate")

@@ -146,12 +146,9 @@ class Copy:
 
     def make(self, id: str, max_episode_steps: int | None, kwargs: Mapping[str, Any]) -> None:
         """Create the environment, without gymnasium's checker: every step is checked here."""
-        allowed = (
-            "; allowed is the id of a registered environment (module:name-v0 if a module registers "
-            "it) and its arguments as kwargs"
-        )
+        allowed = "the id of a registered environment (module:name-v0 if a module registers it)"
         options = {"max_episode_steps": max_episode_steps, "disable_env_checker": True}
-        with self.failures("", allowed):
+        with self.failures("", f"; allowed is {allowed} and its arguments as kwargs"):
             self.env = gymnasium.make(id, **options, **kwargs)
 
     def reset(self, seed: int | None, options: dict[str, Any] | None) -> TextObservation:
@@ -190,7 +187,7 @@ class Copy:
         return following, reward, terminated, truncated, final, error, cached
 
     def closing(self) -> Future[None]:
-        """Close the environment, in a new thread if a call has not returned; return the future."""
+        """Start to close the environment, in a new thread if a call has not returned."""
         thread = DaemonThread(self.name) if self.thread.busy else self.thread
         job = thread.submit(self.call, "close")
         thread.stop()
@@ -210,17 +207,15 @@ class Copy:
         except ConfigError:
             raise
         except BaseException as error:  # SystemExit and KeyboardInterrupt too
-            line = f"{self.name}: {before}{described(error)}{after}"
-            raise EnvironmentFailure(line) from error
+            raise EnvironmentFailure(f"{self.name}: {before}{described(error)}{after}") from error
 
 
 def unpack(returned: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
     """Return the results of `reset` or `step`; ConfigError for another number of them."""
-    if not isinstance(returned, tuple) or len(returned) != len(names):
-        count = f" of {len(returned)}" if isinstance(returned, tuple) else ""
-        raise ConfigError(
-            f"returned a {type(returned).__name__}{count}; allowed is ({', '.join(names)})"
-        )
+    count = f" of {len(returned)}" if isinstance(returned, tuple) else ""
+    if count != f" of {len(names)}":
+        kind = type(returned).__name__
+        raise ConfigError(f"returned a {kind}{count}; allowed is ({', '.join(names)})")
     return returned
 
 
