@@ -18,7 +18,7 @@ from etpo.errors import ConfigError, described
 from etpo.files import written
 from etpo.resume import checkpoint_file, run_folder
 
-_UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, UnpicklingError)
+UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, UnpicklingError)
 # Options of an optimizer that may change while its state is kept.
 CHANGEABLE_OPTIONS = {
     *("params", "lr", "initial_lr", "betas", "eps", "weight_decay"),
@@ -51,7 +51,7 @@ def load_checkpoint(ckpt_path: str) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         content["state_dict"]
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ConfigError(f"ckpt_path={path}: allowed is a checkpoint of a run") from error
     return content
 
@@ -59,8 +59,7 @@ def load_checkpoint(ckpt_path: str) -> dict[str, Any]:
 def saved_config(ckpt_path: str, overrides: list[str]) -> DictConfig:
     """Return the configuration of the run that wrote `ckpt_path`, with `overrides`.
 
-    `paths.output_dir` is the run's folder. Raises ConfigError if its .hydra/config.yaml is missing
-    or cannot be read.
+    `paths.output_dir` is the run's folder. Raises ConfigError if it cannot be read.
     """
     file = checkpoint_file(ckpt_path)
     folder = run_folder(file) or file.parent.parent
@@ -109,8 +108,7 @@ def load_resumable(ckpt_path: str, max_epochs: int) -> dict[str, Any]:
 def saved_state(module: LightningModule, *, optimizer: bool) -> dict[str, Tensor]:
     """Return the weights that a checkpoint of `module` holds, with or without an optimizer."""
     content: dict[str, Any] = {"state_dict": module.state_dict(keep_vars=True)}
-    if optimizer:
-        content["optimizer_states"] = []
+    content |= {"optimizer_states": []} if optimizer else {}
     module.on_save_checkpoint(content)  # leaves frozen weights out
     return content["state_dict"]
 

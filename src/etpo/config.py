@@ -50,7 +50,7 @@ RENAMED = {
 
 
 def renamed(text: str) -> str | None:
-    """Return the answer to an error message of Hydra that is about a renamed key or option."""
+    """Return the new name if an error message of Hydra is about a renamed key or option."""
     keyword = re.search(r"unexpected keyword argument '(\w+)'", text)
     package = re.search(r"full_key: (\S+)", text)
     found = f"'{package[1]}.{keyword[1]}'" if keyword and package else ""
@@ -109,8 +109,7 @@ def check_missing(cfg: DictConfig) -> None:
     try:
         OmegaConf.to_container(cfg, throw_on_missing=True)
     except MissingMandatoryValue as error:
-        key = error.full_key
-        raise ConfigError(f"{key}=??? needs a value: give {key}=...") from error
+        raise ConfigError(f"{error.full_key}=??? needs a value") from error
 
 
 def check_config(cfg: DictConfig) -> None:

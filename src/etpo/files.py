@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,15 +46,13 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
     """Append all `lines` to `path`; none of them if an OutputError is raised."""
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # unbuffered: a buffer would write its rest again when the file is closed
-        with path.open("ab", buffering=0) as file:
-            end, rest = file.tell(), "".join(lines).encode("utf-8")
-            try:
-                while rest:
-                    rest = rest[file.write(rest) :]
-            except OSError:
-                file.truncate(end)
-                raise
+        end = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+        except OSError:
+            os.truncate(path, end)
+            raise
 
 
 def read_rows(file: Path, end: int | None = None) -> list[dict[str, str]]:

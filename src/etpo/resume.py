@@ -7,7 +7,7 @@ from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf
 
 from etpo.errors import ConfigError
-from etpo.overrides import override, split_arguments, text_of
+from etpo.overrides import override, split_arguments, text_of, without
 
 # Keys that identify a run; all others may change when it is resumed.
 FIXED = (
@@ -18,7 +18,7 @@ FIXED = (
 
 
 class CheckpointInConfig(BaseException):
-    """A config file sets `ckpt_path`: the command has to be run again with it as an override."""
+    """A config file sets `ckpt_path`: the command must run again with it as an override."""
 
     def __init__(self, ckpt_path: str) -> None:
         super().__init__(ckpt_path)
@@ -32,13 +32,12 @@ def checkpoint_file(ckpt_path: object) -> Path:
     """
     text = str(ckpt_path)
     paths = [Path(form).expanduser().absolute() for form in (text, text.strip())]
-    files = [p / below for p in paths for below in ("", "last.ckpt", "checkpoints/last.ckpt")]
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
-        folder = any(path.is_dir() for path in paths)
-        found = "no checkpoints/last.ckpt in this folder" if folder else "no such file"
-        raise ConfigError(f"ckpt_path={text}: {found}; allowed is a checkpoint")
-    return file
+    for file in (p / below for p in paths for below in ("", "last.ckpt", "checkpoints/last.ckpt")):
+        if file.is_file():
+            return file
+    folder = any(path.is_dir() for path in paths)
+    found = "no checkpoints/last.ckpt in this folder" if folder else "no such file"
+    raise ConfigError(f"ckpt_path={text}: {found}; allowed is a checkpoint")
 
 
 def run_folder(file: Path) -> Path | None:
@@ -47,17 +46,12 @@ def run_folder(file: Path) -> Path | None:
     return next((f for f in folders if (f / ".hydra" / "overrides.yaml").is_file()), None)
 
 
-def without(overrides: Sequence[Override], key: str) -> list[Override]:
-    """Return the overrides of other keys."""
-    return [o for o in overrides if o.key_or_group != key]
-
-
 def resume_arguments(arguments: Sequence[str]) -> list[str]:
     """Return the command line of a resumed run: saved overrides, then new ones, in its folder.
 
-    Every spelling of `ckpt_path` becomes one with an absolute path. Without `ckpt_path`, or with a
-    checkpoint outside a run folder, only the order of flags changes. Raises ConfigError if the
-    checkpoint does not exist or the overrides do not fit the run.
+    `ckpt_path` becomes absolute. Without it, or with a checkpoint outside a run folder, only the
+    order of flags changes. Raises ConfigError if the checkpoint does not exist or the overrides do
+    not fit the run.
     """
     flags, overrides = split_arguments(arguments)
     given = next((o for o in reversed(overrides) if o.key_or_group == "ckpt_path"), None)

@@ -17,7 +17,7 @@ from etpo.errors import ConfigError
 from etpo.files import output_errors, write_text
 from etpo.resume import CheckpointInConfig, check_same_run, run_folder
 
-# Files with results; a folder with one of them belongs to a run.
+# A folder with one of these files belongs to a run.
 RESULTS = (
     *("metrics.csv", "episodes.jsonl", "credit.jsonl", "summary.json"),
     *("best_action.py", "best_action.txt", "checkpoints/last.ckpt", "checkpoints/best.ckpt"),
@@ -126,10 +126,9 @@ def check_owner(folder: Path, cfg: DictConfig) -> None:
 
 def save_config(folder: Path, cfg: DictConfig) -> None:
     """Write `.hydra/`, which Hydra would write before the run is checked."""
-    hydra = HydraConfig.instance().cfg
-    if hydra is None:
+    if not HydraConfig.initialized():
         return
-    own = {"hydra": hydra.hydra}
-    parts = {"config": cfg, "hydra": own, "overrides": hydra.hydra.overrides.task}
+    hydra = HydraConfig.get()
+    parts = {"config": cfg, "hydra": {"hydra": hydra}, "overrides": hydra.overrides.task}
     for name, content in parts.items():
         write_text(folder / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(content))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # imported late, so that bad input is refused before PyTorch 
 
 
 def build(cfg: DictConfig, environment: Any) -> tuple["Trainer", dict[str, Any]]:
-    """Return the trainer and the arguments of its `fit`; the model is loaded last."""
+    """Return the trainer and the arguments of its `fit`; load the model last."""
     from lightning import seed_everything
 
     from etpo.callbacks.run_start import callback_options

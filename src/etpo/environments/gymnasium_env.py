@@ -28,16 +28,15 @@ class GymnasiumEnv(TextVectorEnv):
     The action space must be `Text`. An observation is `Text`, used as instruction and prefix, or a
     `Dict` of `Text` with some of instruction, prefix and suffix; the other fields are empty.
     `info` may have `error`, the text of a failed action, and `cached`, True for a reward that was
-    known before. `reset(seed=s)` seeds copy i with s + i. docs/environments.md lists all values
-    that an environment may return.
+    known before. docs/environments.md lists all values that an environment may return.
 
     Args:
         id: as for `gymnasium.make`; `module:name-v0` imports the module, which registers it.
         kwargs: arguments of the environment.
         max_episode_steps: actions until truncation (`TimeLimit`); None: as registered.
 
-    Raises ConfigError for invalid values and EnvironmentFailure for exceptions of a copy, at once,
-    without waiting for the other copies.
+    Raises:
+        ConfigError: invalid values, and, as EnvironmentFailure, an exception of any copy.
     """
 
     def __init__(
@@ -52,6 +51,7 @@ class GymnasiumEnv(TextVectorEnv):
         if max_episode_steps is not None:
             check_integer("environment.max_episode_steps", max_episode_steps, 1)
         self.num_envs, self.task_name = num_envs, str(id).rpartition(":")[2]
+        self.attempts = np.zeros(num_envs, dtype=np.int64)
         self.copies: list[Copy] = []
         try:
             for number in range(num_envs):
@@ -64,15 +64,13 @@ class GymnasiumEnv(TextVectorEnv):
             if not isinstance(action, spaces.Text) or not is_text(observation):
                 raise ConfigError(
                     f"environment.id={id}: allowed is an environment whose actions are Text and "
-                    "whose observations are Text, or a Dict of Text with keys among "
-                    f"{', '.join(FIELDS)}"
+                    f"whose observations are Text, or a Dict of Text with keys among {FIELDS}"
                 )
         except BaseException:
             self.close()
             raise
         self.metadata = self.metadata | first.metadata
         self.set_spaces(action, observation)
-        self.attempts = np.zeros(num_envs, dtype=np.int64)
 
     @property
     def envs(self) -> list[gymnasium.Env]:
@@ -82,7 +80,7 @@ class GymnasiumEnv(TextVectorEnv):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[tuple[TextObservation, ...], dict[str, Any]]:
-        """Start a new episode in every copy; later episodes get the same `options`."""
+        """Start a new episode in copy i with seed + i; later episodes get the same `options`."""
         super().reset(seed=seed)
         self.options = options
         self.attempts[:] = 0
@@ -115,10 +113,9 @@ class GymnasiumEnv(TextVectorEnv):
 
         Raises as soon as one call fails, even if others never end.
         """
-        copies = [self.copies[env] for env in envs]
         jobs = [
-            copy.thread.submit(getattr(copy, method), *values)
-            for copy, *values in zip(copies, *arguments, strict=True)
+            self.copies[env].thread.submit(getattr(self.copies[env], method), *values)
+            for env, *values in zip(envs, *arguments, strict=True)
         ]
         wait(jobs, return_when=FIRST_EXCEPTION)
         failed = [job for job in jobs if job.done() and job.exception() is not None]
@@ -161,8 +158,8 @@ class Copy:
     def step(self, action: str, options: dict[str, Any] | None) -> tuple[Any, ...]:
         """Take one action and, if it ends the episode, start the next one.
 
-        Returns the next observation, reward, terminated, truncated, the last observation of an
-        episode that ended (else None), error and cached.
+        Return next observation, reward, terminated, truncated, last observation of an episode that
+        ended (else None), error, cached.
         """
         returned = self.call("step", action)
         with validation.error_prefix(f"{self.name}: step()"):
@@ -223,7 +220,7 @@ def is_text(space: spaces.Space | None) -> bool:
     """Return True if observations of a space can become a `TextObservation`."""
     if isinstance(space, spaces.Dict):
         texts = all(isinstance(part, spaces.Text) for part in space.values())
-        return texts and bool(space.keys()) and set(space.keys()) <= set(FIELDS)
+        return texts and len(space) > 0 and set(space) <= set(FIELDS)
     return isinstance(space, spaces.Text)
 
 

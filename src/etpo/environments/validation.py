@@ -42,12 +42,7 @@ def step_result(returned: Any, count: int) -> StepResult:
         column("rewards", rewards, count, reward),
         column("terminations", terminated, count, partial(flag, "terminated")),
         column("truncations", truncated, count, partial(flag, "truncated")),
-        column(
-            "infos['final_obs']",
-            infos["final_obs"],
-            count,
-            lambda value: None if value is None else observation(value),
-        ),
+        column("infos['final_obs']", infos["final_obs"], count, final_observation),
         column("infos['error']", infos["error"], count, error_text),
         column("infos['cached']", infos["cached"], count, partial(flag, "cached")),
     )
@@ -68,11 +63,15 @@ def observations(values: Sequence[Any], count: int) -> list[TextObservation]:
 def observation(value: Any, fields: Sequence[str] = FIELDS) -> TextObservation:
     """Copy an observation that has exactly `fields`; other fields become empty."""
     if not isinstance(value, Mapping) or set(value) != set(fields):
-        raise ConfigError(
-            f"observation={shown(value)}: allowed is a dict with the keys {', '.join(fields)}"
-        )
+        keys = ", ".join(fields)
+        raise ConfigError(f"observation={shown(value)}: allowed is a dict with the keys {keys}")
     texts = {key: text(f"observation[{key!r}]", value[key]) for key in fields}
     return TextObservation(**{field: texts.get(field, "") for field in FIELDS})
+
+
+def final_observation(value: Any) -> TextObservation | None:
+    """Copy the last observation of an episode that ended, else None."""
+    return None if value is None else observation(value)
 
 
 def reward(value: Any) -> float:

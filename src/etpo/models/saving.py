@@ -45,8 +45,7 @@ def merged(adapted: PeftModel) -> PreTrainedModel:
     tied = tied and torch.equal(read.weight, write.weight)
     if tied:
         write.weight = read.weight
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = tied
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = tied
     return model
 
 
@@ -60,8 +59,8 @@ def log_probs(model: nn.Module, vocabulary_size: int, ids: torch.Tensor) -> torc
 def save_policy(policy: LanguageModelPolicy, folder: Path, merge: bool) -> None:
     """Write the model into a new `folder`; `policy` is unusable afterwards.
 
-    Raises ConfigError if the written model has other log-probabilities, and without an adapter to
-    write if not `merge`.
+    Raises ConfigError if the written model has other log-probabilities, or if there is no adapter
+    for merge=False.
     """
     model = policy.model
     if not merge and not isinstance(model, PeftModel):
