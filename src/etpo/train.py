@@ -78,7 +78,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], "Trainer"]:
         return close(trainer, cfg, fit(trainer, arguments)), trainer
     finally:
         environment.close()
-        if "wandb" in sys.modules:  # the next run of a multirun gets its own
+        if "wandb" in sys.modules:  # else the next run of a multirun continues it
             sys.modules["wandb"].finish()
 
 
