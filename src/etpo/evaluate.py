@@ -49,22 +49,18 @@ def play(
     """
     from etpo.rollout.collector import EnvGroup
 
-    source = f"environment {environment.task_name}"
     episodes: Episodes = []
     together = type(environment).step_part is TextVectorEnv.step_part
     while len(episodes) < count:
         size = min(environment.num_envs, count - len(episodes))
         wave: Episodes = [[] for _ in range(size)]
-        first, _ = environment.reset(seed=seed + len(episodes), options={"evaluation": True})
-        with validation.error_prefix(source):
-            observations = validation.observations(first, environment.num_envs)
+        observations = validation.reset(environment, seed + len(episodes), evaluation=True)
         playing = np.arange(environment.num_envs) < size
         while playing.any():
             group = EnvGroup(np.flatnonzero(playing | together), observations)
             texts = group.act(policy, max_new_tokens, generator)
             step = environment.step(texts) if together else environment.step_part(texts, group.envs)
-            with validation.error_prefix(source):
-                answer = validation.step_result(step, len(texts))
+            answer = validation.step_result(environment, step, len(texts))
             for row, record in enumerate(group.to_records(policy, answer)):
                 env = record.env
                 observations[env] = answer.observations[row]

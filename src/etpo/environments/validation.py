@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from etpo.environments.text_env import FIELDS, TextObservation
+from etpo.environments.text_env import FIELDS, TextObservation, TextVectorEnv
 from etpo.errors import ConfigError, one_line
 
 MAX_REWARD = 1e15  # squares of such rewards, and their sums, are finite in float32
@@ -31,21 +31,30 @@ class StepResult(NamedTuple):
     cached: list[bool]
 
 
-def step_result(returned: Any, count: int) -> StepResult:
-    """Validate the five results of `TextVectorEnv.step` or `step_part` for `count` environments."""
+def reset(environment: TextVectorEnv, seed: int, *, evaluation: bool) -> list[TextObservation]:
+    """Start new episodes in all environments and return the validated observations."""
+    first, _ = environment.reset(seed=seed, options={"evaluation": evaluation})
+    with error_prefix(f"environment {environment.task_name}"):
+        return column("observations", first, environment.num_envs, observation)
+
+
+def step_result(environment: TextVectorEnv, returned: Any, count: int) -> StepResult:
+    """Validate the five results of a `step` or `step_part` of `count` environments."""
     following, rewards, terminated, truncated, infos = returned
-    for key in ("final_obs", "error", "cached"):
-        if key not in infos:
-            raise ConfigError(f"infos lacks {key}; allowed are final_obs, error, attempt, cached")
-    return StepResult(
-        observations(following, count),
-        column("rewards", rewards, count, reward),
-        column("terminations", terminated, count, partial(flag, "terminated")),
-        column("truncations", truncated, count, partial(flag, "truncated")),
-        column("infos['final_obs']", infos["final_obs"], count, final_observation),
-        column("infos['error']", infos["error"], count, error_text),
-        column("infos['cached']", infos["cached"], count, partial(flag, "cached")),
-    )
+    with error_prefix(f"environment {environment.task_name}"):
+        for key in ("final_obs", "error", "cached"):
+            if key not in infos:
+                allowed = "final_obs, error, attempt, cached"
+                raise ConfigError(f"infos lacks {key}; allowed are {allowed}")
+        return StepResult(
+            column("observations", following, count, observation),
+            column("rewards", rewards, count, reward),
+            column("terminations", terminated, count, partial(flag, "terminated")),
+            column("truncations", truncated, count, partial(flag, "truncated")),
+            column("infos['final_obs']", infos["final_obs"], count, final_observation),
+            column("infos['error']", infos["error"], count, error_text),
+            column("infos['cached']", infos["cached"], count, partial(flag, "cached")),
+        )
 
 
 def column(name: str, values: Sequence[Any], count: int, validate: Callable[[Any], Any]) -> list:
@@ -53,11 +62,6 @@ def column(name: str, values: Sequence[Any], count: int, validate: Callable[[Any
     if len(values) != count:
         raise ConfigError(f"{len(values)} {name}: allowed are {count}, one per environment")
     return [validate(value) for value in values]
-
-
-def observations(values: Sequence[Any], count: int) -> list[TextObservation]:
-    """Validate the observations of `count` environments."""
-    return column("observations", values, count, observation)
 
 
 def observation(value: Any, fields: Sequence[str] = FIELDS) -> TextObservation:
