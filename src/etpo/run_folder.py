@@ -35,7 +35,7 @@ class RunFolder(Callback):
     made: tuple[Path, ...] = ()  # folders that Hydra creates for the run, the deepest first
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        given = " ".join(config.hydra.overrides.task)
+        given = " ".join(OmegaConf.to_container(config.hydra.overrides.task))
         if config.get("task_name") == "train" and config.ckpt_path and "ckpt_path=" not in given:
             raise CheckpointInConfig(str(config.ckpt_path))
         folder = Path(config.hydra.run.dir).absolute()
@@ -47,7 +47,7 @@ class RunFolder(Callback):
         if config.get("study", "") is None:
             other = ("hydra.mode", "hydra/launcher", "hydra.launcher")
             own = [o for o in config.hydra.overrides.hydra if not o.startswith(other)]
-            config.study = short_hash(*sorted([*task, *own]))
+            config.study = short_hash(*sorted([*OmegaConf.to_container(task), *own]))
             with read_write(config.hydra):
                 task.append(f"study={config.study}")
 
