@@ -322,7 +322,7 @@ def test_a_gpu_that_is_not_there(refused):
     [
         ("etpo-train", "environment.path=none.csv"),
         ("etpo-report", "study=none"),
-        pytest.param("etpo-evaluate", "ckpt_path=none.ckpt", marks=pytest.mark.slow),
+        ("etpo-evaluate", "ckpt_path=none.ckpt"),
     ],
 )
 def test_the_console_scripts_end_at_once(script, argument, tmp_path):
@@ -346,11 +346,12 @@ def test_the_console_scripts_end_at_once(script, argument, tmp_path):
     assert ended.returncode == 2
     assert ended.stdout == ""
     assert argument in line
-    if script != "etpo-evaluate":
-        assert not [i for i in imports if i.split("|")[-1].strip() in ("torch", "transformers")]
+    assert not [i for i in imports if i.split("|")[-1].strip() in ("torch", "transformers")]
 
 
-@pytest.mark.parametrize("script", ["etpo-train", "etpo-report", "etpo-score"])
+@pytest.mark.parametrize(
+    "script", ["etpo-train", "etpo-report", "etpo-score", "etpo-evaluate", "etpo-export"]
+)
 def test_help_loads_no_pytorch(script):
     shown = subprocess.run(
         [sys.executable, "-X", "importtime", Path(sys.executable).with_name(script), "--help"],

@@ -18,6 +18,7 @@ from transformers import (
 from etpo import export, train
 from etpo.config import tiny_checkpoint
 from etpo.errors import ConfigError
+from etpo.models import saving
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 
@@ -181,7 +182,7 @@ def test_the_folder_is_the_policy(trained, merge, tied, checkpoint, tmp_path, mo
         policy_logits = policy.model(input_ids=ids).logits
     text = [{"role": "user", "content": "Go. <|im_end|>"}]
     said = policy.tokenizer.apply_chat_template(text, tokenize=False)
-    export.write(policy, tmp_path / "out", merge)
+    saving.save_policy(policy, tmp_path / "out", merge)
     if merge:
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     else:
@@ -208,9 +209,9 @@ def test_a_folder_that_is_not_the_policy_is_refused(checkpoint, tmp_path, monkey
     """As where untied weights would be tied again by whoever loads them."""
     lora = TRAINED["embedding"]
     policy = moved_policy(checkpoint, tmp_path / "base", True, lora)
-    monkeypatch.setattr(export, "merged", lambda policy: policy.merge_and_unload())
+    monkeypatch.setattr(saving, "merged", lambda policy: policy.merge_and_unload())
     with pytest.raises(ConfigError, match="^merge=true: log-probabilities"):
-        export.write(policy, tmp_path / "out", True)
+        saving.save_policy(policy, tmp_path / "out", True)
 
 
 def test_a_policy_with_a_short_context(checkpoint, tmp_path):
@@ -222,7 +223,9 @@ def test_a_policy_with_a_short_context(checkpoint, tmp_path):
         bos_token_id=0, eos_token_id=1, pad_token_id=2,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    export.write(LanguageModelPolicy(str(folder), CompletionTemplate()), tmp_path / "out", True)
+    saving.save_policy(
+        LanguageModelPolicy(str(folder), CompletionTemplate()), tmp_path / "out", True
+    )
     assert AutoConfig.from_pretrained(tmp_path / "out").n_positions == 16
 
 

@@ -53,7 +53,7 @@ def test_only_what_this_process_made_is_removed(tmp_path):
     "override",
     [
         *("algorithm.beta=-1", "nope=1", "model.name_or_path=nowhere", "environment.dataset=nope"),
-        *("rollout.max_new_tokens=5000", "ckpt_path=nowhere", "seed=["),
+        *("rollout.max_new_tokens=5000", "ckpt_path=nowhere", "seed=[", "algorithm.gamma=${nope}"),
     ],
 )
 @pytest.mark.parametrize("folder", [(), ("hydra.run.dir=deep/down",)])

@@ -1,13 +1,15 @@
 """Signals end a process although Python drops the exceptions of finalisers."""
 
+import logging
 import signal
 import sys
 import time
 import weakref
 
 import pytest
+from huggingface_hub.utils import _http
 
-from etpo.runtime import TERMINATED, signals_end_process
+from etpo.runtime import TERMINATED, signals_end_process, silence_libraries
 
 
 class Thing:
@@ -55,3 +57,8 @@ def test_other_exceptions_of_finalisers_are_reported(monkeypatch):
         Broken()
     (unraisable,) = reported
     assert unraisable.exc_type is ValueError
+
+
+def test_retries_of_the_hub_are_silent():
+    silence_libraries()
+    assert not _http.logger.isEnabledFor(logging.WARNING)

@@ -18,7 +18,7 @@ from etpo.errors import ConfigError, described
 from etpo.files import written
 from etpo.resume import checkpoint_file, run_folder
 
-_UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, UnpicklingError)
+UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, UnpicklingError)
 # Options of an optimizer that may change while its state is kept.
 CHANGEABLE_OPTIONS = {
     *("params", "lr", "initial_lr", "betas", "eps", "weight_decay"),
@@ -29,8 +29,8 @@ CHANGEABLE_OPTIONS = {
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write next to the target and rename, so that a stop at any time leaves a whole checkpoint.
 
-    Lightning writes through the system's temporary folder, which may be on another file system, and
-    can swallow a Ctrl-C meanwhile. Raises OutputError if the file cannot be written.
+    Lightning's way through the temporary folder can swallow a Ctrl-C and may copy between file
+    systems. Raises OutputError if the file cannot be written.
     """
 
     def save_checkpoint(
@@ -51,7 +51,7 @@ def load_checkpoint(ckpt_path: str) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         content["state_dict"]
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ConfigError(f"ckpt_path={path}: allowed is a checkpoint of a run") from error
     return content
 
@@ -59,20 +59,16 @@ def load_checkpoint(ckpt_path: str) -> dict[str, Any]:
 def saved_config(ckpt_path: str, overrides: list[str]) -> DictConfig:
     """Return the configuration of the run that wrote `ckpt_path`, with `overrides`.
 
-    `paths.output_dir` is the run's folder. Raises ConfigError if .hydra/config.yaml is missing
-    there or cannot be read.
+    `paths.output_dir` is the run's folder. Raises ConfigError if it cannot be read.
     """
     file = checkpoint_file(ckpt_path)
     folder = run_folder(file) or file.parent.parent
     config = folder / ".hydra" / "config.yaml"
-    if not config.is_file():
-        raise ConfigError(f"ckpt_path={ckpt_path}: its run folder lacks {config.name} ({config})")
     try:
         cfg = OmegaConf.load(config)
     except (OSError, ValueError, YAMLError) as error:
-        raise ConfigError(
-            f"ckpt_path={ckpt_path}: {config} cannot be read: {described(error)}"
-        ) from error
+        reason = described(error)
+        raise ConfigError(f"ckpt_path={ckpt_path}: {config} cannot be read: {reason}") from error
     OmegaConf.set_struct(cfg, True)
     try:
         cfg.merge_with_dotlist(overrides)
@@ -112,18 +108,15 @@ def load_resumable(ckpt_path: str, max_epochs: int) -> dict[str, Any]:
 def saved_state(module: LightningModule, *, optimizer: bool) -> dict[str, Tensor]:
     """Return the weights that a checkpoint of `module` holds, with or without an optimizer."""
     content: dict[str, Any] = {"state_dict": module.state_dict(keep_vars=True)}
-    if optimizer:
-        content["optimizer_states"] = []
+    content |= {"optimizer_states": []} if optimizer else {}
     module.on_save_checkpoint(content)  # leaves frozen weights out
     return content["state_dict"]
 
 
 def check_fits(module: LightningModule, content: dict[str, Any], ckpt_path: str) -> None:
     """Raise ConfigError unless a checkpoint has the weights, shapes and optimizer of `module`."""
-    own, saved = (
-        {name: weight.shape for name, weight in state.items()}
-        for state in (saved_state(module, optimizer=True), content["state_dict"])
-    )
+    states = saved_state(module, optimizer=True), content["state_dict"]
+    own, saved = ({name: weight.shape for name, weight in state.items()} for state in states)
     name = next((n for n in saved | own if own.get(n) != saved.get(n)), None)
     if name is not None:
         raise ConfigError(
@@ -131,11 +124,11 @@ def check_fits(module: LightningModule, content: dict[str, Any], ckpt_path: str)
             "model=, model.name_or_path=, model.lora= and critic= that it was trained with"
         )
     configured: Any = module.configure_optimizers()
-    states = content.get("optimizer_states") or []
-    if not configured or not states:
+    optimizers = content.get("optimizer_states")
+    if not configured or not optimizers:
         return
     optimizer: Optimizer = configured["optimizer"]
-    for group, old in zip(optimizer.param_groups, states[0]["param_groups"], strict=False):
+    for group, old in zip(optimizer.param_groups, optimizers[0]["param_groups"], strict=False):
         options = (set(group) | set(old)) - CHANGEABLE_OPTIONS
         changed = {k for k in options if group.get(k, ...) != old.get(k, ...)}
         if changed:

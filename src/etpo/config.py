@@ -10,13 +10,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
+from etpo.algorithms.settings import Settings, check_value
 from etpo.errors import MAX_SEED, ConfigError, check_integer
 
 _PACKAGED = Path(__file__).parent / "conf"
 CONF = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "conf"
 
-# Keys that do not identify a run: they may differ between the sessions of a study, and name neither
-# its runs' folders nor a method in a report.
+# Keys that do not identify a run: not in the names of its folder and of its method, and free to
+# change between the sessions of a study.
 IGNORED_KEYS = (
     "ckpt_path",
     "study",
@@ -49,7 +50,7 @@ RENAMED = {
 
 
 def renamed(text: str) -> str | None:
-    """Return the answer to an error message of Hydra that is about a renamed key or option."""
+    """Return the new name if an error message of Hydra is about a renamed key or option."""
     keyword = re.search(r"unexpected keyword argument '(\w+)'", text)
     package = re.search(r"full_key: (\S+)", text)
     found = f"'{package[1]}.{keyword[1]}'" if keyword and package else ""
@@ -98,15 +99,8 @@ def run_name(algorithm: DictConfig, environment: DictConfig, model: DictConfig, 
     return " ".join([*names, model_name(model.name_or_path), f"seed {seed}"])
 
 
-def ignored_keys() -> list[str]:
-    """Return `IGNORED_KEYS` for conf/hydra/default.yaml."""
-    return list(IGNORED_KEYS)
-
-
-for _resolver in (
-    *(tiny_checkpoint, short_hash, environment_name, model_name, run_name),
-    ignored_keys,
-):
+OmegaConf.register_new_resolver("ignored_keys", lambda: list(IGNORED_KEYS), replace=True)
+for _resolver in (tiny_checkpoint, short_hash, environment_name, model_name, run_name):
     OmegaConf.register_new_resolver(_resolver.__name__, _resolver, replace=True)
 
 
@@ -115,18 +109,7 @@ def check_missing(cfg: DictConfig) -> None:
     try:
         OmegaConf.to_container(cfg, throw_on_missing=True)
     except MissingMandatoryValue as error:
-        key = error.full_key
-        raise ConfigError(f"{key}=??? needs a value: give {key}=...") from error
-
-
-def check_settings(algorithm: DictConfig) -> None:
-    """Check the settings that all algorithms share, before PyTorch is loaded."""
-    from etpo.algorithms.settings import Settings, check_value
-
-    hints = get_type_hints(Settings)
-    for each in fields(Settings):
-        if each.name in algorithm and not OmegaConf.is_interpolation(algorithm, each.name):
-            check_value(f"algorithm.{each.name}", algorithm[each.name], hints[each.name], each)
+        raise ConfigError(f"{error.full_key}=??? needs a value") from error
 
 
 def check_config(cfg: DictConfig) -> None:
@@ -140,7 +123,11 @@ def check_config(cfg: DictConfig) -> None:
         )
     check_integer("seed", cfg.seed, 0, MAX_SEED)
     check_integer("trainer.max_epochs", cfg.trainer.max_epochs, 1)
-    check_settings(cfg.algorithm)
+    hints = get_type_hints(Settings)
+    for each in fields(Settings):  # again in the constructor, after PyTorch was loaded
+        if each.name in cfg.algorithm and not OmegaConf.is_interpolation(cfg.algorithm, each.name):
+            name, value = f"algorithm.{each.name}", cfg.algorithm[each.name]
+            check_value(name, value, hints[each.name], each)
     if "hidden_size" in (cfg.get("critic") or {}):
         check_integer("critic.hidden_size", cfg.critic.hidden_size, 1)
     limit = cfg.algorithm.get("max_grad_norm")

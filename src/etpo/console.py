@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import hydra
+import hydra._internal.utils
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -18,13 +19,15 @@ from etpo.errors import ConfigError, EnvironmentFailure, OutputError, error_line
 from etpo.overrides import split_arguments
 from etpo.resume import CheckpointInConfig
 
-TRACEBACK = "HYDRA_FULL_ERROR"  # with this variable Hydra, and these scripts, show tracebacks
-COMPLETION = {"-sc", "--shell-completion", "--shell_completion"}
+TRACEBACK = "HYDRA_FULL_ERROR"  # with this variable the scripts show tracebacks
 Arguments = Callable[[Sequence[str]], list[str]]
+
+# Hydra would print several lines and exit
+hydra._internal.utils.run_and_report = lambda function: function()
 
 
 def flags_first(arguments: Sequence[str]) -> list[str]:
-    """Move Hydra's flags before the overrides, for argparse refuses overrides on both sides."""
+    """Move Hydra's flags before the overrides: argparse refuses overrides on both sides."""
     flags, overrides = split_arguments(arguments)
     return [*flags, *(given.input_line for given in overrides)]
 
@@ -42,11 +45,8 @@ def console_script(config_name: str, arguments: Arguments = flags_first) -> Call
         def script() -> None:
             runtime.silence_libraries()
             runtime.keep_freed_memory()
-            try:
-                with runtime.signals_end_process(), exit_on_bad_input():
-                    compose_and_run(config_name, arguments, task)
-            except KeyboardInterrupt:
-                sys.exit(runtime.INTERRUPTED)
+            with runtime.signals_end_process(), exit_on_error():
+                compose_and_run(config_name, arguments, task)
 
         return script
 
@@ -55,24 +55,17 @@ def console_script(config_name: str, arguments: Arguments = flags_first) -> Call
 
 def compose_and_run(config_name: str, arguments: Arguments, task: Callable[..., Any]) -> None:
     """Let Hydra compose the configuration and call `task`; again if it names a checkpoint."""
-    if not COMPLETION & set(sys.argv):
-        sys.argv[1:] = arguments(sys.argv[1:])
-    shown = os.environ.get(TRACEBACK)
+    sys.argv[1:] = arguments(sys.argv[1:])
 
     @functools.wraps(task)
     def job(cfg: DictConfig) -> Any:
-        set_variable(TRACEBACK, shown)
-        with exit_on_bad_input():
-            value = task(cfg)
-        os.environ[TRACEBACK] = "1"  # for what Hydra does after it
-        return value
+        with exit_on_error():  # Hydra would print a line about any exception
+            return task(cfg)
 
-    os.environ[TRACEBACK] = "1"  # Hydra raises its exceptions instead of printing several lines
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
     except CheckpointInConfig as found:
         sys.argv.append(found.override)
-        set_variable(TRACEBACK, shown)
         compose_and_run(config_name, arguments, task)
     except HydraException as error:
         raise ConfigError(composition_error(error)) from error
@@ -90,16 +83,6 @@ def compose_and_run(config_name: str, arguments: Arguments, task: Callable[..., 
         print("error: no trial of the search has a result", file=sys.stderr)
         StudyReport().on_multirun_end(RunFolder.multirun)
         sys.exit(1)
-    finally:
-        set_variable(TRACEBACK, shown)
-
-
-def set_variable(name: str, value: str | None) -> None:
-    """Set an environment variable, or remove it."""
-    if value is None:
-        os.environ.pop(name, None)
-    else:
-        os.environ[name] = value
 
 
 def composition_error(error: Exception) -> str:
@@ -115,7 +98,7 @@ def composition_error(error: Exception) -> str:
 
 
 @contextmanager
-def exit_on_bad_input() -> Iterator[None]:
+def exit_on_error() -> Iterator[None]:
     """Print bad input in one line on stderr and exit with 2; with 1 after an OutputError.
 
     Bad input is a ConfigError, also one wrapped by Hydra, and, unless HYDRA_FULL_ERROR is set, an
@@ -123,6 +106,8 @@ def exit_on_bad_input() -> Iterator[None]:
     """
     try:
         yield
+    except KeyboardInterrupt:
+        sys.exit(runtime.INTERRUPTED)
     except (ConfigError, OutputError, InstantiationException, OmegaConfBaseException) as error:
         cause = first_cause(error)
         whole = isinstance(cause, ConfigError | OutputError)

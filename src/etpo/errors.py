@@ -1,4 +1,4 @@
-"""Exceptions that end a command with one line, and range checks that several modules share."""
+"""Exceptions that end a command with one line, without a traceback, and range checks."""
 
 import re
 import textwrap
@@ -7,17 +7,11 @@ MAX_SEED = 2**32 - 1  # of NumPy and Lightning
 
 
 class ConfigError(ValueError):
-    """Bad input: one line that names the config key and the allowed values.
-
-    Entry points print the message without a traceback and exit with status 2.
-    """
+    """Bad input: one line that names the config key and the allowed values; exit status 2."""
 
 
 class EnvironmentFailure(ConfigError):
-    """An exception raised by an environment, in one line; its cause is that exception.
-
-    With HYDRA_FULL_ERROR set, entry points show the traceback instead.
-    """
+    """An exception raised by an environment; HYDRA_FULL_ERROR=1 shows its traceback instead."""
 
 
 class UnknownMetric(ConfigError):
@@ -25,10 +19,7 @@ class UnknownMetric(ConfigError):
 
 
 class OutputError(RuntimeError):
-    """A file that cannot be written: one line with its path and the reason.
-
-    Entry points print the message without a traceback and exit with status 1.
-    """
+    """A file that cannot be written: one line with its path and the reason; exit status 1."""
 
 
 def first_cause(error: BaseException) -> BaseException:
@@ -64,12 +55,9 @@ def described(error: BaseException) -> str:
 def reason(error: BaseException, length: int = 300) -> str:
     """Return the first whole sentences, about `length` characters, of a library's error."""
     text = one_line(str(error), 10**6) or type(error).__name__
-    kept, *sentences = re.split(r"(?<=[.!?;]) (?=[A-Z`])", text)
-    for sentence in sentences:
-        if len(kept) + len(sentence) >= length:
-            break
-        kept += f" {sentence}"
-    return textwrap.shorten(kept.rstrip("."), 2 * length, placeholder=" ...")
+    ends = [match.start() for match in re.finditer(r"(?<=[.!?;]) (?=[A-Z`])", text)] + [len(text)]
+    end = max([ends[0], *(end for end in ends if end < length)])
+    return textwrap.shorten(text[:end].rstrip("."), 2 * length, placeholder=" ...")
 
 
 def check_range(key: str, value: float, low: float, high: float, *, above: bool = False) -> None:

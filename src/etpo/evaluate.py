@@ -1,36 +1,35 @@
 """`etpo-evaluate ckpt_path=...`: play whole episodes with a checkpoint, greedy and sampled."""
 
+from __future__ import annotations
+
 import json
+from contextlib import closing
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
-from scipy import stats
 
-from etpo.checkpoints import load_checkpoint, load_weights, saved_config
 from etpo.config import check_missing
 from etpo.console import console_script
 from etpo.environments import validation
 from etpo.environments.text_env import TextVectorEnv
 from etpo.errors import MAX_SEED, ConfigError, check_integer
 from etpo.files import write_text
-from etpo.generation.sampler import decode_actions, generate
-from etpo.models.policy import LanguageModelPolicy
-from etpo.rollout.datamodule import derived_seed
-from etpo.rollout.types import Record
+from etpo.resume import checkpoint_file
 from etpo.run_folder import remove_made
 
-Episodes = list[list[Record]]
-STATISTICS = (
-    *("episodes", "mean_actions", "valid_rate", "mean_return", "standard_error", "interval"),
-    *("success_rate", "success_interval"),
-)
+if TYPE_CHECKING:  # PyTorch is imported late, so that bad input is refused at once
+    import torch
+
+    from etpo.models.policy import LanguageModelPolicy
+    from etpo.rollout.types import Record
+
+    Episodes = list[list[Record]]
 
 
 def play(
@@ -46,44 +45,29 @@ def play(
     """Play `count` episodes to their end or to `max_actions` actions; greedy without `generator`.
 
     Each copy of the environment plays one episode after a `reset`, so that short episodes are not
-    counted more often. Raises ConfigError for invalid values from an environment
-    (`etpo.environments.validation`).
+    counted more often. Raises ConfigError for invalid values from an environment.
     """
-    source = f"environment {environment.task_name}"
+    from etpo.rollout.collector import EnvGroup
+
     episodes: Episodes = []
     together = type(environment).step_part is TextVectorEnv.step_part
     while len(episodes) < count:
         size = min(environment.num_envs, count - len(episodes))
         wave: Episodes = [[] for _ in range(size)]
-        first, _ = environment.reset(seed=seed + len(episodes), options={"evaluation": True})
-        with validation.error_prefix(source):
-            observations = validation.observations(first, environment.num_envs)
+        observations = validation.reset(environment, seed + len(episodes), evaluation=True)
         playing = np.arange(environment.num_envs) < size
         while playing.any():
-            envs = np.arange(environment.num_envs) if together else np.flatnonzero(playing)
-            prompts = policy.encode([observations[env] for env in envs])
-            taken = generate(policy, prompts, max_new_tokens, generator)
-            texts = decode_actions(policy, prompts, taken)
-            step = environment.step(texts) if together else environment.step_part(texts, envs)
-            with validation.error_prefix(source):
-                answer = validation.step_result(step, len(envs))
-            for row, env in enumerate(envs):
+            group = EnvGroup(np.flatnonzero(playing | together), observations)
+            texts = group.act(policy, max_new_tokens, generator)
+            step = environment.step(texts) if together else environment.step_part(texts, group.envs)
+            answer = validation.step_result(environment, step, len(texts))
+            for row, record in enumerate(group.to_records(policy, answer)):
+                env = record.env
                 observations[env] = answer.observations[row]
-                if not playing[env]:
-                    continue
-                record = Record(
-                    env=int(env),
-                    attempt=len(wave[env]) + 1,
-                    prompt=str(policy.tokenizer.decode(prompts.ids[row][prompts.mask[row]])),
-                    action=texts[row],
-                    reward=answer.rewards[row],
-                    error=answer.errors[row],
-                    cached=answer.cached[row],
-                    length_limited=bool(taken.length_limited[row]),
-                )
-                wave[env].append(record)
-                ended = answer.terminated[row] or answer.truncated[row]
-                playing[env] = not (ended or record.attempt == max_actions)
+                if playing[env]:
+                    wave[env].append(record._replace(attempt=len(wave[env]) + 1))
+                    ended = answer.terminated[row] or answer.truncated[row]
+                    playing[env] = not ended and len(wave[env]) < max_actions
         episodes += wave
     return episodes
 
@@ -99,12 +83,15 @@ def statistics(episodes: Episodes, *, has_success: bool) -> dict[str, Any]:
     interval: 95%, of Student's t distribution. success_rate, with `has_success`: share of episodes
     with return 1; success_interval: 95%, after Wilson.
     """
+    from scipy import stats
+
     returns = returns_of(episodes)
     actions = [record for episode in episodes for record in episode]
     count, mean = len(returns), fmean(returns)
-    row: dict[str, Any] = dict.fromkeys(STATISTICS)
-    row |= {"episodes": count, "mean_actions": len(actions) / count, "mean_return": mean}
-    row["valid_rate"] = fmean(record.error is None for record in actions)
+    valid_rate = fmean(record.error is None for record in actions)
+    row: dict[str, Any] = {"episodes": count, "mean_actions": len(actions) / count}
+    row |= {"valid_rate": valid_rate, "mean_return": mean}
+    row |= dict.fromkeys(("standard_error", "interval", "success_rate", "success_interval"))
     if count > 1:
         row["standard_error"] = error = stdev(returns) / count**0.5
         half = float(stats.t.ppf(0.975, count - 1)) * error
@@ -119,17 +106,22 @@ def statistics(episodes: Episodes, *, has_success: bool) -> dict[str, Any]:
 def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Episodes]]:
     """Play greedy and sampled episodes; return their statistics, and the episodes by policy.
 
-    success_rate is defined if every return of both policies is -1, 0 or 1. In the data-science task
-    only first attempts are played, which are also scored on the held-out rows.
+    In the data-science task only first attempts are played.
     """
     check_missing(cfg)
-    for key in ("samples", "max_actions"):
-        check_integer(key, cfg[key], 1)
+    check_integer("samples", cfg.samples, 1)
+    check_integer("max_actions", cfg.max_actions, 1)
     check_integer("seed", cfg.seed, 0, MAX_SEED)
     if not OmegaConf.is_list(cfg.overrides):
         raise ConfigError(f"overrides={cfg.overrides}: allowed is a list, ['key=value', ...]")
+    checkpoint_file(cfg.ckpt_path)
+    import torch
+
+    from etpo.checkpoints import load_checkpoint, load_weights, saved_config
+    from etpo.rollout.datamodule import derived_seed
+
     state = load_checkpoint(cfg.ckpt_path)["state_dict"]
-    run = saved_config(str(cfg.ckpt_path), [str(override) for override in cfg.overrides])
+    run = saved_config(cfg.ckpt_path, [str(override) for override in cfg.overrides])
     run.rollout.num_envs = min(run.rollout.num_envs, cfg.samples)
     if "max_attempts" in run.environment:
         run.environment.max_attempts = 1
@@ -140,35 +132,29 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Episodes]]:
     module.policy.to(device)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     mixed = torch.autocast(device.type, torch.bfloat16, run.trainer.precision == "bf16-mixed")
-    programs = hasattr(environment, "held_out")
-    try:
+    greedy_count = 1 if hasattr(environment, "held_out") else cfg.samples
+    limits = {"max_new_tokens": run.rollout.max_new_tokens, "max_actions": cfg.max_actions}
+    limits["seed"] = derived_seed(cfg.seed)
+    with closing(environment):
         with mixed:
-            played = {
-                name: play(
-                    module.policy,
-                    environment,
-                    1 if programs and source is None else cfg.samples,
-                    max_new_tokens=run.rollout.max_new_tokens,
-                    max_actions=cfg.max_actions,
-                    generator=source,
-                    seed=derived_seed(cfg.seed),
-                )
-                for name, source in (("greedy", None), ("sampled", generator))
-            }
+            greedy = play(module.policy, environment, greedy_count, generator=None, **limits)
+            sampled = play(module.policy, environment, cfg.samples, generator=generator, **limits)
+        played = {"greedy": greedy, "sampled": sampled}
         return evaluation(environment, played, str(cfg.ckpt_path)), played
-    finally:
-        environment.close()
 
 
 def evaluation(
     environment: TextVectorEnv, played: dict[str, Episodes], ckpt_path: str
 ) -> dict[str, Any]:
-    """Return the content of `evaluation.json`."""
+    """Return the content of `evaluation.json`.
+
+    success_rate is defined if every return is -1, 0 or 1. Programs are scored on held-out rows.
+    """
     programs = hasattr(environment, "held_out")
     name = environment.dataset.name if programs else environment.task_name
     result: dict[str, Any] = {"ckpt_path": ckpt_path, "environment": name}
-    returns = {value for episodes in played.values() for value in returns_of(episodes)}
-    has_success = not programs and returns <= {-1.0, 0.0, 1.0}
+    returns = returns_of([episode for episodes in played.values() for episode in episodes])
+    has_success = not programs and set(returns) <= {-1.0, 0.0, 1.0}
     for policy, episodes in played.items():
         result[policy] = statistics(episodes, has_success=has_success)
         if programs:
@@ -182,18 +168,17 @@ def evaluation(
 
 def result_table(result: dict[str, Any]) -> Table:
     """Return one row per policy; a failure counts as a held-out reward of -1."""
-    programs = "greedy_program" in result
-    last, form = ("mean held-out reward", ".4f") if programs else ("success", ".0%")
-    columns = ("policy", "episodes", "actions", "valid", "mean return", "95% interval", last)
-    table = Table(*columns)
+    key, last, form = "success_rate", "success", ".0%"
+    if "greedy_program" in result:
+        key, last, form = "held_out_reward", "mean held-out reward", ".4f"
+    table = Table("policy", "episodes", "actions", "valid", "mean return", "95% interval", last)
     for policy in ("greedy", "sampled"):
         row = result[policy]
-        value = row["held_out_reward"] if programs else row["success_rate"]
         table.add_row(
             *(policy, str(row["episodes"]), f"{row['mean_actions']:.1f}"),
             *(f"{row['valid_rate']:.0%}", f"{row['mean_return']:.4f}"),
             "{:.4f} to {:.4f}".format(*row["interval"]) if row["interval"] else "-",
-            "-" if value is None else f"{value:{form}}",
+            "-" if row[key] is None else f"{row[key]:{form}}",
         )
     return table
 
@@ -213,8 +198,7 @@ def report(result: dict[str, Any], played: dict[str, Episodes], folder: Path) ->
     Console(width=200).print(result_table(result))
     if "greedy_program" in result:
         print(result["greedy_program"])
-    for name in ("evaluation.json", "episodes.jsonl"):
-        print(f"written: {folder / name}")
+    print(f"written: {folder / 'evaluation.json'}\nwritten: {folder / 'episodes.jsonl'}")
 
 
 @console_script("evaluate")

@@ -12,21 +12,19 @@ from etpo.errors import OutputError
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """Yield a temporary file next to `path` that replaces `path` when the context ends.
+    """Yield a temporary file that replaces `path` at the end, or is removed after an exception.
 
-    After an exception `path` is unchanged and the temporary file is removed. Raises OutputError for
-    an error of the operating system.
+    Raises OutputError for an error of the operating system.
     """
     part = path.with_name(f"{path.name}.part")
     try:
         with output_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield part
-            os.replace(part, path)
-    except BaseException:
+            part.replace(path)
+    finally:
         if part.is_file():
             part.unlink()
-        raise
 
 
 @contextmanager
@@ -48,15 +46,13 @@ def append_lines(path: Path, lines: Iterable[str]) -> None:
     """Append all `lines` to `path`; none of them if an OutputError is raised."""
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # unbuffered: a buffer would write its rest again when the file is closed
-        with path.open("ab", buffering=0) as file:
-            end, rest = file.tell(), "".join(lines).encode("utf-8")
-            try:
-                while rest:
-                    rest = rest[file.write(rest) :]
-            except OSError:
-                file.truncate(end)
-                raise
+        end = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+        except OSError:
+            os.truncate(path, end)
+            raise
 
 
 def read_rows(file: Path, end: int | None = None) -> list[dict[str, str]]:

@@ -1,5 +1,6 @@
 """The command line: Hydra's overrides, `null` for a group, quotes."""
 
+import re
 import shlex
 from collections.abc import Sequence
 
@@ -17,21 +18,15 @@ WITH_VALUE = {
     *("--config-dir", "-cd", "--experimental-rerun"),
 }
 # Options for GROUP=null; None removes the override.
-NULL_OPTIONS = {
-    **{"callbacks": "none", "logger": "csv"},
-    **{"debug": None, "experiment": None, "sweep": None},
-}
+NULL_OPTIONS = {"callbacks": "none", "logger": "csv"} | dict.fromkeys(
+    ("debug", "experiment", "sweep")
+)
 
 
 def override(key: str, text: str) -> str:
-    """Return `KEY=VALUE` that Hydra reads as exactly this text, in quotes if necessary."""
-    if not set(text) & set("$\\"):
-        try:
-            value = OverridesParser.create().parse_override(f"key={text}").value()
-        except HydraException:
-            value = None
-        if isinstance(value, str) and value == text:
-            return f"{key}={text}"
+    """Return `KEY=VALUE` that Hydra reads as exactly this text, in quotes unless a plain path."""
+    if "/" in text and re.fullmatch(r"[\w./+-]+", text, re.ASCII):
+        return f"{key}={text}"
     quote = Quote.single if '"' in text else Quote.double
     quoted = QuotedString(text.replace("${", "\\${"), quote).with_quotes()
     return f"{key}={quoted}"
@@ -80,7 +75,7 @@ def parse(argument: str) -> Override:
 
 
 def replace_null(before: list[Override], given: Override) -> list[Override]:
-    """Append an override, or what `NULL_OPTIONS` has for `GROUP=null`.
+    """Append an override, or the option of `NULL_OPTIONS` for `GROUP=null`.
 
     Raises ConfigError for a group that needs an option.
     """
@@ -91,8 +86,13 @@ def replace_null(before: list[Override], given: Override) -> list[Override]:
     if group not in NULL_OPTIONS:
         raise ConfigError(f"{group}=null: this group needs an option: {group}=NAME")
     option = NULL_OPTIONS[group]
-    others = [other for other in before if other.key_or_group != group]
+    others = without(before, group)
     return others if option is None else [*others, parse(f"{group}={option}")]
+
+
+def without(overrides: Sequence[Override], key: str) -> list[Override]:
+    """Return the overrides of other keys."""
+    return [given for given in overrides if given.key_or_group != key]
 
 
 def text_of(given: Override) -> str | None:

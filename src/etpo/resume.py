@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf
 
 from etpo.errors import ConfigError
-from etpo.overrides import override, split_arguments, text_of
+from etpo.overrides import override, split_arguments, text_of, without
 
 # Keys that identify a run; all others may change when it is resumed.
 FIXED = (
@@ -19,7 +18,7 @@ FIXED = (
 
 
 class CheckpointInConfig(BaseException):
-    """A config file sets `ckpt_path`: the command has to be run again with it as an override."""
+    """A config file sets `ckpt_path`: the command must run again with it as an override."""
 
     def __init__(self, ckpt_path: str) -> None:
         super().__init__(ckpt_path)
@@ -33,13 +32,12 @@ def checkpoint_file(ckpt_path: object) -> Path:
     """
     text = str(ckpt_path)
     paths = [Path(form).expanduser().absolute() for form in (text, text.strip())]
-    files = [p / below for p in paths for below in ("", "last.ckpt", "checkpoints/last.ckpt")]
-    file = next((file for file in files if file.is_file()), None)
-    if file is None:
-        folder = any(path.is_dir() for path in paths)
-        found = "no checkpoints/last.ckpt in this folder" if folder else "no such file"
-        raise ConfigError(f"ckpt_path={text}: {found}; allowed is a checkpoint")
-    return file
+    for file in (p / below for p in paths for below in ("", "last.ckpt", "checkpoints/last.ckpt")):
+        if file.is_file():
+            return file
+    folder = any(path.is_dir() for path in paths)
+    found = "no checkpoints/last.ckpt in this folder" if folder else "no such file"
+    raise ConfigError(f"ckpt_path={text}: {found}; allowed is a checkpoint")
 
 
 def run_folder(file: Path) -> Path | None:
@@ -51,24 +49,25 @@ def run_folder(file: Path) -> Path | None:
 def resume_arguments(arguments: Sequence[str]) -> list[str]:
     """Return the command line of a resumed run: saved overrides, then new ones, in its folder.
 
-    Every spelling of `ckpt_path` becomes one with an absolute path. Without `ckpt_path`, or with a
-    checkpoint outside a run folder, only the order of flags changes. Raises ConfigError if the
-    checkpoint does not exist or the overrides do not fit the run.
+    `ckpt_path` becomes absolute. Without it, or with a checkpoint outside a run folder, only the
+    order of flags changes. Raises ConfigError if the checkpoint does not exist or the overrides do
+    not fit the run.
     """
     flags, overrides = split_arguments(arguments)
-    given = [o for o in overrides if o.key_or_group == "ckpt_path"]
-    others = [o for o in overrides if o.key_or_group != "ckpt_path"]
+    given = next((o for o in reversed(overrides) if o.key_or_group == "ckpt_path"), None)
+    others = without(overrides, "ckpt_path")
     lines = [o.input_line for o in others]
-    sweep = bool(given) and given[-1].is_sweep_override()
-    path = text_of(given[-1]) if given and not sweep else None
+    sweep = given is not None and given.is_sweep_override()
+    path = None if given is None or sweep else text_of(given)
     if (sweep or path) and {"-m", "--multirun"} & set(flags):
         raise ConfigError(
             "ckpt_path: allowed with --multirun is null; every run of a study resumes from its own "
             "checkpoint"
         )
+    if given is None:
+        return [*flags, *lines]
     if not path:
-        null = [given[-1].input_line if sweep else "ckpt_path=null"] if given else []
-        return [*flags, *lines, *null]
+        return [*flags, *lines, given.input_line if sweep else "ckpt_path=null"]
     file = checkpoint_file(path)
     folder = run_folder(file)
     if folder is not None:
@@ -84,23 +83,23 @@ def resumed_overrides(folder: Path, given: list[Override]) -> list[str]:
                 f"{run_dir.input_line}: a resumed run continues in its own folder; allowed is "
                 f"{folder}, or no hydra.run.dir"
             )
-    given = [o for o in given if o.key_or_group != "hydra.run.dir"]
+    given = without(given, "hydra.run.dir")
     lines = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
-    saved = [o for o in split_arguments(lines)[1] if o.key_or_group != "ckpt_path"]
-    joined = merged(saved, given)
+    saved = without(split_arguments(lines)[1], "ckpt_path")
+    merged = merge_overrides(saved, given)
     config = folder / ".hydra" / "config.yaml"
     if config.is_file() and not any(o.key_or_group == "schedule_iters" for o in [*saved, *given]):
         iterations = OmegaConf.select(OmegaConf.load(config), "schedule_iters")
-        joined.append(f"schedule_iters={iterations}")
-    return [*joined, override("hydra.run.dir", str(folder))]
+        merged.append(f"schedule_iters={iterations}")
+    return [*merged, override("hydra.run.dir", str(folder))]
 
 
-def merged(saved: list[Override], new: list[Override]) -> list[str]:
+def merge_overrides(saved: list[Override], new: list[Override]) -> list[str]:
     """Return both lists, where a new override replaces a saved one of the same key."""
-    begun = {o.key_or_group: o for o in saved}
+    saved_by_key = {o.key_or_group: o for o in saved}
     lines = []
     for given in new:
-        before, line = begun.get(given.key_or_group), given.input_line
+        before, line = saved_by_key.get(given.key_or_group), given.input_line
         same = before is None or before.value() == given.value()
         if given.key_or_group == "experiment" and not same:
             raise ConfigError(
@@ -119,18 +118,11 @@ def check_same_run(folder: Path, cfg: DictConfig) -> None:
     config = folder / ".hydra" / "config.yaml"
     if not config.is_file():
         return
-    before, now = (OmegaConf.to_container(part) for part in (OmegaConf.load(config), cfg))
+    saved = OmegaConf.load(config)
     for key in FIXED:
-        old, new = value_at(before, key), value_at(now, key)
+        old, new = OmegaConf.select(saved, key), OmegaConf.select(cfg, key)
         if old != new:
             raise ConfigError(
                 f"{key}={new}: the run was started with {key}={old}; allowed is the same, or a new "
                 "run without ckpt_path"
             )
-
-
-def value_at(container: Any, key: str) -> Any:
-    """Return the value at a dotted key of nested dictionaries, or None."""
-    for part in key.split("."):
-        container = container.get(part) if isinstance(container, dict) else None
-    return container

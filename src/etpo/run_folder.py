@@ -17,7 +17,7 @@ from etpo.errors import ConfigError
 from etpo.files import output_errors, write_text
 from etpo.resume import CheckpointInConfig, check_same_run, run_folder
 
-# Files with results; a folder with one of them belongs to a run.
+# A folder with one of these files belongs to a run.
 RESULTS = (
     *("metrics.csv", "episodes.jsonl", "credit.jsonl", "summary.json"),
     *("best_action.py", "best_action.txt", "checkpoints/last.ckpt", "checkpoints/best.ckpt"),
@@ -26,16 +26,16 @@ RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "NODE_RANK", "GROUP_RANK")
 
 
 class RunFolder(Callback):
-    """Hydra callback that notes which folders a run creates, and names a study.
+    """Hydra callback: note the folders that a run creates; name a study without a name.
 
-    A study without a name gets a hash of its overrides in any order, except for the launcher's.
+    The name is a hash of the overrides in any order, without the launcher's.
     """
 
     multirun: DictConfig | None = None  # the configuration of the study
     made: tuple[Path, ...] = ()  # folders that Hydra creates for the run, the deepest first
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        given = " ".join(config.hydra.overrides.task)
+        given = " ".join(OmegaConf.to_container(config.hydra.overrides.task))
         if config.get("task_name") == "train" and config.ckpt_path and "ckpt_path=" not in given:
             raise CheckpointInConfig(str(config.ckpt_path))
         folder = Path(config.hydra.run.dir).absolute()
@@ -47,13 +47,13 @@ class RunFolder(Callback):
         if config.get("study", "") is None:
             other = ("hydra.mode", "hydra/launcher", "hydra.launcher")
             own = [o for o in config.hydra.overrides.hydra if not o.startswith(other)]
-            config.study = short_hash(*sorted([*task, *own]))
+            config.study = short_hash(*sorted([*OmegaConf.to_container(task), *own]))
             with read_write(config.hydra):
                 task.append(f"study={config.study}")
 
 
 def is_main_process() -> bool:
-    """Return whether this is the first process of the first node."""
+    """Return True in the first process of the first node."""
     return all(os.environ.get(name, "0") == "0" for name in RANKS)
 
 
@@ -74,8 +74,8 @@ def held(cfg: DictConfig) -> Iterator[None]:
     Raises ConfigError for a folder that another process holds, or that has results of another run.
     """
     folder = Path(cfg.paths.output_dir)
-    new_lock = not (folder / "lock").exists()
-    accepted = False
+    lock = folder / "lock"
+    new_lock, accepted = not lock.exists(), False
     try:
         with claimed(folder) as mine:
             if not mine:
@@ -89,14 +89,14 @@ def held(cfg: DictConfig) -> Iterator[None]:
     finally:
         started = (folder / ".hydra").exists()
         if is_main_process() and new_lock and not (accepted and started):
-            (folder / "lock").unlink(missing_ok=True)
+            lock.unlink(missing_ok=True)
         if not started:
             remove_made()
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[bool]:
-    """Yield whether this process alone holds the folder, until the context or the process ends."""
+    """Yield True if this process alone holds the folder, until the context or the process ends."""
     if not is_main_process():  # the first process claims it for all
         yield True
         return
@@ -106,10 +106,10 @@ def claimed(folder: Path) -> Iterator[bool]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = True
         except BlockingIOError:
-            yield False
-        else:
-            yield True
+            mine = False
+        yield mine
 
 
 def check_owner(folder: Path, cfg: DictConfig) -> None:
@@ -126,13 +126,9 @@ def check_owner(folder: Path, cfg: DictConfig) -> None:
 
 def save_config(folder: Path, cfg: DictConfig) -> None:
     """Write `.hydra/`, which Hydra would write before the run is checked."""
-    hydra = HydraConfig.instance().cfg
-    if hydra is None:
+    if not HydraConfig.initialized():
         return
-    parts = {
-        "config": OmegaConf.to_yaml(cfg),
-        "hydra": OmegaConf.to_yaml(OmegaConf.create({"hydra": hydra.hydra})),
-        "overrides": OmegaConf.to_yaml(hydra.hydra.overrides.task),
-    }
-    for name, text in parts.items():
-        write_text(folder / ".hydra" / f"{name}.yaml", text)
+    hydra = HydraConfig.get()
+    parts = {"config": cfg, "hydra": {"hydra": hydra}, "overrides": hydra.overrides.task}
+    for name, content in parts.items():
+        write_text(folder / ".hydra" / f"{name}.yaml", OmegaConf.to_yaml(content))

@@ -13,25 +13,22 @@ from typing import Any
 
 INTERRUPTED, TERMINATED = 130, 143  # exit status after Ctrl-C and after SIGTERM
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-RETRY_SECONDS = 0.1
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep the memory of large tensors, so that new ones do not fault their pages again.
-
-    Saves about a quarter of a training step on a CPU. Does nothing without glibc.
-    """
+    """Let glibc keep the memory of large tensors: a quarter of a training step on a CPU."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            mallopt(parameter, 2**31 - 1)
+    if mallopt is not None:  # else another C library
+        mallopt(M_MMAP_THRESHOLD, 2**31 - 1)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def silence_libraries() -> None:
-    """Hide progress bars of loading and Lightning's hints about a loop that is as intended."""
+    """Hide progress bars, retries of the hub, and hints of Lightning about an intended loop."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read by transformers at import
     if "transformers" in sys.modules:
         sys.modules["transformers"].utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # prints its table
     for message in (
@@ -50,8 +47,7 @@ def silence_libraries() -> None:
 def signals_end_process() -> Iterator[None]:
     """Exit with status 143 at SIGTERM, and never lose an exit or a Ctrl-C.
 
-    Lightning alone would wait for the next batch, which can take a whole rollout, and lose a
-    SIGTERM that arrives after the last one: a multirun would continue with its next cell. Python
+    Lightning alone would wait for the next batch, and lose a SIGTERM after the last one. Python
     drops an exception that a signal handler raises inside a finaliser or a weakref callback; an
     alarm raises it again.
     """
@@ -64,7 +60,7 @@ def signals_end_process() -> Iterator[None]:
     def retry(unraisable: Any) -> None:
         if isinstance(unraisable.exc_value, KeyboardInterrupt | SystemExit):
             dropped.append(unraisable.exc_value)
-            signal.setitimer(signal.ITIMER_REAL, RETRY_SECONDS)
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
         else:
             report(unraisable)
 

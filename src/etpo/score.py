@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,9 @@ from etpo.overrides import override
 
 def score(program: str, cfg: DictConfig) -> dict[str, Any]:
     """Return reward, ROC AUC by split, error, CPU seconds and sandbox level of a program's text."""
-    environment = instantiate(cfg.environment)
-    try:
+    with closing(instantiate(cfg.environment)) as environment:
         trial = environment.scorer.trial(program)
         return {**trial._asdict(), "sandbox": environment.sandbox_level}
-    finally:
-        environment.close()
 
 
 def read_program(path: str) -> str:
@@ -36,10 +34,9 @@ def read_program(path: str) -> str:
 def program_first(arguments: Sequence[str]) -> list[str]:
     """Turn the first argument that is a file name into `program=FILE`."""
     rest = list(arguments)
-    for place, argument in enumerate(rest):
-        if argument == "-" or ("=" not in argument and not argument.startswith("-")):
-            rest[place] = override("program", argument)
-            break
+    files = (a for a in rest if a == "-" or ("=" not in a and not a.startswith("-")))
+    if (file := next(files, None)) is not None:
+        rest[rest.index(file)] = override("program", file)
     return flags_first(rest)
 
 

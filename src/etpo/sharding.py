@@ -14,10 +14,9 @@ from etpo.errors import ConfigError, check_integer
 
 
 def deepspeed_strategy(stage: int = 2, **settings: Any) -> Strategy:
-    """DeepSpeed's ZeRO: gradients (2) and the optimizer's moments (1, 2) in shards.
+    """Return DeepSpeed's ZeRO: gradients (stage 2) and the optimizer's moments (1, 2) in shards.
 
-    settings: further arguments of `DeepSpeedStrategy`. Raises ConfigError without the package, and
-    for stage 3, whose sharded weights could not be sampled from.
+    Raises ConfigError without the package, and for stage 3: sharded weights cannot be sampled from.
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
@@ -32,23 +31,22 @@ class ShardedStrategy(ModelParallelStrategy):
     """Every process holds a shard of all weights, gradients and optimizer moments.
 
     The module calls `shard` in its `configure_model`. Checkpoints are single files with whole
-    weights, as with other strategies. settings: arguments of `ModelParallelStrategy`.
+    weights, as with other strategies.
     """
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(
-            tensor_parallel_size=1, **({"save_distributed_checkpoint": False} | settings)
-        )
+    def __init__(self, save_distributed_checkpoint: bool = False, **settings: Any) -> None:
+        settings["save_distributed_checkpoint"] = save_distributed_checkpoint
+        super().__init__(tensor_parallel_size=1, **settings)
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     def shard(self, module: LightningModule) -> None:
-        """Shard all weights of `module`; a training step gathers them once.
+        """Shard all weights of `module` as one FSDP unit, whose forward is the training step.
 
-        The training step is the forward of one FSDP unit: any part of any model may be called in
-        it, any number of times on each process, and its backward pass reduces gradients once.
+        A step may call any part of any model, any number of times on each process: it gathers the
+        weights once, and its backward pass reduces gradients once.
         """
         if not isinstance(module, FSDPModule):
             fully_shard(module, mesh=self.device_mesh["data_parallel"])
@@ -57,9 +55,9 @@ class ShardedStrategy(ModelParallelStrategy):
 
 @contextmanager
 def full_parameters(module: nn.Module) -> Iterator[None]:
-    """Gather the whole weights on every process, for calls that wait for no other process.
+    """Gather sharded weights on every process, for calls that wait for no other process.
 
-    Do nothing if no weights are sharded. All processes must enter and leave together.
+    All processes must enter and leave together.
     """
     sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
     for part in sharded:
@@ -72,21 +70,18 @@ def full_parameters(module: nn.Module) -> Iterator[None]:
 
 
 def configure_strategy(module: LightningModule) -> None:
-    """Shard the models of an algorithm where its trainer's strategy does.
-
-    Raises:
-        ConfigError: the strategy cannot train this configuration.
-    """
-    trainer, strategy = module.trainer, module.trainer.strategy
+    """Shard an algorithm under ShardedStrategy; raise ConfigError for what DeepSpeed cannot do."""
+    strategy, precision = module.trainer.strategy, module.trainer.precision
+    max_kl = module.settings.max_kl
     if isinstance(strategy, ShardedStrategy):
         strategy.shard(module)
-    if isinstance(strategy, DeepSpeedStrategy) and trainer.precision != "32-true":
+    elif isinstance(strategy, DeepSpeedStrategy) and precision != "32-true":
         raise ConfigError(
-            f"trainer.precision={trainer.precision}: allowed with trainer=deepspeed is 32-true, "
-            "because DeepSpeed would round the buffer"
+            f"trainer.precision={precision}: allowed with trainer=deepspeed is 32-true, because "
+            "DeepSpeed would round the buffer"
         )
-    if isinstance(strategy, DeepSpeedStrategy) and module.settings.max_kl is not None:
+    elif isinstance(strategy, DeepSpeedStrategy) and max_kl is not None:
         raise ConfigError(
-            f"algorithm.max_kl={module.settings.max_kl}: allowed with trainer=deepspeed is null, "
-            "because DeepSpeed owns the gradients that the trust region removes"
+            f"algorithm.max_kl={max_kl}: allowed with trainer=deepspeed is null, because DeepSpeed "
+            "owns the gradients that the trust region removes"
         )

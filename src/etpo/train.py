@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # imported late, so that bad input is refused before PyTorch 
 
 
 def build(cfg: DictConfig, environment: Any) -> tuple["Trainer", dict[str, Any]]:
-    """Return the trainer and the arguments of its `fit`; the model is loaded last."""
+    """Return the trainer and the arguments of its `fit`; load the model last."""
     from lightning import seed_everything
 
     from etpo.callbacks.every_run import callback_options
@@ -35,8 +35,7 @@ def build(cfg: DictConfig, environment: Any) -> tuple["Trainer", dict[str, Any]]
     seed_everything(cfg.seed, workers=True, verbose=False)
     datamodule = instantiate(cfg.rollout, environment=environment)
     loggers = [instantiate(logger) for logger in (cfg.get("logger") or {}).values()]
-    callbacks = callback_options(cfg, environment)
-    trainer = instantiate(cfg.trainer, logger=loggers, **callbacks)
+    trainer = instantiate(cfg.trainer, logger=loggers, **callback_options(cfg, environment))
     datamodule.check_sizes(trainer.world_size)
     start_tracking(trainer.loggers)
     module = instantiate(cfg.algorithm, policy=instantiate(cfg.model))
@@ -79,7 +78,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], "Trainer"]:
         return close(trainer, cfg, fit(trainer, arguments)), trainer
     finally:
         environment.close()
-        if "wandb" in sys.modules:  # the next run of a multirun gets its own
+        if "wandb" in sys.modules:  # else the next run of a multirun continues it
             sys.modules["wandb"].finish()
 
 

@@ -4,7 +4,7 @@
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +19,7 @@ from etpo.environments.threads import DaemonThread
 from etpo.errors import ConfigError, EnvironmentFailure, check_integer, described
 
 CLOSE_SECONDS = 5.0  # for all copies together
+STEP = ("observation", "reward", "terminated", "truncated", "info")
 
 
 class GymnasiumEnv(TextVectorEnv):
@@ -26,17 +27,16 @@ class GymnasiumEnv(TextVectorEnv):
 
     The action space must be `Text`. An observation is `Text`, used as instruction and prefix, or a
     `Dict` of `Text` with some of instruction, prefix and suffix; the other fields are empty.
-    `info["error"]` (optional) is the error text of a failed action; `info["cached"]` marks a reward
-    that was known before. `reset(seed=s)` seeds copy i with s + i. docs/environments.md lists all
-    values that an environment may return.
+    `info` may have `error`, the text of a failed action, and `cached`, True for a reward that was
+    known before. docs/environments.md lists all values that an environment may return.
 
     Args:
         id: as for `gymnasium.make`; `module:name-v0` imports the module, which registers it.
         kwargs: arguments of the environment.
         max_episode_steps: actions until truncation (`TimeLimit`); None: as registered.
 
-    Raises ConfigError for invalid values and EnvironmentFailure for exceptions of a copy, at once,
-    without waiting for the other copies.
+    Raises:
+        ConfigError: invalid values, and, as EnvironmentFailure, an exception of any copy.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class GymnasiumEnv(TextVectorEnv):
         if max_episode_steps is not None:
             check_integer("environment.max_episode_steps", max_episode_steps, 1)
         self.num_envs, self.task_name = num_envs, str(id).rpartition(":")[2]
+        self.attempts = np.zeros(num_envs, dtype=np.int64)
         self.copies: list[Copy] = []
         try:
             for number in range(num_envs):
@@ -58,21 +59,18 @@ class GymnasiumEnv(TextVectorEnv):
                 copy.thread.submit(copy.make, id, max_episode_steps, kwargs or {}).result()
                 self.copies.append(copy)
             first = self.envs[0]
-            action, observation = (
-                getattr(first, f"{kind}_space", None) for kind in ("action", "observation")
-            )
+            action = getattr(first, "action_space", None)
+            observation = getattr(first, "observation_space", None)
             if not isinstance(action, spaces.Text) or not is_text(observation):
                 raise ConfigError(
                     f"environment.id={id}: allowed is an environment whose actions are Text and "
-                    "whose observations are Text, or a Dict of Text with keys among "
-                    f"{', '.join(FIELDS)}"
+                    f"whose observations are Text, or a Dict of Text with keys among {FIELDS}"
                 )
         except BaseException:
             self.close()
             raise
         self.metadata = self.metadata | first.metadata
         self.set_spaces(action, observation)
-        self.attempts = np.zeros(num_envs, dtype=np.int64)
 
     @property
     def envs(self) -> list[gymnasium.Env]:
@@ -82,25 +80,20 @@ class GymnasiumEnv(TextVectorEnv):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[tuple[TextObservation, ...], dict[str, Any]]:
-        """Start a new episode in every copy; later episodes get the same `options`."""
+        """Start a new episode in copy i with seed + i; later episodes get the same `options`."""
         super().reset(seed=seed)
         self.options = options
         self.attempts[:] = 0
         seeds = [None if seed is None else (seed + i) % 2**32 for i in range(self.num_envs)]
-        jobs = [
-            copy.thread.submit(copy.reset, copy_seed, options)
-            for copy, copy_seed in zip(self.copies, seeds, strict=True)
-        ]
-        return tuple(results(jobs)), {}
+        return tuple(
+            self.call_copies(range(self.num_envs), "reset", seeds, [options] * len(seeds))
+        ), {}
 
     def step_part(self, actions: Sequence[str], envs: np.ndarray) -> Step:
         """Take one action in each of `envs`, in parallel."""
         self.attempts[envs] += 1
-        jobs = [
-            self.copies[env].thread.submit(self.copies[env].step, action, self.options)
-            for env, action in zip(envs, actions, strict=True)
-        ]
-        following, *columns, final, errors, cached = zip(*results(jobs), strict=True)
+        stepped = self.call_copies(envs, "step", actions, [self.options] * len(envs))
+        following, *columns, final, errors, cached = zip(*stepped, strict=True)
         rewards, terminated, truncated = map(np.array, columns)
         infos = {
             "final_obs": np.array(final, dtype=object),
@@ -113,7 +106,20 @@ class GymnasiumEnv(TextVectorEnv):
 
     def render(self) -> tuple[Any, ...]:
         """Render every copy in the `render_mode` of `kwargs`."""
-        return tuple(results([copy.thread.submit(copy.call, "render") for copy in self.copies]))
+        return tuple(self.call_copies(range(self.num_envs), "call", ["render"] * self.num_envs))
+
+    def call_copies(self, envs: Iterable[int], method: str, *arguments: Sequence[Any]) -> list[Any]:
+        """Call a method of the copies `envs` in parallel; `arguments` hold one value per copy.
+
+        Raises as soon as one call fails, even if others never end.
+        """
+        jobs = [
+            self.copies[env].thread.submit(getattr(self.copies[env], method), *values)
+            for env, *values in zip(envs, *arguments, strict=True)
+        ]
+        wait(jobs, return_when=FIRST_EXCEPTION)
+        failed = [job for job in jobs if job.done() and job.exception() is not None]
+        return [job.result() for job in failed or jobs]
 
     def close_extras(self, **kwargs: Any) -> None:
         """Close every copy, in parallel; warn if one fails or takes too long."""
@@ -121,12 +127,10 @@ class GymnasiumEnv(TextVectorEnv):
         jobs = {copy: copy.closing() for copy in copies}
         wait(jobs.values(), CLOSE_SECONDS)
         for copy, job in jobs.items():
-            if not job.done():
-                warnings.warn(
-                    f"{copy.name}: close() did not return in {CLOSE_SECONDS:g} s", stacklevel=2
-                )
-            elif job.exception() is not None:
-                warnings.warn(str(job.exception()), stacklevel=2)
+            late = f"{copy.name}: close() did not return in {CLOSE_SECONDS:g} s"
+            failure = job.exception() if job.done() else late
+            if failure is not None:
+                warnings.warn(str(failure), stacklevel=2)
 
 
 class Copy:
@@ -139,14 +143,10 @@ class Copy:
 
     def make(self, id: str, max_episode_steps: int | None, kwargs: Mapping[str, Any]) -> None:
         """Create the environment, without gymnasium's checker: every step is checked here."""
-        allowed = (
-            "; allowed is the id of a registered environment (module:name-v0 if a module registers "
-            "it) and its arguments as kwargs"
-        )
-        with self.failures("", allowed):
-            self.env = gymnasium.make(
-                id, max_episode_steps=max_episode_steps, disable_env_checker=True, **kwargs
-            )
+        allowed = "the id of a registered environment (module:name-v0 if a module registers it)"
+        options = {"max_episode_steps": max_episode_steps, "disable_env_checker": True}
+        with self.failures("", f"; allowed is {allowed} and its arguments as kwargs"):
+            self.env = gymnasium.make(id, **options, **kwargs)
 
     def reset(self, seed: int | None, options: dict[str, Any] | None) -> TextObservation:
         """Return the first observation of a new episode."""
@@ -158,20 +158,20 @@ class Copy:
     def step(self, action: str, options: dict[str, Any] | None) -> tuple[Any, ...]:
         """Take one action and, if it ends the episode, start the next one.
 
-        Returns the next observation, reward, terminated, truncated, the last observation of an
-        episode that ended (else None), error and cached.
+        Return next observation, reward, terminated, truncated, last observation of an episode that
+        ended (else None), error, cached.
         """
         returned = self.call("step", action)
         with validation.error_prefix(f"{self.name}: step()"):
-            names = ("observation", "reward", "terminated", "truncated", "info")
-            following, reward, terminated, truncated, info = unpack(returned, names)
+            following, reward, terminated, truncated, info = unpack(returned, STEP)
             reward = validation.reward(reward)
             terminated = validation.flag("terminated", terminated)
             truncated = validation.flag("truncated", truncated)
-            if not isinstance(info, Mapping | None):
+            info = {} if info is None else info
+            if not isinstance(info, Mapping):
                 raise ConfigError(f"info={validation.shown(info)}: allowed is a dict")
-            error = validation.error_text((info or {}).get("error"))
-            cached = validation.flag("cached", (info or {}).get("cached") or False)
+            error = validation.error_text(info.get("error"))
+            cached = validation.flag("cached", info.get("cached") or False)
             try:
                 following = observation(following, self.env.observation_space)
             except ConfigError:
@@ -184,11 +184,11 @@ class Copy:
         return following, reward, terminated, truncated, final, error, cached
 
     def closing(self) -> Future[None]:
-        """Close the environment, in a new thread if a call has not returned; return the future."""
+        """Start to close the environment, in a new thread if a call has not returned."""
         thread = DaemonThread(self.name) if self.thread.busy else self.thread
         job = thread.submit(self.call, "close")
-        for each in {thread, self.thread}:
-            each.stop()
+        thread.stop()
+        self.thread.stop()
         return job
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
@@ -204,24 +204,15 @@ class Copy:
         except ConfigError:
             raise
         except BaseException as error:  # SystemExit and KeyboardInterrupt too
-            line = f"{self.name}: {before}{described(error)}{after}"
-            raise EnvironmentFailure(line) from error
-
-
-def results(jobs: Sequence[Future[Any]]) -> list[Any]:
-    """Return the results of all jobs; raise as soon as one fails, even if others never end."""
-    wait(jobs, return_when=FIRST_EXCEPTION)
-    failed = [job for job in jobs if job.done() and job.exception() is not None]
-    return [job.result() for job in failed or jobs]
+            raise EnvironmentFailure(f"{self.name}: {before}{described(error)}{after}") from error
 
 
 def unpack(returned: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
     """Return the results of `reset` or `step`; ConfigError for another number of them."""
-    if not isinstance(returned, tuple) or len(returned) != len(names):
-        count = f" of {len(returned)}" if isinstance(returned, tuple) else ""
-        raise ConfigError(
-            f"returned a {type(returned).__name__}{count}; allowed is ({', '.join(names)})"
-        )
+    count = f" of {len(returned)}" if isinstance(returned, tuple) else ""
+    if count != f" of {len(names)}":
+        kind = type(returned).__name__
+        raise ConfigError(f"returned a {kind}{count}; allowed is ({', '.join(names)})")
     return returned
 
 
@@ -229,7 +220,7 @@ def is_text(space: spaces.Space | None) -> bool:
     """Return True if observations of a space can become a `TextObservation`."""
     if isinstance(space, spaces.Dict):
         texts = all(isinstance(part, spaces.Text) for part in space.values())
-        return texts and bool(space.keys()) and set(space.keys()) <= set(FIELDS)
+        return texts and len(space) > 0 and set(space) <= set(FIELDS)
     return isinstance(space, spaces.Text)
 
 

@@ -38,12 +38,11 @@ class TextVectorEnv(VectorEnv[Sequence[TextObservation], Sequence[str], np.ndarr
 
     `reset(seed=...)` returns (observations, infos); `step(actions)` returns (observations,
     rewards [num_envs] float64, terminations [num_envs] bool, truncations [num_envs] bool, infos).
-    An environment that ends is reset in the same step (`AutoresetMode.SAME_STEP`): its entry in
-    `observations` is the first one of the next episode and `infos["final_obs"]` holds the last
-    one of the episode that ended (None elsewhere). `infos` also has `error` (text of a failed
-    action or None), `attempt` (1-based number of the action in its episode) and `cached` (True if
-    the reward was known before). After `reset(options={"evaluation": True})` no step may affect
-    later prompts.
+    An environment that ends is reset in the same step (`AutoresetMode.SAME_STEP`): its observation
+    is the first one of the next episode. `infos` has, for each environment, `final_obs` (the last
+    observation of an episode that ended, else None), `error` (text of a failed action or None),
+    `attempt` (1-based number of the action in its episode) and `cached` (True if the reward was
+    known before). After `reset(options={"evaluation": True})` no step may affect later prompts.
 
     `task_name` names the task in a summary. A run uses these optional members if they exist:
     `write_best_action(folder, action)`, `held_out_score(action)`, `content_hash`, `sandbox_level`,

@@ -1,4 +1,4 @@
-"""A worker thread that does not delay the exit of Python, even if a call never returns."""
+"""A worker thread that ends with the process, even if a call never returns."""
 
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class DaemonThread:
-    """Run calls one after the other; unlike a `ThreadPoolExecutor`, it never delays the exit."""
+    """Run calls in order; unlike a `ThreadPoolExecutor`, never delay the exit of Python."""
 
     def __init__(self, name: str) -> None:
         self.calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()

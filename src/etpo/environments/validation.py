@@ -3,15 +3,16 @@
 Only finite numbers reach the weights; only plain text and numbers reach records and checkpoints.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from decimal import Decimal
+from functools import partial
 from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from etpo.environments.text_env import FIELDS, TextObservation
+from etpo.environments.text_env import FIELDS, TextObservation, TextVectorEnv
 from etpo.errors import ConfigError, one_line
 
 MAX_REWARD = 1e15  # squares of such rewards, and their sums, are finite in float32
@@ -30,57 +31,59 @@ class StepResult(NamedTuple):
     cached: list[bool]
 
 
-def step_result(returned: Any, count: int) -> StepResult:
-    """Validate the five results of `TextVectorEnv.step` or `step_part` for `count` environments."""
-    observations, rewards, terminated, truncated, infos = returned
-    fields = {"observations": observations, "rewards": rewards, "terminations": terminated}
-    fields |= {"truncations": truncated}
-    for key in ("final_obs", "error", "cached"):
-        if key not in infos:
-            raise ConfigError(f"infos lacks {key}; allowed are final_obs, error, attempt, cached")
-        fields[f"infos[{key!r}]"] = infos[key]
-    for name, values in fields.items():
-        check_count(name, values, count)
-    return StepResult(
-        [observation(value) for value in observations],
-        [reward(value) for value in rewards],
-        [flag("terminated", value) for value in terminated],
-        [flag("truncated", value) for value in truncated],
-        [None if value is None else observation(value) for value in infos["final_obs"]],
-        [error_text(value) for value in infos["error"]],
-        [flag("cached", value) for value in infos["cached"]],
-    )
+def reset(environment: TextVectorEnv, seed: int, *, evaluation: bool) -> list[TextObservation]:
+    """Start new episodes in all environments and return the validated observations."""
+    first, _ = environment.reset(seed=seed, options={"evaluation": evaluation})
+    with error_prefix(f"environment {environment.task_name}"):
+        return column("observations", first, environment.num_envs, observation)
 
 
-def observations(returned: Sequence[Any], count: int) -> list[TextObservation]:
-    """Validate the first observations of `count` environments."""
-    check_count("observations", returned, count)
-    return [observation(value) for value in returned]
+def step_result(environment: TextVectorEnv, returned: Any, count: int) -> StepResult:
+    """Validate the five results of a `step` or `step_part` of `count` environments."""
+    following, rewards, terminated, truncated, infos = returned
+    with error_prefix(f"environment {environment.task_name}"):
+        for key in ("final_obs", "error", "cached"):
+            if key not in infos:
+                allowed = "final_obs, error, attempt, cached"
+                raise ConfigError(f"infos lacks {key}; allowed are {allowed}")
+        return StepResult(
+            column("observations", following, count, observation),
+            column("rewards", rewards, count, reward),
+            column("terminations", terminated, count, partial(flag, "terminated")),
+            column("truncations", truncated, count, partial(flag, "truncated")),
+            column("infos['final_obs']", infos["final_obs"], count, final_observation),
+            column("infos['error']", infos["error"], count, error_text),
+            column("infos['cached']", infos["cached"], count, partial(flag, "cached")),
+        )
 
 
-def check_count(name: str, values: Sequence[Any], count: int) -> None:
+def column(name: str, values: Sequence[Any], count: int, validate: Callable[[Any], Any]) -> list:
+    """Validate one value per environment."""
     if len(values) != count:
         raise ConfigError(f"{len(values)} {name}: allowed are {count}, one per environment")
+    return [validate(value) for value in values]
 
 
 def observation(value: Any, fields: Sequence[str] = FIELDS) -> TextObservation:
     """Copy an observation that has exactly `fields`; other fields become empty."""
     if not isinstance(value, Mapping) or set(value) != set(fields):
-        raise ConfigError(
-            f"observation={shown(value)}: allowed is a dict with the keys {', '.join(fields)}"
-        )
+        keys = ", ".join(fields)
+        raise ConfigError(f"observation={shown(value)}: allowed is a dict with the keys {keys}")
     texts = {key: text(f"observation[{key!r}]", value[key]) for key in fields}
     return TextObservation(**{field: texts.get(field, "") for field in FIELDS})
+
+
+def final_observation(value: Any) -> TextObservation | None:
+    """Copy the last observation of an episode that ended, else None."""
+    return None if value is None else observation(value)
 
 
 def reward(value: Any) -> float:
     """Return a finite reward; text, None and complex numbers are refused."""
     found = number(value)
     if found is None or not abs(found) <= MAX_REWARD:
-        raise ConfigError(
-            f"reward={shown(value)}: allowed is a finite number from -{MAX_REWARD:g} to "
-            f"{MAX_REWARD:g}"
-        )
+        span = f"from -{MAX_REWARD:g} to {MAX_REWARD:g}"
+        raise ConfigError(f"reward={shown(value)}: allowed is a finite number {span}")
     return found
 
 
@@ -111,11 +114,10 @@ def number(value: Any) -> float | None:
 
 def text(name: str, value: Any) -> str:
     """Return valid Unicode: lone surrogates become U+FFFD, bytes are decoded as UTF-8."""
-    if isinstance(value, bytes):
-        try:
-            value = value.decode()
-        except UnicodeDecodeError:
-            raise ConfigError(f"{name}={shown(value)}: allowed are bytes in UTF-8") from None
+    try:
+        value = value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        raise ConfigError(f"{name}={shown(value)}: allowed are bytes in UTF-8") from None
     if not isinstance(value, str):
         raise ConfigError(f"{name}={shown(value)}: allowed is text")
     return well_formed(value)
@@ -123,14 +125,12 @@ def text(name: str, value: Any) -> str:
 
 def error_text(value: Any) -> str | None:
     """Return an error as text of at most `MAX_ERROR` characters; None for false values."""
-    try:
+    with suppress(Exception):  # the truth value of an array of several values is undefined
         if not value:
             return None
-    except Exception:  # the truth value of an array of several values is undefined
-        pass
     try:
         text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-    except Exception:
+    except Exception:  # a faulty __str__
         text = ""
     return well_formed(text or type(value).__name__)[:MAX_ERROR]
 

@@ -121,10 +121,7 @@ def collect(
     Raises:
         ConfigError: the environment returns an invalid value (`etpo.environments.validation`).
     """
-    first, _ = environment.reset(seed=seed, options={"evaluation": generator is None})
-    source = f"environment {environment.task_name}"
-    with validation.error_prefix(source):
-        observations = validation.observations(first, environment.num_envs)
+    observations = validation.reset(environment, seed, evaluation=generator is None)
     groups = [
         EnvGroup(envs, observations)
         for envs in np.array_split(np.arange(environment.num_envs), pipeline_groups)
@@ -138,8 +135,7 @@ def collect(
                 start = time.perf_counter()
                 if number > 0:
                     returned = answers[index]()
-                    with validation.error_prefix(source):
-                        answer = validation.step_result(returned, len(group.envs))
+                    answer = validation.step_result(environment, returned, len(group.envs))
                     group.record_step(policy, answer, last=number == rounds)
                 answered = time.perf_counter()
                 if number < rounds:
