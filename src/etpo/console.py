@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import hydra
-import hydra._internal.utils
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -21,9 +20,6 @@ from etpo.resume import CheckpointInConfig
 
 TRACEBACK = "HYDRA_FULL_ERROR"  # with this variable the scripts show tracebacks
 Arguments = Callable[[Sequence[str]], list[str]]
-
-# Hydra would print several lines and exit
-hydra._internal.utils.run_and_report = lambda function: function()
 
 
 def flags_first(arguments: Sequence[str]) -> list[str]:
@@ -56,14 +52,16 @@ def console_script(config_name: str, arguments: Arguments = flags_first) -> Call
 def compose_and_run(config_name: str, arguments: Arguments, task: Callable[..., Any]) -> None:
     """Let Hydra compose the configuration and call `task`; again if it names a checkpoint."""
     sys.argv[1:] = arguments(sys.argv[1:])
+    shown = os.environ.get(TRACEBACK)
 
     @functools.wraps(task)
     def job(cfg: DictConfig) -> Any:
-        with exit_on_error():  # Hydra would print a line about any exception
+        with traceback_variable(shown), exit_on_error():
             return task(cfg)
 
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+        with traceback_variable("1"):  # Hydra raises its exceptions instead of printing them
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
     except CheckpointInConfig as found:
         sys.argv.append(found.override)
         compose_and_run(config_name, arguments, task)
@@ -83,6 +81,18 @@ def compose_and_run(config_name: str, arguments: Arguments, task: Callable[..., 
         print("error: no trial of the search has a result", file=sys.stderr)
         StudyReport().on_multirun_end(RunFolder.multirun)
         sys.exit(1)
+
+
+@contextmanager
+def traceback_variable(value: str | None) -> Iterator[None]:
+    """Set HYDRA_FULL_ERROR, or remove it with None, and restore it afterwards."""
+    before = os.environ.pop(TRACEBACK, None)
+    os.environ |= {} if value is None else {TRACEBACK: value}
+    try:
+        yield
+    finally:
+        os.environ.pop(TRACEBACK, None)
+        os.environ |= {} if before is None else {TRACEBACK: before}
 
 
 def composition_error(error: Exception) -> str:
