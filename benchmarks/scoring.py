@@ -20,9 +20,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from etpo.environments.data_science.datasets import load_dataset
-from etpo.environments.data_science.scoring import ProgramScorer
 from etpo_sandbox import Sandbox, Split
+from etpo_tasks.data_science.datasets import load_dataset
+from etpo_tasks.data_science.scoring import ProgramScorer
 
 MODELS = {
     "LogisticRegression": "linear_model.LogisticRegression(max_iter=1000)",

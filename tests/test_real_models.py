@@ -16,8 +16,8 @@ from transformers import AutoModel
 from etpo import evaluate, train
 from etpo.algorithms.returns import gather_tokens
 from etpo.config import CONF
-from etpo.environments.data_science.scoring import ProgramScorer, Score
 from etpo.generation.sampler import generate
+from etpo_tasks.data_science.scoring import ProgramScorer, Score
 
 FAMILY = {
     "causal_lm": "llama",

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from etpo import score
-from etpo.environments.data_science.env import DataScienceEnv
 from etpo_sandbox import Sandbox
+from etpo_tasks.data_science.env import DataScienceEnv
 
 WORKS = """from sklearn.tree import DecisionTreeClassifier
 def build_model(x_train, y_train):

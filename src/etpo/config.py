@@ -45,7 +45,10 @@ RENAMED = {
     "rollout.groups": "rollout.pipeline_groups",
     "algorithm=best_of_n": "algorithm=zero_shot (column rollout/best_reward_so_far)",
     "algorithm=etpo_td": "algorithm.lambda_anneal_iters=null",
-    "algorithm=etpo_small_steps": "algorithm=etpo with algorithm.clip and algorithm.max_kl",
+    "algorithm=etpo_small_steps": "algorithm.lambda_anneal_iters=null algorithm.max_kl=0.2",
+    "model=player": "model=game_lm",
+    "experiment=comparison": "sweep=comparison",
+    "sweep=algorithms": "sweep=comparison",
 }
 
 
@@ -56,7 +59,7 @@ def renamed(text: str) -> str | None:
     found = f"'{package[1]}.{keyword[1]}'" if keyword and package else ""
     for old, new in RENAMED.items():
         if f"'{old.replace('=', '/')}'" in text + found:
-            return f"{old} is now {new} (a resumed run reads old names from its .hydra folder)"
+            return f"{old} is now {new}"
     return None
 
 

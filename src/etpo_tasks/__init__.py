@@ -1,1 +1,1 @@
-"""Further tasks, small models for them, and an exact oracle."""
+"""Tasks: data science, household, TextArena and token MDPs, with the small models made for them."""

@@ -3,7 +3,7 @@
 import random
 from typing import NamedTuple
 
-from etpo.environments.data_science.prompts import Attempt, Task, observation, program_from_action
+from etpo_tasks.data_science.prompts import Attempt, Task, observation, program_from_action
 from tiny_lm import grammar
 from tiny_lm.mistakes import PACKAGES
 

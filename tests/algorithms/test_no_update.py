@@ -13,8 +13,8 @@ from etpo.algorithms.returns import gather_tokens
 from etpo.callbacks.metrics_csv import MetricsCSV
 from etpo.callbacks.summary import RunSummary
 from etpo.config import CONF
-from etpo.environments.data_science.prompts import HEADER
-from etpo.environments.data_science.scoring import ProgramScorer, Score
+from etpo_tasks.data_science.prompts import HEADER
+from etpo_tasks.data_science.scoring import ProgramScorer, Score
 
 FIRST_PROMPT = f"# iris: 45 training rows, 4 features, 3 classes\n{HEADER}"
 BUDGET = (

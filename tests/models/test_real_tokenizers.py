@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from etpo.environments.data_science import prompts
-from etpo.environments.data_science.env import DataScienceEnv
 from etpo.generation import sampler
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import ChatTemplate, CompletionTemplate, InfillingTemplate
 from etpo.models.stopping import completes_stop_string
 from etpo.models.token_text import added_text, continued_ids
 from etpo_sandbox import Sandbox
+from etpo_tasks.data_science import prompts
+from etpo_tasks.data_science.env import DataScienceEnv
 from etpo_tasks.household import HouseholdEnv
 
 NAMES = ("llama2", "llama3_1", "gemma3", "qwen3", "deepseek_v3", "gptoss", "smollm2")

@@ -10,14 +10,14 @@ from sklearn.model_selection import train_test_split
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from etpo.environments.data_science.datasets import load_dataset
-from etpo.environments.data_science.prompts import (
+from etpo_sandbox import Split
+from etpo_tasks.data_science.datasets import load_dataset
+from etpo_tasks.data_science.prompts import (
     Attempt,
     Task,
     observation,
     program_from_action,
 )
-from etpo_sandbox import Split
 from tiny_lm.build import CHECKPOINT, build, encode, group, sample_actions
 from tiny_lm.corpus import sample_example
 from tiny_lm.grammar import parse, sample

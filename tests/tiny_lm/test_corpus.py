@@ -2,7 +2,7 @@
 
 import random
 
-from etpo.environments.data_science.prompts import HEADER
+from etpo_tasks.data_science.prompts import HEADER
 from tiny_lm.corpus import sample_example
 from tiny_lm.grammar import parse
 

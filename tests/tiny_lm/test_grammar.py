@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from etpo.environments.data_science.prompts import program_from_action
+from etpo_tasks.data_science.prompts import program_from_action
 from tiny_lm.estimators import ESTIMATORS
 from tiny_lm.grammar import parse, sample, sample_improvement, sample_repair
 from tiny_lm.mistakes import KINDS

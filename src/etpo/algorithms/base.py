@@ -6,19 +6,16 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from etpo.algorithms import evaluation
-from etpo.algorithms.evaluation import TokenEvaluation, TokenValues
 from etpo.algorithms.optimization import apply_configured_options, clip_gradients, trained_state
 from etpo.algorithms.policy_check import check_policy
 from etpo.algorithms.settings import Settings, build_settings
 from etpo.errors import ConfigError
 from etpo.models import critics
-from etpo.models.critics import Critic
 from etpo.models.policy import LanguageModelPolicy
 from etpo.rollout.buffer import split_by_length
 from etpo.rollout.types import Actions, Rollout, TokenBatch
@@ -53,7 +50,7 @@ class OnPolicyAlgorithm(LightningModule):
     def __init__(
         self,
         policy: LanguageModelPolicy,
-        critic: Critic | None = None,
+        critic: critics.Critic | None = None,
         settings: Settings | None = None,
         optimizer: Callable[[list[dict[str, Any]]], Optimizer] | None = None,
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
@@ -66,8 +63,7 @@ class OnPolicyAlgorithm(LightningModule):
         # eps 1e-5 shrinks Adam's steps when gradients vanish
         self.optimizer = optimizer or functools.partial(AdamW, eps=1e-5, weight_decay=0.0)
         self.scheduler = scheduler
-        self.strict_loading = False
-        self.kl_stopped = False
+        self.strict_loading = self.kl_stopped = False
         self.step_kls: list[Tensor] = []
         self.iteration_metrics: dict[str, float] = {}
         self.mean_length = 1.0  # tokens per action in this iteration
@@ -77,7 +73,7 @@ class OnPolicyAlgorithm(LightningModule):
     def from_config(
         cls,
         policy: Callable[[], LanguageModelPolicy],
-        critic: Callable[..., Critic] | None = None,
+        critic: Callable[..., critics.Critic] | None = None,
         optimizer: Callable[[list[dict[str, Any]]], Optimizer] | None = None,
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
         **settings: Any,
@@ -111,7 +107,7 @@ class OnPolicyAlgorithm(LightningModule):
         """
         raise NotImplementedError
 
-    def start_iteration(self, rollout: Rollout) -> tuple[Actions, TokenEvaluation]:
+    def start_iteration(self, rollout: Rollout) -> tuple[Actions, evaluation.TokenEvaluation]:
         """Move the actions to the device, snapshot the LM head and evaluate the taken tokens."""
         actions = Actions(*(x.to(self.device) for x in rollout.actions))
         # copies trained parameters only; not a submodule, so checkpoints do not contain it
@@ -121,8 +117,7 @@ class OnPolicyAlgorithm(LightningModule):
         autocast = torch.is_autocast_enabled(self.device.type)
         if actions.hidden_states.dtype == torch.float32 and not autocast:
             inputs.append(actions.hidden_states)
-        lengths = actions.action_mask.sum(1).float()
-        self.mean_length = float(self.mean_over_ranks(lengths.mean()))
+        self.mean_length = float(self.mean_over_ranks(actions.action_mask.float().sum(1).mean()))
         return actions, self.map_microbatches(self.evaluate, *inputs)
 
     def evaluate(
@@ -131,15 +126,15 @@ class OnPolicyAlgorithm(LightningModule):
         prompt_mask: Tensor,
         action_ids: Tensor,
         old_hidden: Tensor | None = None,
-    ) -> TokenEvaluation:
+    ) -> evaluation.TokenEvaluation:
         """Evaluate policy, reference and critic at the L taken tokens of action_ids [B, L].
 
         Args:
             old_hidden: [B, L, D], hidden states of the policy recorded during generation.
         """
         inputs = prompt_ids, prompt_mask, action_ids
-        chunk = self.settings.logits_chunk_size
-        taken = evaluation.evaluate_tokens(self.policy, *inputs, old_hidden, chunk)
+        size = self.settings.logits_chunk_size
+        taken = evaluation.evaluate_tokens(self.policy, *inputs, old_hidden, size)
         if self.critic is None:
             return taken
         return taken._replace(value=self.prefix_values(*inputs, taken.ref_hidden))
@@ -183,8 +178,8 @@ class OnPolicyAlgorithm(LightningModule):
 
     def taken_log_probs(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Compute log pi of the taken tokens and the log mass of the support: [B, L] each."""
-        chunk = self.settings.logits_chunk_size
-        return evaluation.taken_log_probs(self.policy, self.old_lm_head, batch, chunk)
+        size = self.settings.logits_chunk_size
+        return evaluation.taken_log_probs(self.policy, self.old_lm_head, batch, size)
 
     def token_values(
         self,
@@ -194,13 +189,13 @@ class OnPolicyAlgorithm(LightningModule):
         ref_hidden: Tensor,
         log_pi: Tensor,
         log_ref: Tensor,
-    ) -> TokenValues:
+    ) -> evaluation.TokenValues:
         """Return V and Q of the policy loss at the L prefixes of action_ids [B, L].
 
         Args:
             ref_hidden: [B, L, D], of the reference. log_pi, log_ref: [B, L, V].
         """
-        return TokenValues()
+        return evaluation.TokenValues()
 
     def sampled_advantages(self, batch: TokenBatch) -> Tensor | None:
         """Return the factor [B, L] of the probability ratio in the loss, None if there is none."""
@@ -209,7 +204,7 @@ class OnPolicyAlgorithm(LightningModule):
     def configure_model(self) -> None:
         configure_strategy(self)
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
+    def configure_optimizers(self) -> dict[str, Any]:
         groups = [{"params": self.policy.trainable_parameters(), "lr": self.settings.policy_lr}]
         if self.critic is not None:
             trained = [p for p in self.critic.parameters() if p.requires_grad]

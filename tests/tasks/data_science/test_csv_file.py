@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from etpo.environments.data_science.datasets import load_dataset
 from etpo.errors import ConfigError
+from etpo_tasks.data_science.datasets import load_dataset
 
 FRAME = pd.DataFrame(
     {"size": [1.5, 2.25] * 6, "café": ["crème", 'a "b", c\nd'] * 6, "kind": ["no", "yes"] * 6}

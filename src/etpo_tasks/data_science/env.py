@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from etpo.environments.data_science import prompts
-from etpo.environments.data_science.datasets import load_dataset
-from etpo.environments.data_science.prompts import Attempt, Memory
-from etpo.environments.data_science.scoring import ProgramScorer, Score
-from etpo.environments.data_science.script import best_program_script, write_program_data
 from etpo.environments.text_env import Step, TextObservation, TextVectorEnv
 from etpo.errors import MAX_SEED, ConfigError, check_integer
 from etpo.files import write_text
 from etpo_sandbox import Sandbox
+from etpo_tasks.data_science import prompts
+from etpo_tasks.data_science.datasets import load_dataset
+from etpo_tasks.data_science.prompts import Attempt, Memory
+from etpo_tasks.data_science.scoring import ProgramScorer, Score
+from etpo_tasks.data_science.script import best_program_script, write_program_data
 
 
 class DataScienceEnv(TextVectorEnv):

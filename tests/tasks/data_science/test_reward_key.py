@@ -2,8 +2,8 @@
 
 import pytest
 
-from etpo.environments.data_science.env import DataScienceEnv
 from etpo_sandbox import Sandbox
+from etpo_tasks.data_science.env import DataScienceEnv
 
 
 def environment(deadline: float = 10.0, **options) -> DataScienceEnv:

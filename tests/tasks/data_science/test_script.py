@@ -5,9 +5,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from etpo.environments.data_science.datasets import load_dataset
-from etpo.environments.data_science.scoring import ProgramScorer
-from etpo.environments.data_science.script import best_program_script, write_program_data
+from etpo_tasks.data_science.datasets import load_dataset
+from etpo_tasks.data_science.scoring import ProgramScorer
+from etpo_tasks.data_science.script import best_program_script, write_program_data
 
 # The probabilities follow from every bit of the arrays and from the seed; `impute` and `pd` are
 # names that the file's own part uses too.

@@ -19,11 +19,11 @@ from sklearn.impute import SimpleImputer
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import train_test_split
 
-from etpo.environments.data_science.encoding import Dataset
-from etpo.environments.data_science.program_identity import canonical_form
-from etpo.environments.data_science.score_cache import ScoreCache
 from etpo.errors import ConfigError
 from etpo_sandbox import Outcome, Sandbox, SandboxError, Split
+from etpo_tasks.data_science.encoding import Dataset
+from etpo_tasks.data_science.program_identity import canonical_form
+from etpo_tasks.data_science.score_cache import ScoreCache
 
 FAILURE_REWARD = -1.0
 HELD_OUT_FRACTION = 0.4

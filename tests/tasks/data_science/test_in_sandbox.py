@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from etpo.environments.data_science.datasets import load_dataset
-from etpo.environments.data_science.env import DataScienceEnv
-from etpo.environments.data_science.scoring import ProgramScorer
-from etpo.environments.data_science.script import best_program_script, write_program_data
 from etpo_sandbox import Sandbox
+from etpo_tasks.data_science.datasets import load_dataset
+from etpo_tasks.data_science.env import DataScienceEnv
+from etpo_tasks.data_science.scoring import ProgramScorer
+from etpo_tasks.data_science.script import best_program_script, write_program_data
 
 GOOD = """    from sklearn.tree import DecisionTreeClassifier
     return DecisionTreeClassifier(min_samples_leaf=5).fit(x_train, y_train)

@@ -16,10 +16,10 @@ from typing import Any
 import pandas as pd
 from sklearn import datasets as bundled
 
-from etpo.environments.data_science.csv_file import CsvOptions, read_table
-from etpo.environments.data_science.encoding import Dataset, encode, sample_rows
 from etpo.environments.validation import error_prefix
 from etpo.errors import ConfigError, check_integer, described
+from etpo_tasks.data_science.csv_file import CsvOptions, read_table
+from etpo_tasks.data_science.encoding import Dataset, encode, sample_rows
 
 __all__ = ["DATASET_NAMES", "Dataset", "load_dataset"]
 

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from etpo.environments.data_science.program_identity import canonical_form
+from etpo_tasks.data_science.program_identity import canonical_form
 from tiny_lm import grammar
 
 PROGRAMS = [grammar.sample(random.Random(seed), mistake_rate=0.0) for seed in range(300)]

@@ -7,9 +7,9 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 
-from etpo.environments.data_science.datasets import load_dataset
-from etpo.environments.data_science.encoding import encode
-from etpo.environments.data_science.scoring import (
+from etpo_tasks.data_science.datasets import load_dataset
+from etpo_tasks.data_science.encoding import encode
+from etpo_tasks.data_science.scoring import (
     ProgramScorer,
     draw_halves,
     impute,

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from etpo.environments.data_science import encoding
-from etpo.environments.data_science.csv_file import CsvOptions
-from etpo.environments.data_science.encoding import Dataset, encode
 from etpo.errors import ConfigError
+from etpo_tasks.data_science import encoding
+from etpo_tasks.data_science.csv_file import CsvOptions
+from etpo_tasks.data_science.encoding import Dataset, encode
 
 MISSING = ["", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND"]
 MISSING += ["1.#QNAN", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"]

@@ -7,9 +7,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from etpo.config import CONF
-from etpo.environments.data_science.csv_file import CsvOptions
-from etpo.environments.data_science.datasets import load_dataset
 from etpo.errors import ConfigError
+from etpo_tasks.data_science.csv_file import CsvOptions
+from etpo_tasks.data_science.datasets import load_dataset
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from sklearn.utils import resample
 
-from etpo.environments.data_science.csv_file import CsvOptions
 from etpo.errors import ConfigError
+from etpo_tasks.data_science.csv_file import CsvOptions
 
 MAX_CLASSES = 20
 MIN_CLASS_ROWS = 4  # at least two reward rows and one held-out row in every draw

@@ -8,11 +8,11 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from etpo.environments.data_science.env import DataScienceEnv
-from etpo.environments.data_science.prompts import HEADER, SUFFIX, program_from_action
-from etpo.environments.data_science.scoring import make_sandbox
 from etpo.errors import ConfigError
 from etpo_sandbox import Sandbox, SandboxError
+from etpo_tasks.data_science.env import DataScienceEnv
+from etpo_tasks.data_science.prompts import HEADER, SUFFIX, program_from_action
+from etpo_tasks.data_science.scoring import make_sandbox
 
 pytestmark = pytest.mark.filterwarnings("ignore:lbfgs failed to converge")
 

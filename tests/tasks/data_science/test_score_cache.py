@@ -1,10 +1,10 @@
 import pytest
 
-from etpo.environments.data_science.datasets import load_dataset
-from etpo.environments.data_science.score_cache import ScoreCache
-from etpo.environments.data_science.scoring import ProgramScorer
 from etpo.errors import ConfigError
 from etpo_sandbox import Outcome
+from etpo_tasks.data_science.datasets import load_dataset
+from etpo_tasks.data_science.score_cache import ScoreCache
+from etpo_tasks.data_science.scoring import ProgramScorer
 
 
 class CountingSandbox:

@@ -11,8 +11,8 @@ from string import Template
 import numpy as np
 import pandas as pd
 
-from etpo.environments.data_science.scoring import ProgramScorer, impute, roc_auc
 from etpo.files import written
+from etpo_tasks.data_science.scoring import ProgramScorer, impute, roc_auc
 
 DATA_FILE = "best_action_data.csv"
 

@@ -1,6 +1,6 @@
 import pytest
 
-from etpo.environments.data_science.prompts import HEADER, program_from_action
+from etpo_tasks.data_science.prompts import HEADER, program_from_action
 
 BODY = "    model = fit(x_train)\n    return model\n"
 WHOLE = HEADER + BODY

@@ -8,9 +8,9 @@ import pytest
 from sklearn.datasets import load_iris
 from sklearn.utils import Bunch
 
-from etpo.environments.data_science import datasets
-from etpo.environments.data_science.datasets import load_dataset
 from etpo.errors import ConfigError
+from etpo_tasks.data_science import datasets
+from etpo_tasks.data_science.datasets import load_dataset
 
 
 def write(folder, text, name="mine.csv"):
