@@ -204,7 +204,7 @@ class OnPolicyAlgorithm(LightningModule):
     def configure_model(self) -> None:
         configure_strategy(self)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         groups = [{"params": self.policy.trainable_parameters(), "lr": self.settings.policy_lr}]
         if self.critic is not None:
             trained = [p for p in self.critic.parameters() if p.requires_grad]
