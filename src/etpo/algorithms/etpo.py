@@ -32,6 +32,7 @@ from etpo.algorithms.returns import gather_tokens
 from etpo.algorithms.settings import Settings, bounded, one_of
 from etpo.models.chunked_logits import in_chunks, reduce_in_chunks
 from etpo.models.critics import Critic, DuelingHead
+from etpo.rollout.buffer import distinct_rows
 from etpo.rollout.metrics import rollout_metrics
 from etpo.rollout.trajectories import (
     from_trajectories,
@@ -186,28 +187,24 @@ class ETPO(OnPolicyAlgorithm):
         """Average the regression loss of Q(x, w) over the taken tokens."""
         s = self.settings
 
-        def token_losses(
-            hidden: Tensor, ids: Tensor, targets: Tensor, mask: Tensor, old: Tensor
-        ) -> tuple[Tensor]:
+        def q_of_tokens(hidden: Tensor, ids: Tensor, old: Tensor) -> tuple[Tensor]:
             value, scores = self.critic.head(hidden)
             q_taken = gather_tokens(scores, ids)
             if value is not None:
                 with torch.no_grad():
                     log_old, _ = self.policy.log_probs(old, ids, lm_head=self.old_lm_head)
                 q_taken = q_taken + losses.dueling_baseline(value, scores, log_old)
-            return (losses.critic_loss(q_taken, targets, mask, s.critic_loss, s.huber_delta),)
+            return (q_taken,)
 
-        loss, _ = reduce_in_chunks(
-            token_losses,
-            lambda each: each.sum() / (len(each) * self.mean_length),
-            s.logits_chunk_size,
-            self.critic.hidden_states(*batch[:3], batch.ref_hidden),
-            batch.action_ids,
-            batch.returns,
-            batch.action_mask,
-            batch.old_hidden,
-            parameters=self.critic.head_parameters(),
+        distinct, index = distinct_rows(batch)
+        hidden = self.critic.hidden_states(*distinct[:3], distinct.ref_hidden)
+        (q_taken,) = in_chunks(
+            q_of_tokens, s.logits_chunk_size, hidden, distinct.action_ids, distinct.old_hidden
         )
+        each = losses.critic_loss(
+            q_taken[index], batch.returns, batch.action_mask, s.critic_loss, s.huber_delta
+        )
+        loss = each.sum() / (len(each) * self.mean_length)
         return loss, {"train/critic_loss": (loss, len(batch.weights))}
 
     def policy_loss(self, batch: TokenBatch) -> tuple[Tensor, Metrics]:

@@ -35,6 +35,18 @@ def split_by_length(batch: TokenBatch, parts: int) -> list[TokenBatch]:
     return split
 
 
+def distinct_rows(batch: TokenBatch) -> tuple[TokenBatch, Tensor]:
+    """Return the distinct prompts with actions of a batch, and the index of each row in them.
+
+    A trained policy repeats actions; what depends on prompt and action alone is computed once.
+    """
+    read = [batch.prompt_ids, batch.prompt_mask, batch.action_ids, batch.action_mask]
+    _, index = torch.unique(torch.cat([x.long() for x in read], 1), dim=0, return_inverse=True)
+    rows = torch.arange(len(index), device=index.device)
+    first = rows[: int(index.max()) + 1].scatter_reduce(0, index, rows, "amin", include_self=False)
+    return select_rows(batch, first), index
+
+
 class OnPolicyBuffer(IterableDataset[Any]):
     """Collect new actions in every epoch and yield `epochs` passes of minibatches over them.
 
