@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 
 from etpo.algorithms import losses, returns
 from etpo.algorithms.base import Metrics, OnPolicyAlgorithm
-from etpo.algorithms.evaluation import TokenEvaluation, TokenValues, evaluate_tokens
+from etpo.algorithms.evaluation import TokenEvaluation, TokenValues
 from etpo.algorithms.returns import gather_tokens
 from etpo.algorithms.settings import Settings, bounded, one_of
 from etpo.models.chunked_logits import in_chunks, reduce_in_chunks
@@ -148,18 +148,25 @@ class ETPO(OnPolicyAlgorithm):
         old_hidden: Tensor | None = None,
     ) -> TokenEvaluation:
         inputs = prompt_ids, prompt_mask, action_ids
-        chunk = self.settings.logits_chunk_size
-        taken = evaluate_tokens(self.policy, *inputs, old_hidden, chunk)
-        critic_hidden = self.target_critic.hidden_states(*inputs, taken.ref_hidden)
+        if old_hidden is None:
+            old_hidden = self.policy.hidden_states(*inputs)
+        ref_hidden = self.policy.hidden_states(*inputs, reference=True)
+        critic_hidden = self.target_critic.hidden_states(*inputs, ref_hidden)
 
         def quantities(ids: Tensor, *hidden: Tensor) -> tuple[Tensor, ...]:
             log_old, log_ref, q = self.old_distributions(ids, *hidden)
-            value = returns.soft_value(log_old, log_ref, q, self.beta)
-            return value, gather_tokens(q, ids)
+            taken = (gather_tokens(each, ids) for each in (log_old, log_ref, q))
+            kl = returns.kl_divergence(log_old, log_ref)
+            value = returns.expectation(log_old, q) - self.beta * kl  # the soft value
+            return *taken, kl, returns.entropy(log_old), value
 
-        hidden = taken.old_hidden, taken.ref_hidden, critic_hidden
-        value, q_taken = in_chunks(quantities, chunk, action_ids, *hidden)
-        return taken._replace(value=value, q_taken=q_taken, critic_hidden=critic_hidden)
+        hidden = old_hidden, ref_hidden, critic_hidden
+        log_pi, log_ref, q_taken, kl, entropy, value = in_chunks(
+            quantities, self.settings.logits_chunk_size, action_ids, *hidden
+        )
+        return TokenEvaluation(
+            *(old_hidden, ref_hidden, log_pi, log_ref, kl, entropy, value, q_taken, critic_hidden)
+        )
 
     def old_distributions(
         self, ids: Tensor, old_hidden: Tensor, ref_hidden: Tensor, critic_hidden: Tensor

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from etpo.algorithms.base import OnPolicyAlgorithm
 from etpo.algorithms.returns import expectation, gather_tokens, kl_divergence
@@ -63,11 +64,18 @@ class TokenCredit(Callback):
         advantages = None
         if isinstance(module, OnPolicyAlgorithm):
             advantages = module.sampled_advantages(batch)
-        for row, action in selected.items():
-            sampled = None if advantages is None else advantages[row]
-            self.lines.append({"iteration": iteration} | credit_line(module, action, sampled))
-        followed = {"iteration": iteration} | credit_line(module, self.followed, None)
-        self.lines.append(followed | {"followed": self.followed["iteration"]})
+        sampled = [None if advantages is None else advantages[row] for row in selected]
+        actions = [*selected.values(), self.followed]
+        settings = getattr(module, "settings", None)  # a module of another kind may have none
+        size = getattr(settings, "forward_batch_size", len(actions))
+        numbers = [
+            each
+            for start in range(0, len(actions), size)
+            for each in token_numbers(module, actions[start : start + size])
+        ]
+        for columns in zip(actions, numbers, [*sampled, None], strict=True):
+            self.lines.append({"iteration": iteration} | credit_line(module, *columns))
+        self.lines[-1]["followed"] = self.followed["iteration"]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self.lines:
@@ -99,18 +107,24 @@ def select(rollout: Rollout, row: int) -> dict[str, Any]:
     }
 
 
-def token_numbers(module: LightningModule, action: dict[str, Any]) -> dict[str, Tensor]:
-    """Evaluate policy, reference and critic at the l tokens of an action.
+def token_numbers(
+    module: LightningModule, actions: list[dict[str, Any]]
+) -> list[dict[str, Tensor]]:
+    """Evaluate policy, reference and critic at the l tokens of each action.
 
     Returns:
         [l] each: probability, log_ratio, entropy, kl and, if the algorithm has them, value, q and
         critic_advantage, Q - beta log(pi/pi_ref) - V. [l, ALTERNATIVES] each, of the most likely
         other tokens: other_ids, other_probability, other_q.
     """
-    prompt_ids, action_ids = (
-        torch.tensor([action[name]], device=module.device) for name in ("prompt_ids", "action_ids")
+    prompts, texts = (
+        [torch.tensor(action[name], device=module.device) for action in actions]
+        for name in ("prompt_ids", "action_ids")
     )
-    inputs, policy = (prompt_ids, torch.ones_like(prompt_ids).bool(), action_ids), module.policy
+    left = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+    prompt_ids, prompt_mask = left(prompts), left([torch.ones_like(p).bool() for p in prompts])
+    action_ids = pad_sequence(texts, batch_first=True)
+    inputs, policy = (prompt_ids, prompt_mask, action_ids), module.policy
     ref_hidden = policy.hidden_states(*inputs, reference=True)
     log_pi, _ = policy.log_probs(policy.hidden_states(*inputs), action_ids)
     log_ref, _ = policy.log_probs(ref_hidden, action_ids, reference=True)
@@ -132,17 +146,23 @@ def token_numbers(module: LightningModule, action: dict[str, Any]) -> dict[str, 
         if q is not None:
             numbers |= {"q": gather_tokens(q, action_ids), "other_q": q.gather(-1, others)}
             numbers["critic_advantage"] = numbers["q"] - module.beta * log_ratio - value
-    return {name: values[0].cpu() for name, values in numbers.items()}
+    return [
+        {name: values[row, : len(ids)].cpu() for name, values in numbers.items()}
+        for row, ids in enumerate(texts)
+    ]
 
 
 def credit_line(
-    module: LightningModule, action: dict[str, Any], sampled: Tensor | None
+    module: LightningModule,
+    action: dict[str, Any],
+    numbers: dict[str, Tensor],
+    sampled: Tensor | None,
 ) -> dict[str, Any]:
     """Return an action's line of `credit.jsonl`, without its iteration.
 
-    sampled: the advantages of its tokens in the objective, [>= l], or None.
+    numbers: output of `token_numbers`. sampled: the advantages of its tokens in the objective,
+    [>= l], or None.
     """
-    numbers = token_numbers(module, action)
     tokenizer, ids = module.policy.tokenizer, action["action_ids"]
     if sampled is not None:
         numbers["sampled_advantage"] = sampled[: len(ids)].cpu()
