@@ -6,6 +6,8 @@ over tokens or a missing gamma^t changes the direction. Every function is pure
 and keeps the dtype of its inputs.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -103,7 +105,8 @@ def pessimistic_q(q: Tensor, value: Tensor, log_old: Tensor, threshold: float) -
     correction and the soft values of the lambda-returns use this Q. `value` is E_pi_old[Q], without
     the KL. Similar to the threshold of BCQ (arXiv 1812.02900).
     """
-    return torch.where(log_old.exp() < threshold, torch.minimum(q, value.unsqueeze(-1)), q)
+    rare = log_old < (math.log(threshold) if threshold > 0 else -math.inf)
+    return torch.where(rare, torch.minimum(q, value.unsqueeze(-1)), q)
 
 
 def dueling_baseline(value: Tensor, advantage: Tensor, log_pi: Tensor) -> Tensor:
