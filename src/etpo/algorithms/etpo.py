@@ -157,7 +157,7 @@ class ETPO(OnPolicyAlgorithm):
             log_old, log_ref, q = self.old_distributions(ids, *hidden)
             taken = (gather_tokens(each, ids) for each in (log_old, log_ref, q))
             kl = returns.kl_divergence(log_old, log_ref)
-            value = returns.expectation(log_old, q) - self.beta * kl  # the soft value
+            value = returns.soft_value(log_old, log_ref, q, self.beta)
             return *taken, kl, returns.entropy(log_old), value
 
         hidden = old_hidden, ref_hidden, critic_hidden

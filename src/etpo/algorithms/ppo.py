@@ -8,11 +8,7 @@ from torch import Tensor
 from etpo.algorithms import losses, returns
 from etpo.algorithms.base import Metrics, OnPolicyAlgorithm
 from etpo.algorithms.evaluation import TokenValues
-from etpo.algorithms.policy_gradient import (
-    policy_gradient_batch,
-    standardized,
-    surrogate_loss,
-)
+from etpo.algorithms.policy_gradient import policy_gradient_batch, standardized, surrogate_loss
 from etpo.algorithms.settings import PolicyGradientSettings, bounded, one_of
 from etpo.models.critics import ValueHead
 from etpo.rollout.trajectories import (
