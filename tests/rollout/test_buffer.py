@@ -3,7 +3,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from etpo.rollout.buffer import split_by_length
+from etpo.rollout.buffer import distinct_rows, split_by_length
 
 
 class Batch(NamedTuple):
@@ -39,3 +39,22 @@ def test_few_actions_make_few_parts():
     mask = torch.ones(1, 2, dtype=torch.bool)
     (part,) = split_by_length(Batch(mask.long(), mask, mask, mask, torch.ones(1)), 4)
     assert part.action_mask.shape == (1, 2)
+
+
+class Rows(NamedTuple):
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    action_ids: Tensor
+    action_mask: Tensor
+    number: Tensor
+
+
+def test_distinct_rows_are_the_first_of_equal_prompts_and_actions():
+    prompts = torch.tensor([[0, 7], [7, 7], [0, 7], [0, 7], [0, 7], [0, 7]])
+    prompt_mask = torch.tensor([[0, 1], [1, 1], [0, 1], [0, 1], [1, 1], [0, 1]]).bool()
+    actions = torch.tensor([[5, 6], [5, 6], [5, 6], [5, 0], [5, 6], [5, 0]])
+    action_mask = torch.tensor([[1, 1], [1, 1], [1, 1], [1, 0], [1, 1], [1, 1]]).bool()
+    batch = Rows(prompts, prompt_mask, actions, action_mask, torch.arange(6))
+    distinct, index = distinct_rows(batch)
+    assert distinct.number[index].tolist() == [0, 1, 0, 3, 4, 5]
+    assert sorted(distinct.number.tolist()) == [0, 1, 3, 4, 5]
