@@ -1,6 +1,7 @@
 """Critics on one policy: what they say at first, what they train, and what they share."""
 
 import functools
+import threading
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from etpo.models.critics import (
     ValueHead,
     make_target_network,
     polyak_update,
+    snapshot,
 )
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
@@ -177,3 +179,19 @@ def test_bad_settings_are_config_errors(checkpoint):
         LoraCritic(policy, lora={"unknown": 1})
     with pytest.raises(ConfigError, match="critic=lm_copy: allowed are full, lora, frozen_trunk"):
         LanguageModelCritic(policy, head=ValueHead)
+
+
+def test_a_snapshot_keeps_the_weights_and_leaves_hooks_behind(policy):
+    lock = threading.Lock()  # cannot be copied, as the records of a profiler
+    head = policy.lm_head
+    head.register_forward_hook(lambda *_, lock=lock: lock.acquire())
+    head.register_forward_hook(functools.partial(print, lock))
+    hidden = torch.randn(2, policy.hidden_size)
+    copied = snapshot(head)
+    with torch.no_grad():
+        expected = torch.nn.functional.linear(hidden, head.weight).clone()
+        if head.weight.requires_grad:
+            head.weight.add_(1.0)
+        torch.testing.assert_close(copied(hidden), expected)
+    assert not lock.locked()
+    assert (copied.weight is head.weight) == (not head.weight.requires_grad)

@@ -111,7 +111,7 @@ class OnPolicyAlgorithm(LightningModule):
         """Move the actions to the device, snapshot the LM head and evaluate the taken tokens."""
         actions = Actions(*(x.to(self.device) for x in rollout.actions))
         # copies trained parameters only; not a submodule, so checkpoints do not contain it
-        object.__setattr__(self, "old_lm_head", critics.copy_sharing_frozen(self.policy.lm_head))
+        object.__setattr__(self, "old_lm_head", critics.snapshot(self.policy.lm_head))
         inputs = [actions.prompt_ids, actions.prompt_mask, actions.action_ids]
         # recompute in bfloat16: rounding of generation and training differs, ratios would not be 1
         autocast = torch.is_autocast_enabled(self.device.type)

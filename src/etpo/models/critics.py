@@ -188,6 +188,14 @@ def copy_sharing_frozen(module: Copied) -> Copied:
     return copy.deepcopy(module, frozen)
 
 
+def snapshot(module: Copied) -> Copied:
+    """Return `copy_sharing_frozen` without hooks; a profiler's or logger's may not be copyable."""
+    attributes = [each for part in module.modules() for each in vars(part).items()]
+    memo = {id(each): type(each)() for name, each in attributes if name.endswith("_hooks")}
+    memo |= {id(p): p for p in module.parameters() if not p.requires_grad}
+    return copy.deepcopy(module, memo)
+
+
 def make_target_network(critic: Copied) -> Copied:
     """Return a frozen copy for `polyak_update`; it shares what the critic does not train."""
     return copy_sharing_frozen(critic).requires_grad_(False)
