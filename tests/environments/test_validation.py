@@ -224,6 +224,38 @@ def test_a_dicts_fields_come_in_any_order():
     assert observations == ({"instruction": "a", "prefix": "b", "suffix": ""},)
 
 
+AGENT = spaces.Dict({"instruction": AnyText(), "choices": spaces.Sequence(AnyText())})
+
+
+@pytest.mark.parametrize("choices", [["go", "stay"], ("go", b"stay"), np.array(["go", "stay"])])
+def test_choices_and_messages_become_plain_texts(choices):
+    read = {"instruction": "a", "choices": choices, "messages": CHAT}
+    (observation,) = step(first=(read, {}), read=read, space=AGENT)[0]
+    assert observation["choices"] == ("go", "stay")
+    assert observation["messages"] == ({"role": "user", "content": "go"},)
+    (without,) = step(first=(read, {}), read={"instruction": "a"}, space=AGENT)[0]
+    assert not {"choices", "messages"} & set(without)
+
+
+@pytest.mark.parametrize(
+    ("part", "allowed"),
+    [
+        ({"choices": []}, "empty; allowed are one or more different texts"),
+        ({"choices": ["go", "go"]}, "'go' occurs twice"),
+        ({"choices": "go"}, "allowed is a list or tuple"),
+        ({"choices": [3]}, "allowed is text"),
+        ({"messages": "go"}, "allowed is a list or tuple"),
+        ({"messages": [{"role": "user"}]}, "allowed is a dict with the keys role, content"),
+        ({"messages": [{"role": "tool", "content": ""}]}, "allowed are system, user, assistant"),
+        ({"messages": [{"role": "user", "content": 3}]}, "allowed is text"),
+    ],
+)
+def test_bad_choices_and_messages_are_refused(part, allowed):
+    read = {"instruction": "a"}
+    line = refused(allowed, first=(read, {}), read=read | part, space=AGENT)
+    assert f"observation['{next(iter(part))}']" in line
+
+
 @pytest.mark.parametrize("read", [None, 3, CHAT, b"\xff", {}])
 def test_the_observation_after_a_termination_is_not_read(read):
     observations, _, terminated, _, infos = step(read=read, terminated=True)

@@ -26,7 +26,8 @@ class GymnasiumEnv(TextVectorEnv):
     """`num_envs` copies of a registered environment, each in its own thread.
 
     The action space must be `Text`. An observation is `Text`, used as instruction and prefix, or a
-    `Dict` of `Text` with some of instruction, prefix and suffix; the other fields are empty.
+    `Dict` of `Text` with some of instruction, prefix and suffix; the other texts are empty. It
+    may also have `messages` (earlier turns) and `choices` (the admissible actions), in any space.
     `info` may have `error`, the text of a failed action, and `cached`, True for a reward that was
     known before. docs/environments.md lists all values that an environment may return.
 
@@ -64,7 +65,8 @@ class GymnasiumEnv(TextVectorEnv):
             if not isinstance(action, spaces.Text) or not is_text(observation):
                 raise ConfigError(
                     f"environment.id={id}: allowed is an environment whose actions are Text and "
-                    f"whose observations are Text, or a Dict of Text with keys among {FIELDS}"
+                    f"whose observations are Text, or a Dict of Text with keys among {FIELDS}, and "
+                    "optional messages and choices"
                 )
         except BaseException:
             self.close()
@@ -219,14 +221,20 @@ def unpack(returned: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
 def is_text(space: spaces.Space | None) -> bool:
     """Return True if observations of a space can become a `TextObservation`."""
     if isinstance(space, spaces.Dict):
-        texts = all(isinstance(part, spaces.Text) for part in space.values())
-        return texts and len(space) > 0 and set(space) <= set(FIELDS)
+        texts = text_fields(space)
+        known = texts <= set(FIELDS) and all(isinstance(space[key], spaces.Text) for key in texts)
+        return known and len(texts) > 0
     return isinstance(space, spaces.Text)
+
+
+def text_fields(space: spaces.Dict) -> set[str]:
+    """Return the keys of an observation's texts."""
+    return set(space) - {"messages", "choices"}
 
 
 def observation(value: Any, space: spaces.Space) -> TextObservation:
     """Convert an observation of a space to a `TextObservation`."""
     if isinstance(space, spaces.Dict):
-        return validation.observation(value, list(space))
+        return validation.observation(value, sorted(text_fields(space)))
     text = validation.text("observation", value)
     return TextObservation(instruction=text, prefix=text, suffix="")

@@ -3,11 +3,18 @@
 import string
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
+
+
+class Message(TypedDict):
+    """An earlier turn of a conversation, as in the chat templates of transformers."""
+
+    role: str  # system, user or assistant
+    content: str
 
 
 class TextObservation(TypedDict):
@@ -16,9 +23,12 @@ class TextObservation(TypedDict):
     instruction: str  # the request in words, for chat models
     prefix: str  # text that the action continues, for completion and infilling models
     suffix: str  # text after the action, for infilling models; may be empty
+    messages: NotRequired[tuple[Message, ...]]  # turns before `instruction`, for chat models
+    choices: NotRequired[tuple[str, ...]]  # admissible actions; absent: any text
 
 
-FIELDS = tuple(TextObservation.__annotations__)
+FIELDS = ("instruction", "prefix", "suffix")  # the texts
+ROLES = ("system", "user", "assistant")
 # observations, rewards, terminations, truncations, infos
 Step = tuple[Sequence[TextObservation], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]
 

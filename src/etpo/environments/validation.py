@@ -3,6 +3,7 @@
 Only finite numbers reach the weights; only plain text and numbers reach records and checkpoints.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from decimal import Decimal
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from etpo.environments.text_env import FIELDS, TextObservation, TextVectorEnv
+from etpo.environments.text_env import FIELDS, ROLES, Message, TextObservation, TextVectorEnv
 from etpo.errors import ConfigError, one_line
 
 MAX_REWARD = 1e15  # squares of such rewards, and their sums, are finite in float32
@@ -65,12 +66,58 @@ def column(name: str, values: Sequence[Any], count: int, validate: Callable[[Any
 
 
 def observation(value: Any, fields: Sequence[str] = FIELDS) -> TextObservation:
-    """Copy an observation that has exactly `fields`; other fields become empty."""
-    if not isinstance(value, Mapping) or set(value) != set(fields):
+    """Copy an observation that has exactly the texts `fields`; other texts become empty.
+
+    `messages` and `choices` are optional.
+    """
+    found = set(value) - {"messages", "choices"} if isinstance(value, Mapping) else None
+    if found != set(fields):
         keys = ", ".join(fields)
-        raise ConfigError(f"observation={shown(value)}: allowed is a dict with the keys {keys}")
+        raise ConfigError(
+            f"observation={shown(value)}: allowed is a dict with the keys {keys}, and optional "
+            "messages and choices"
+        )
     texts = {key: text(f"observation[{key!r}]", value[key]) for key in fields}
-    return TextObservation(**{field: texts.get(field, "") for field in FIELDS})
+    copied = TextObservation(**{field: texts.get(field, "") for field in FIELDS})
+    if value.get("messages"):
+        copied["messages"] = tuple(map(message, several("messages", value["messages"])))
+    if value.get("choices") is not None:
+        copied["choices"] = choices(value["choices"])
+    return copied
+
+
+def message(value: Any) -> Message:
+    """Copy a turn of a conversation."""
+    if not isinstance(value, Mapping) or set(value) != {"role", "content"}:
+        allowed = "a dict with the keys role, content"
+        raise ConfigError(f"observation['messages']: {shown(value)}: allowed is {allowed}")
+    role, content = (text(f"observation['messages']: {k}", value[k]) for k in ("role", "content"))
+    if role not in ROLES:
+        raise ConfigError(
+            f"observation['messages']: role={shown(role)}: allowed are {', '.join(ROLES)}"
+        )
+    return Message(role=role, content=content)
+
+
+def choices(values: Any) -> tuple[str, ...]:
+    """Copy the admissible actions: at least one, all different."""
+    texts = tuple(text("observation['choices']", value) for value in several("choices", values))
+    repeated = next((one for one, count in Counter(texts).items() if count > 1), None)
+    if not texts or repeated is not None:
+        fault = "empty" if not texts else f"{shown(repeated)} occurs twice"
+        raise ConfigError(
+            f"observation['choices']: {fault}; allowed are one or more different texts"
+        )
+    return texts
+
+
+def several(key: str, values: Any) -> Sequence[Any]:
+    """Return a list, tuple or array of one dimension."""
+    if isinstance(values, np.ndarray) and values.ndim == 1:
+        values = values.tolist()
+    if not isinstance(values, list | tuple):
+        raise ConfigError(f"observation[{key!r}]={shown(values)}: allowed is a list or tuple")
+    return values
 
 
 def final_observation(value: Any) -> TextObservation | None:

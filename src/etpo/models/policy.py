@@ -139,9 +139,10 @@ class LanguageModelPolicy(nn.Module):
         Raises:
             ConfigError: a prompt has a token without a row in the embedding.
         """
-        keys = [tuple(observation.items()) for observation in observations]
+        keys = [repr(observation) for observation in observations]
         encode, limit = self.prompt.encode, self.max_prompt_tokens
-        encoded = {key: encode(self.tokenizer, TextObservation(key), limit) for key in set(keys)}
+        distinct = dict(zip(keys, observations, strict=True))
+        encoded = {key: encode(self.tokenizer, each, limit) for key, each in distinct.items()}
         largest = max(i for prompt in encoded.values() for i in prompt.ids)
         if largest >= self.embedding_size:  # a token that was added without a row
             token = self.tokenizer.convert_ids_to_tokens(largest)
