@@ -29,6 +29,7 @@ IGNORED_KEYS = (
     "environment.sandbox.workers",
 )
 
+_SPLIT = "not needed: forwards without gradient are split by their number of tokens"
 # Keys and options of version 0.1 and their names now.
 RENAMED = {
     "algorithm.leak": "algorithm.truncation_kl_coef",
@@ -39,7 +40,8 @@ RENAMED = {
     "algorithm.beta_iters": "algorithm.beta_anneal_iters",
     "algorithm.lambda_iters": "algorithm.lambda_anneal_iters",
     "algorithm.vocabulary_chunk": "algorithm.logits_chunk_size",
-    "algorithm.annotation_batch": "algorithm.forward_batch_size",
+    "algorithm.annotation_batch": _SPLIT,
+    "algorithm.forward_batch_size": _SPLIT,
     "algorithm.clip_low": "algorithm.clip",
     "algorithm.clip_high": "algorithm.clip",
     "rollout.groups": "rollout.pipeline_groups",

@@ -7,6 +7,8 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from etpo.algorithms.returns import kl_divergence
+from etpo.models.prefix_tree import prefix_tree
+from etpo.rollout.types import PrefixStates
 from etpo_tasks.token_mdp import TokenMDP
 from etpo_tasks.token_mdp_env import TokenMDPEnv
 
@@ -55,18 +57,16 @@ def tables(environment: TokenMDPEnv, module: LightningModule) -> tuple[Tensor, T
         prompts.mask.repeat_interleave(len(prefixes), 0).to(module.device),
         actions.repeat(states, 1).to(module.device),
     ]
-    policy, action_ids = module.policy, inputs[2]
-    ref_hidden = policy.hidden_states(*inputs, reference=True)
-    log_pi, _ = policy.log_probs(policy.hidden_states(*inputs), action_ids)
-    log_ref, _ = policy.log_probs(ref_hidden, action_ids, reference=True)
-    value = module.token_values(*inputs, ref_hidden, log_pi, log_ref).value
+    policy, tree = module.policy, prefix_tree(*inputs, torch.ones_like(inputs[2]).bool())
+    hidden = PrefixStates(policy.hidden_states(tree), policy.hidden_states(tree, reference=True))
+    log_pi, _ = policy.log_probs(hidden.old, tree.taken)
+    log_ref, _ = policy.log_probs(hidden.ref, tree.taken, reference=True)
+    value = module.loss_values(tree, hidden, log_pi, log_ref).value
     rows = torch.arange(len(inputs[0]))
     last = torch.tensor([len(p) for p in prefixes]).repeat(states)
-    log_pi, log_ref = (
-        log_probs[rows, last].double().log_softmax(-1).view(states, len(prefixes), -1).cpu()
-        for log_probs in (log_pi, log_ref)
-    )
-    return log_pi, log_ref, value.view(states, len(prefixes), -1)[:, 0, 0].double().cpu()
+    at = tree.prefix[rows, last].view(states, len(prefixes))
+    log_pi, log_ref = (x[at].double().log_softmax(-1).cpu() for x in (log_pi, log_ref))
+    return log_pi, log_ref, value[at[:, 0]].double().cpu()
 
 
 def prefix_tokens(mdp: TokenMDP) -> list[list[int]]:

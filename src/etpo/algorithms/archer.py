@@ -1,27 +1,28 @@
 """ArCHer: a critic of whole actions and a policy gradient of tokens (arXiv 2402.19446)."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from etpo.algorithms import losses, returns
 from etpo.algorithms.base import Metrics, OnPolicyAlgorithm
-from etpo.algorithms.evaluation import TokenValues
+from etpo.algorithms.evaluation import PrefixValues
 from etpo.algorithms.policy_gradient import policy_gradient_batch, standardized, surrogate_loss
 from etpo.algorithms.settings import PolicyGradientSettings, bounded
 from etpo.errors import ConfigError
 from etpo.models.chunked_logits import in_chunks
 from etpo.models.critics import WITH_HEAD, Critic, DuelingHead, LanguageModelCritic
 from etpo.models.policy import LanguageModelPolicy
+from etpo.models.prefix_tree import PrefixTree
 from etpo.rollout.trajectories import (
     from_trajectories,
     next_values,
     to_trajectories,
     trajectory_steps,
 )
-from etpo.rollout.types import Rollout, TokenBatch
+from etpo.rollout.types import PrefixStates, Rollout, TokenBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +34,6 @@ class ArCHerSettings(PolicyGradientSettings):
     """
 
     tau: float = bounded(1.0, 0, 1, above=True)
-
-
-class ActionValues(NamedTuple):
-    """V(o) and Q(o, a) of whole actions: [B] each."""
-
-    value: Tensor
-    q: Tensor
 
 
 class ArCHer(OnPolicyAlgorithm):
@@ -81,51 +75,40 @@ class ArCHer(OnPolicyAlgorithm):
         targets = from_trajectories(
             rewards + steps.discounts * following, steps.layout, like=old.value[:, :1]
         )
-        value, q = self.map_microbatches(
-            lambda *inputs: self.action_values(self.target_critic, *inputs),
-            *actions[:4],
-            old.ref_hidden,
-        )
+        value, q = self.action_values(self.target_critic, old.tree, old.states)
         advantages = standardized(self, (q - value)[:, None], whole)
         batch = policy_gradient_batch(self, rollout, actions, old, advantages, targets, mask)
         return batch._replace(action_values=q)
 
     def scores(
-        self, critic: Critic, critic_hidden: Tensor, action_ids: Tensor
+        self, critic: Critic, tree: PrefixTree, states: PrefixStates
     ) -> tuple[Tensor, Tensor]:
-        """Compute the values of the prefixes and advantages of the taken tokens: [B, L] each."""
+        """Compute values of the prefixes [N] and advantages of the taken tokens [N, C]."""
 
-        def of_hidden(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        def of_hidden(hidden: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
             value, advantage = critic.head(hidden)
-            return value, returns.gather_tokens(advantage, ids)
+            return value, advantage.gather(-1, taken)
 
-        chunk = self.settings.logits_chunk_size
-        value, advantage = in_chunks(of_hidden, chunk, critic_hidden, action_ids)
+        hidden = critic.hidden_states(tree, states.ref)
+        value, advantage = in_chunks(of_hidden, self.settings.logits_chunk_size, hidden, tree.taken)
         return value, advantage
 
-    def prefix_values(self, *inputs: Tensor) -> Tensor:
-        critic_hidden = self.target_critic.hidden_states(*inputs)
-        return self.scores(self.target_critic, critic_hidden, inputs[2])[0]
+    def prefix_values(self, tree: PrefixTree, states: PrefixStates) -> Tensor:
+        return self.scores(self.target_critic, tree, states)[0]
 
     def action_values(
-        self,
-        critic: Critic,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        action_ids: Tensor,
-        action_mask: Tensor,
-        ref_hidden: Tensor,
-    ) -> ActionValues:
-        """Evaluate V(o) and Q(o, a) of a critic."""
-        hidden = critic.hidden_states(prompt_ids, prompt_mask, action_ids, ref_hidden)
-        value, advantage = self.scores(critic, hidden, action_ids)
-        last = action_mask.sum(1, keepdim=True) - 1
-        return ActionValues(value[:, 0], (value + advantage).gather(1, last).squeeze(1))
+        self, critic: Critic, tree: PrefixTree, states: PrefixStates
+    ) -> tuple[Tensor, Tensor]:
+        """Evaluate V(o) and Q(o, a) of a critic: [B] each."""
+        value, advantage = self.scores(critic, tree, states)
+        value, advantage = tree.of_tokens(value), tree.of_taken(advantage)
+        last = tree.mask.sum(1, keepdim=True) - 1
+        return value[:, 0], (value + advantage).gather(1, last).squeeze(1)
 
     def critic_loss(self, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """Average the regression losses of Q(o, a) and V(o) over actions."""
         assert batch.action_values is not None
-        value, q = self.action_values(self.critic, *batch[:4], batch.ref_hidden)
+        value, q = self.action_values(self.critic, batch.tree, batch.states)
         every = torch.ones_like(q, dtype=torch.bool)
         each = losses.critic_loss(q, batch.returns[:, 0], every, "huber")
         each = each + losses.critic_loss(value, batch.action_values, every, "huber")
@@ -139,7 +122,9 @@ class ArCHer(OnPolicyAlgorithm):
         clipped = losses.is_clipped(log_pi, old, s.clip)
         return surrogate_loss(batch, log_pi, log_mass, surrogate, clipped, s.truncation_kl_coef)
 
-    def token_values(self, *inputs: Tensor) -> TokenValues:
-        values = self.prefix_values(*inputs[:4])
-        values[:, 1:] = float("nan")  # V is trained at the prompt only
-        return TokenValues(values)
+    def loss_values(
+        self, tree: PrefixTree, states: PrefixStates, log_pi: Tensor, log_ref: Tensor
+    ) -> PrefixValues:
+        values = self.prefix_values(tree, states)
+        values[tree.prefix[:, 1:][tree.mask[:, 1:]]] = float("nan")  # trained at prompts only
+        return PrefixValues(values)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from lightning import LightningModule
@@ -17,11 +17,10 @@ from etpo.algorithms.settings import Settings, build_settings
 from etpo.errors import ConfigError
 from etpo.models import critics
 from etpo.models.policy import LanguageModelPolicy
-from etpo.rollout.buffer import split_by_length
-from etpo.rollout.types import Actions, Rollout, TokenBatch
+from etpo.models.prefix_tree import PrefixTree, prefix_tree
+from etpo.rollout.types import Actions, PrefixStates, Rollout, TokenBatch
 from etpo.sharding import configure_strategy
 
-LENGTH_GROUPS = 2  # parts of a minibatch with similar action lengths, computed separately
 PARAMETER_GROUPS = ("policy", "critic")
 Metrics = dict[str, tuple[Tensor | float, int]]  # mean and its number of samples
 
@@ -112,43 +111,33 @@ class OnPolicyAlgorithm(LightningModule):
         actions = Actions(*(x.to(self.device) for x in rollout.actions))
         # copies trained parameters only; not a submodule, so checkpoints do not contain it
         object.__setattr__(self, "old_lm_head", critics.snapshot(self.policy.lm_head))
-        inputs = [actions.prompt_ids, actions.prompt_mask, actions.action_ids]
+        tree = actions.tree()
         # recompute in bfloat16: rounding of generation and training differs, ratios would not be 1
         autocast = torch.is_autocast_enabled(self.device.type)
-        if actions.hidden_states.dtype == torch.float32 and not autocast:
-            inputs.append(actions.hidden_states)
+        recorded = actions.hidden_states.dtype == torch.float32 and not autocast
+        old_hidden = actions.hidden_states.flatten(0, 1)[tree.first] if recorded else None
         self.mean_length = float(self.mean_over_ranks(actions.action_mask.float().sum(1).mean()))
-        return actions, self.map_microbatches(self.evaluate, *inputs)
+        return actions, self.evaluate(tree, old_hidden)
 
     def evaluate(
-        self,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        action_ids: Tensor,
-        old_hidden: Tensor | None = None,
+        self, tree: PrefixTree, old_hidden: Tensor | None = None
     ) -> evaluation.TokenEvaluation:
-        """Evaluate policy, reference and critic at the L taken tokens of action_ids [B, L].
+        """Evaluate policy, reference and critic at the taken tokens.
 
         Args:
-            old_hidden: [B, L, D], hidden states of the policy recorded during generation.
+            old_hidden: [N, D], hidden states of the policy recorded during generation.
         """
-        inputs = prompt_ids, prompt_mask, action_ids
         size = self.settings.logits_chunk_size
-        taken = evaluation.evaluate_tokens(self.policy, *inputs, old_hidden, size)
+        taken = evaluation.evaluate_tokens(self.policy, tree, old_hidden, size)
         if self.critic is None:
             return taken
-        return taken._replace(value=self.prefix_values(*inputs, taken.ref_hidden))
+        values = self.prefix_values(tree, taken.states)
+        return taken._replace(value=tree.of_tokens(values))
 
-    def prefix_values(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor, ref_hidden: Tensor
-    ) -> Tensor:
-        """Return the critic's values [B, L] of the L prefixes."""
+    def prefix_values(self, tree: PrefixTree, states: PrefixStates) -> Tensor:
+        """Return the critic's values [N] of the prefixes."""
         assert self.critic is not None
-        return torch.as_tensor(self.critic(prompt_ids, prompt_mask, action_ids, ref_hidden))
-
-    def map_microbatches(self, function: Callable[..., NamedTuple], *inputs: Tensor) -> Any:
-        """Apply `function` to `forward_batch_size` rows at a time and concatenate its outputs."""
-        return evaluation.map_rows(function, self.settings.forward_batch_size, *inputs)
+        return torch.as_tensor(self.critic(tree, states.ref))
 
     def bootstrap_values(self, rollout: Rollout) -> Tensor:
         """Return the value of the true next prompt of truncated actions, 0 for others: [B].
@@ -158,9 +147,10 @@ class OnPolicyAlgorithm(LightningModule):
         """
         values = torch.zeros_like(rollout.actions.rewards, device=self.device)
         if len(rollout.bootstrap_ids):
-            prompts = [x.to(self.device) for x in (rollout.bootstrap_ids, rollout.bootstrap_mask)]
-            action_ids = torch.zeros_like(prompts[0][:, :1])
-            after = self.map_microbatches(self.evaluate, *prompts, action_ids)
+            ids, mask = (x.to(self.device) for x in (rollout.bootstrap_ids, rollout.bootstrap_mask))
+            tokens = torch.zeros_like(ids[:, :1])
+            tree = prefix_tree(ids, mask, tokens, torch.ones_like(tokens).bool())
+            after = self.evaluate(tree)
             values[rollout.actions.truncated.to(self.device)] = after.value[:, 0]
         return values
 
@@ -181,21 +171,11 @@ class OnPolicyAlgorithm(LightningModule):
         size = self.settings.logits_chunk_size
         return evaluation.taken_log_probs(self.policy, self.old_lm_head, batch, size)
 
-    def token_values(
-        self,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        action_ids: Tensor,
-        ref_hidden: Tensor,
-        log_pi: Tensor,
-        log_ref: Tensor,
-    ) -> evaluation.TokenValues:
-        """Return V and Q of the policy loss at the L prefixes of action_ids [B, L].
-
-        Args:
-            ref_hidden: [B, L, D], of the reference. log_pi, log_ref: [B, L, V].
-        """
-        return evaluation.TokenValues()
+    def loss_values(
+        self, tree: PrefixTree, states: PrefixStates, log_pi: Tensor, log_ref: Tensor
+    ) -> evaluation.PrefixValues:
+        """Return V and Q of the policy loss at the N prefixes; log_pi, log_ref: [N, V]."""
+        return evaluation.PrefixValues()
 
     def sampled_advantages(self, batch: TokenBatch) -> Tensor | None:
         """Return the factor [B, L] of the probability ratio in the loss, None if there is none."""
@@ -227,19 +207,15 @@ class OnPolicyAlgorithm(LightningModule):
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         if batch_idx == 0:
             self.log_iteration()
-        loss = kl = torch.zeros((), device=self.device)
-        for part in split_by_length(batch, LENGTH_GROUPS):
-            share = len(part.weights) / len(batch.weights)
-            part_loss, metrics = self.critic_loss(part)
-            if not self.kl_stopped:
-                policy_loss, policy_metrics = self.policy_loss(part)
-                kl = kl + share * torch.as_tensor(policy_metrics["train/kl_to_old"][0])
-                part_loss, metrics = part_loss + policy_loss, metrics | policy_metrics
-            loss = loss + share * part_loss
-            self.log_metrics(metrics)
+        loss, metrics = self.critic_loss(batch)
         if not self.kl_stopped:
-            self.step_kls.append(kl)
-        elif self.critic is None:  # backward needs a graph; the gradient is removed below
+            policy_loss, policy_metrics = self.policy_loss(batch)
+            loss, metrics = loss + policy_loss, metrics | policy_metrics
+            self.step_kls.append(torch.as_tensor(policy_metrics["train/kl_to_old"][0]))
+        self.log_metrics(metrics)
+        if (
+            self.kl_stopped and self.critic is None
+        ):  # backward needs a graph; the gradient is removed below
             loss = 0.0 * self.policy.trainable_parameters()[0].sum()
         return loss
 

@@ -76,20 +76,15 @@ class NoUpdate(LightningModule):
         """
         if self.policy.min_p == 0:
             return 0.0
-        total, s = 0.0, self.settings
-        for rows in torch.split(torch.arange(len(actions.rewards)), s.forward_batch_size):
-            ids, mask, hidden = (
-                x[rows].to(self.device)
-                for x in (actions.action_ids, actions.action_mask, actions.hidden_states)
-            )
-            (log_mass,) = in_chunks(
-                lambda h, i: (self.policy.log_probs(h, i).log_support_mass,),
-                s.logits_chunk_size,
-                hidden,
-                ids,
-            )
-            total -= float((log_mass * mask).sum())
-        return total / len(actions.rewards)
+        tree = actions.tree()
+        hidden = actions.hidden_states.flatten(0, 1)[tree.first].to(self.device)
+        (log_mass,) = in_chunks(
+            lambda h, taken: (self.policy.log_probs(h, taken).log_support_mass,),
+            self.settings.logits_chunk_size,
+            hidden,
+            tree.taken.to(self.device),
+        )
+        return -float(tree.of_tokens(log_mass.cpu()).sum(1).mean())
 
     def training_step(self, batch: Actions, batch_idx: int) -> Tensor:
         """Log the metrics and return a zero loss; DDP does not accept None."""

@@ -40,13 +40,13 @@ def policy_gradient_batch(
         }
     return TokenBatch(
         *actions[:4],
-        old_hidden=old.old_hidden,
-        ref_hidden=old.ref_hidden,
-        old_log_probs=old.log_pi.where(mask, 0.0),
-        ref_log_probs=old.log_ref.where(mask, 0.0),
+        old_log_probs=old.log_pi,
+        ref_log_probs=old.log_ref,
         advantages=advantages,
         returns=returns,
         weights=actions.rewards.new_ones(len(mask)),
+        tree=old.tree,
+        states=old.states,
     )
 
 

@@ -7,17 +7,18 @@ from torch import Tensor
 
 from etpo.algorithms import losses, returns
 from etpo.algorithms.base import Metrics, OnPolicyAlgorithm
-from etpo.algorithms.evaluation import TokenValues
+from etpo.algorithms.evaluation import PrefixValues
 from etpo.algorithms.policy_gradient import policy_gradient_batch, standardized, surrogate_loss
 from etpo.algorithms.settings import PolicyGradientSettings, bounded, one_of
 from etpo.models.critics import ValueHead
+from etpo.models.prefix_tree import PrefixTree
 from etpo.rollout.trajectories import (
     from_trajectories,
     next_values,
     to_trajectories,
     trajectory_steps,
 )
-from etpo.rollout.types import Rollout, TokenBatch
+from etpo.rollout.types import PrefixStates, Rollout, TokenBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,7 @@ class PPO(OnPolicyAlgorithm):
 
     def critic_loss(self, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """Average the Huber loss of the values over the steps."""
-        values = self.prefix_values(*batch[:3], batch.ref_hidden)
+        values = batch.tree.of_tokens(self.prefix_values(batch.tree, batch.states))
         mask = self.trained_prefixes(batch.action_mask)
         steps_per_action = 1.0 if self.over_actions else self.mean_length
         each = losses.critic_loss(values, batch.returns, mask, "huber")
@@ -104,8 +105,10 @@ class PPO(OnPolicyAlgorithm):
         coef = self.settings.truncation_kl_coef
         return surrogate_loss(batch, log_pi, log_mass, surrogate, clipped, coef)
 
-    def token_values(self, *inputs: Tensor) -> TokenValues:
-        values = self.prefix_values(*inputs[:4])
+    def loss_values(
+        self, tree: PrefixTree, states: PrefixStates, log_pi: Tensor, log_ref: Tensor
+    ) -> PrefixValues:
+        values = self.prefix_values(tree, states)
         if self.over_actions:  # the critic is trained at prompts only
-            values[:, 1:] = float("nan")
-        return TokenValues(values)
+            values[tree.prefix[:, 1:][tree.mask[:, 1:]]] = float("nan")
+        return PrefixValues(values)

@@ -3,6 +3,8 @@
 import functools
 import json
 import math
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from etpo.algorithms.base import OnPolicyAlgorithm
-from etpo.algorithms.returns import expectation, gather_tokens, kl_divergence
+from etpo.algorithms.evaluation import PrefixValues
+from etpo.algorithms.returns import expectation, kl_divergence
 from etpo.callbacks.episodes import truncate_lines
 from etpo.errors import check_integer
 from etpo.files import append_lines
+from etpo.models.prefix_tree import prefix_tree
 from etpo.models.token_text import label, token_texts
-from etpo.rollout.types import Rollout
+from etpo.rollout.types import PrefixStates, Rollout
 from etpo.studies.pages.credit import write_page
 
 ALTERNATIVES = 5
@@ -67,12 +71,8 @@ class TokenCredit(Callback):
         sampled = [None if advantages is None else advantages[row] for row in selected]
         actions = [*selected.values(), self.followed]
         settings = getattr(module, "settings", None)  # a module of another kind may have none
-        size = getattr(settings, "forward_batch_size", len(actions))
-        numbers = [
-            each
-            for start in range(0, len(actions), size)
-            for each in token_numbers(module, actions[start : start + size])
-        ]
+        size = getattr(settings, "logits_chunk_size", sys.maxsize)
+        numbers = [n for part in parts(actions, size) for n in token_numbers(module, part)]
         for columns in zip(actions, numbers, [*sampled, None], strict=True):
             self.lines.append({"iteration": iteration} | credit_line(module, *columns))
         self.lines[-1]["followed"] = self.followed["iteration"]
@@ -107,6 +107,18 @@ def select(rollout: Rollout, row: int) -> dict[str, Any]:
     }
 
 
+def parts(actions: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    """Split actions into lists of at most `size` tokens, but at least one action."""
+    part: list[dict[str, Any]] = []
+    for action in actions:
+        tokens = sum(len(each["action_ids"]) for each in [*part, action])
+        if part and tokens > size:
+            yield part
+            part = []
+        part.append(action)
+    yield part
+
+
 def token_numbers(
     module: LightningModule, actions: list[dict[str, Any]]
 ) -> list[dict[str, Tensor]]:
@@ -123,33 +135,41 @@ def token_numbers(
     )
     left = functools.partial(pad_sequence, batch_first=True, padding_side="left")
     prompt_ids, prompt_mask = left(prompts), left([torch.ones_like(p).bool() for p in prompts])
-    action_ids = pad_sequence(texts, batch_first=True)
-    inputs, policy = (prompt_ids, prompt_mask, action_ids), module.policy
-    ref_hidden = policy.hidden_states(*inputs, reference=True)
-    log_pi, _ = policy.log_probs(policy.hidden_states(*inputs), action_ids)
-    log_ref, _ = policy.log_probs(ref_hidden, action_ids, reference=True)
-    without_taken = log_pi.scatter(-1, action_ids.unsqueeze(-1), float("-inf"))
-    others = without_taken.topk(min(ALTERNATIVES, log_pi.shape[-1] - 1)).indices
-    log_ratio = gather_tokens(log_pi, action_ids) - gather_tokens(log_ref, action_ids)
-    numbers = {
-        "probability": gather_tokens(log_pi, action_ids).exp(),
-        "log_ratio": log_ratio,
-        "entropy": expectation(log_pi, -log_pi),
-        "kl": kl_divergence(log_pi, log_ref),
-        "other_ids": others,
-        "other_probability": log_pi.gather(-1, others).exp(),
-    }
+    ids = pad_sequence(texts, batch_first=True)
+    mask = pad_sequence([torch.ones_like(t).bool() for t in texts], batch_first=True)
+    policy, tree = module.policy, prefix_tree(prompt_ids, prompt_mask, ids, mask)
+    states = PrefixStates(policy.hidden_states(tree), policy.hidden_states(tree, reference=True))
+    log_pi, _ = policy.log_probs(states.old, tree.taken)
+    log_ref, _ = policy.log_probs(states.ref, tree.taken, reference=True)
+    values = PrefixValues()
     if isinstance(module, OnPolicyAlgorithm):
-        value, q = module.token_values(*inputs, ref_hidden, log_pi, log_ref)
-        if value is not None:
-            numbers["value"] = value
-        if q is not None:
-            numbers |= {"q": gather_tokens(q, action_ids), "other_q": q.gather(-1, others)}
-            numbers["critic_advantage"] = numbers["q"] - module.beta * log_ratio - value
-    return [
-        {name: values[row, : len(ids)].cpu() for name, values in numbers.items()}
-        for row, ids in enumerate(texts)
-    ]
+        values = module.loss_values(tree, states, log_pi, log_ref)
+    kl, entropy = kl_divergence(log_pi, log_ref), expectation(log_pi, -log_pi)
+    numbers = []
+    for row, length in enumerate(map(len, texts)):
+        at, taken = tree.prefix[row, :length], ids[row, :length, None]
+
+        def of_taken(x: Tensor, at: Tensor = at, taken: Tensor = taken) -> Tensor:
+            return x[at].gather(-1, taken).squeeze(-1)
+
+        without_taken = log_pi[at].scatter(-1, taken, float("-inf"))
+        others = without_taken.topk(min(ALTERNATIVES, log_pi.shape[-1] - 1)).indices
+        log_ratio = of_taken(log_pi) - of_taken(log_ref)
+        each = {
+            "probability": of_taken(log_pi).exp(),
+            "log_ratio": log_ratio,
+            "entropy": entropy[at],
+            "kl": kl[at],
+            "other_ids": others,
+            "other_probability": log_pi[at].gather(-1, others).exp(),
+        }
+        if values.value is not None:
+            each["value"] = values.value[at]
+        if values.q is not None:
+            each |= {"q": of_taken(values.q), "other_q": values.q[at].gather(-1, others)}
+            each["critic_advantage"] = each["q"] - module.beta * log_ratio - each["value"]
+        numbers.append({name: x.cpu() for name, x in each.items()})
+    return numbers
 
 
 def credit_line(

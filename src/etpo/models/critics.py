@@ -13,7 +13,8 @@ from etpo.models.causal_lm import trunk_of
 from etpo.models.chunked_logits import project_to_vocabulary
 from etpo.models.distribution import scale_logits
 from etpo.models.policy import LanguageModelPolicy
-from etpo.models.shared_prompt import forward_actions
+from etpo.models.prefix_tree import PrefixTree
+from etpo.models.tree_forward import forward_tree
 
 Copied = TypeVar("Copied", bound=nn.Module)
 Head = type[nn.Module]
@@ -75,31 +76,29 @@ class Critic(nn.Module):
     ) -> None:
         super().__init__()
         self.trunk = self.make_trunk(policy)
-        self.checkpointed = policy.checkpointed
+        self.packs_prefixes = policy.packs_prefixes
         self.head = head(policy.hidden_size, policy.vocabulary_size, hidden_size)
 
     def make_trunk(self, policy: LanguageModelPolicy) -> nn.Module | None:
         """Return the language model, without LM head, that the critic trains, if any."""
         return None
 
-    def hidden_states(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor, ref_hidden: Tensor
-    ) -> Tensor:
-        """Compute the critic's hidden states [B, L, C] at the L prefixes of action_ids [B, L].
+    def hidden_states(self, tree: PrefixTree, ref_hidden: Tensor) -> Tensor:
+        """Compute the critic's hidden states [N, C] of the prefixes of `tree`.
 
-        ref_hidden: the reference's hidden states [B, L, D] at the same prefixes.
+        ref_hidden: the reference's hidden states [N, D] of the same prefixes.
         """
         if self.trunk is None:
             return ref_hidden
-        return forward_actions(self.trunk, prompt_ids, prompt_mask, action_ids, self.checkpointed)
+        return forward_tree(self.trunk, tree, self.packs_prefixes)
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Return the trained parameters of `head`."""
         return [p for p in self.head.parameters() if p.requires_grad]
 
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, tree: PrefixTree, ref_hidden: Tensor) -> Any:
         """Return the outputs of `head` at the hidden states; arguments as of `hidden_states`."""
-        return self.head(self.hidden_states(*inputs))
+        return self.head(self.hidden_states(tree, ref_hidden))
 
     def train(self, mode: bool = True) -> "Critic":
         """Keep evaluation mode: dropout is off in every forward."""
@@ -150,7 +149,7 @@ class LoraCritic(Critic):
 class LanguageModelCritic(Critic):
     """A trainable copy of the whole language model whose logits are Q, as in the paper.
 
-    `forward` returns no value, and Q [B, L, V] instead of the advantage. Raises ConfigError if the
+    `forward` returns no value, and Q [N, V] instead of the advantage. Raises ConfigError if the
     algorithm's critic is not a Q-function.
     """
 
@@ -159,7 +158,7 @@ class LanguageModelCritic(Critic):
         if head is not DuelingHead:
             raise ConfigError(f"critic=lm_copy: allowed are {', '.join(WITH_HEAD)}")
         self.model = copy.deepcopy(base_model_of(policy)).requires_grad_(True).float()
-        self.checkpointed = policy.checkpointed
+        self.packs_prefixes = policy.packs_prefixes
         self.vocabulary_size = policy.vocabulary_size
 
     @property

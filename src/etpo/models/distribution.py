@@ -43,7 +43,7 @@ def token_distribution(
     min_p: float = 0.0,
     *,
     support: Tensor | None = None,
-    action_ids: Tensor | None = None,
+    taken: Tensor | None = None,
 ) -> TokenDistribution:
     """Compute softmax(logits / temperature) [..., V], restricted to the tokens that `min_p` keeps.
 
@@ -53,8 +53,8 @@ def token_distribution(
         min_p: Tokens below this share of the likeliest token's probability get none
             (arXiv 2407.01082).
         support: bool [..., V], the tokens to keep in place of those that `min_p` selects.
-        action_ids: int64 [...], tokens that are always kept: rounding may differ from that of
-            the sampler which drew them.
+        taken: int64 [..., C], tokens that are always kept: rounding may differ from that of the
+            sampler which drew them.
     """
     if temperature != 1:
         logits = logits.float() / temperature
@@ -63,8 +63,8 @@ def token_distribution(
         return TokenDistribution(log_probs, torch.zeros_like(log_probs[..., 0]))
     if support is None:
         support = log_probs >= log_probs.amax(-1, keepdim=True) + math.log(min_p)
-        if action_ids is not None:
-            support = support.scatter(-1, action_ids.unsqueeze(-1), True)
+        if taken is not None:
+            support = support.scatter(-1, taken, True)
     log_mass = (log_probs.exp() * support).sum(-1).log()
     # several times as fast as masked_fill
     nothing = log_probs.new_tensor(float("-inf"))

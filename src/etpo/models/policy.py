@@ -17,11 +17,12 @@ from etpo.models.causal_lm import trunk_of
 from etpo.models.chunked_logits import project_to_vocabulary
 from etpo.models.distribution import TokenDistribution, scale_logits, token_distribution
 from etpo.models.loading import expanded, load_model, load_tokenizer
+from etpo.models.prefix_tree import PrefixTree
 from etpo.models.probe import check_forwards
 from etpo.models.prompting import PromptBatch, PromptTemplate
-from etpo.models.shared_prompt import checkpoint_layers, forward_actions
 from etpo.models.stopping import parse_stop_strings, stop_ids
 from etpo.models.token_text import added_text
+from etpo.models.tree_forward import checkpoint_layers, forward_tree
 
 
 class LanguageModelPolicy(nn.Module):
@@ -93,9 +94,10 @@ class LanguageModelPolicy(nn.Module):
         self.model = model if lora is None else add_adapter(model, lora)
         self._set_sizes(model)
         self.eval()
-        self.shares_prefixes = False  # whether `SharedPrefixCache` decodes this model
+        # whether `SharedPrefixCache` decodes the model, and `forward_tree` packs its tokens
+        self.shares_prefixes = self.packs_prefixes = False
         if attn_implementation in ("eager", "sdpa"):  # the others need a GPU, and the weights on it
-            self.shares_prefixes = check_forwards(self, name_or_path)
+            self.shares_prefixes, self.packs_prefixes = check_forwards(self, name_or_path)
 
     def _set_sizes(self, model: PreTrainedModel) -> None:
         """Set sizes and pad token; raise ConfigError if the tokenizer does not fit the model."""
@@ -169,18 +171,13 @@ class LanguageModelPolicy(nn.Module):
         ends = [text.find(stop) for stop in self.stop_strings]
         return text[: min((end for end in ends if end >= 0), default=len(text))]
 
-    def hidden_states(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor, reference: bool = False
-    ) -> Tensor:
-        """Compute the last hidden states [B, L, D] at the L prefixes of action_ids [B, L].
+    def hidden_states(self, tree: PrefixTree, reference: bool = False) -> Tensor:
+        """Compute the last hidden states [N, D] of the prefixes of `tree`.
 
-        Prefix l is the prompt and the l tokens before token l. Prompts [B, P] are padded on the
-        left, actions on the right. Equal rows are computed once, unless activations are
-        checkpointed. No gradient reaches the reference.
+        Each distinct token is computed once if `packs_prefixes`. No gradient reaches the reference.
         """
-        inputs = prompt_ids, prompt_mask, action_ids
         with self._weights(reference) as model:
-            return forward_actions(trunk_of(model), *inputs, self.checkpointed)
+            return forward_tree(trunk_of(model), tree, self.packs_prefixes)
 
     def logits(
         self, hidden: Tensor, *, reference: bool = False, lm_head: nn.Module | None = None
@@ -194,7 +191,7 @@ class LanguageModelPolicy(nn.Module):
     def log_probs(
         self,
         hidden: Tensor,
-        action_ids: Tensor | None = None,
+        taken: Tensor | None = None,
         *,
         reference: bool = False,
         support: Tensor | None = None,
@@ -204,14 +201,14 @@ class LanguageModelPolicy(nn.Module):
 
         Args:
             hidden: Any selection of the result of `hidden_states`.
-            action_ids: int64 [...], the taken tokens, which `min_p` always keeps.
+            taken: int64 [..., C], taken tokens, which `min_p` always keeps.
             reference: Use the reference's LM head, without gradient; it keeps all tokens.
             support: bool [..., V], the tokens to keep in place of those that `min_p` selects.
             lm_head: Use this LM head instead of the policy's current one.
         """
         logits = self.logits(hidden, reference=reference, lm_head=lm_head)
         options = self.temperature, 0.0 if reference else self.min_p
-        return token_distribution(logits, *options, support=support, action_ids=action_ids)
+        return token_distribution(logits, *options, support=support, taken=taken)
 
     @property
     def lm_head(self) -> nn.Module:

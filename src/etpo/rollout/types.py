@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from etpo.models.prefix_tree import PrefixTree, prefix_tree
+
 
 class Actions(NamedTuple):
     """Actions of one policy iteration, ordered by round, then by environment.
@@ -23,6 +25,14 @@ class Actions(NamedTuple):
     terminated: Tensor  # bool [B], true if the episode ended; the next value is 0
     truncated: Tensor  # bool [B], true if the episode was cut; the next value is bootstrapped
     step: Tensor  # int64 [B], index of the action in its episode, from 0
+
+    def select(self, rows: Tensor) -> "Actions":
+        """Return the actions `rows` [b]."""
+        return Actions(*(x[rows.to(x.device)] for x in self))
+
+    def tree(self) -> PrefixTree:
+        """Build the tree of the actions' prefixes."""
+        return prefix_tree(self.prompt_ids, self.prompt_mask, self.action_ids, self.action_mask)
 
 
 class Record(NamedTuple):
@@ -58,25 +68,47 @@ class Rollout(NamedTuple):
     score_seconds: float
 
 
+class PrefixStates(NamedTuple):
+    """Hidden states of N prefixes, without gradient."""
+
+    old: Tensor  # [N, D], of the policy that sampled
+    ref: Tensor  # [N, D], of the reference
+    critic: Tensor | None = None  # [N, C], of the target critic
+
+    def select(self, prefixes: Tensor) -> "PrefixStates":
+        """Return the states of `prefixes` [n]."""
+        critic = None if self.critic is None else self.critic[prefixes]
+        return PrefixStates(self.old[prefixes], self.ref[prefixes], critic)
+
+
 class TokenBatch(NamedTuple):
     """Training batch of an on-policy algorithm; no tensor carries a gradient.
 
-    `old` is the policy that sampled the actions, `ref` the frozen reference.
+    `tree` has the N distinct prefixes of the B actions, `states` their hidden states. Tokens are
+    [B, L]. `old` is the policy that sampled the actions, `ref` the frozen reference.
     """
 
     prompt_ids: Tensor  # int64 [B, P]
     prompt_mask: Tensor  # bool [B, P]
     action_ids: Tensor  # int64 [B, L]
     action_mask: Tensor  # bool [B, L]
-    old_hidden: Tensor  # [B, L, D]
-    ref_hidden: Tensor  # [B, L, D]
     old_log_probs: Tensor  # float32 [B, L], of the taken tokens
     ref_log_probs: Tensor  # float32 [B, L], of the taken tokens
     advantages: Tensor  # float32 [B, L]
     returns: Tensor  # float32 [B, L], regression targets of the critic
     weights: Tensor  # float32 [B], weight of the action in the policy objective
-    critic_hidden: Tensor | None = None  # [B, L, C], of the target critic
+    tree: PrefixTree
+    states: PrefixStates
     action_values: Tensor | None = None  # float32 [B], Q(o, a) of the target critic
+
+    def select(self, rows: Tensor) -> "TokenBatch":
+        """Return the actions `rows` [b] with the tree of their own prefixes."""
+        fields = {
+            name: x[rows.to(x.device)] for name, x in self._asdict().items() if torch.is_tensor(x)
+        }
+        tree = prefix_tree(*(fields[name] for name in TokenBatch._fields[:4]))
+        prefixes = self.tree.prefix[rows.to(tree.first.device)].flatten()[tree.first]
+        return self._replace(**fields, tree=tree, states=self.states.select(prefixes))
 
 
 def pad_stack(blocks: Sequence[Tensor], value: float, *, left: bool) -> Tensor:
