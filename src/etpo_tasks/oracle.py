@@ -6,9 +6,10 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from etpo.algorithms.evaluation import prefix_states
 from etpo.algorithms.returns import kl_divergence
 from etpo.models.prefix_tree import prefix_tree
-from etpo.rollout.types import PrefixStates
+from etpo.models.token_columns import ALL_TOKENS
 from etpo_tasks.token_mdp import TokenMDP
 from etpo_tasks.token_mdp_env import TokenMDPEnv
 
@@ -58,10 +59,11 @@ def tables(environment: TokenMDPEnv, module: LightningModule) -> tuple[Tensor, T
         actions.repeat(states, 1).to(module.device),
     ]
     policy, tree = module.policy, prefix_tree(*inputs, torch.ones_like(inputs[2]).bool())
-    hidden = PrefixStates(policy.hidden_states(tree), policy.hidden_states(tree, reference=True))
-    log_pi, _ = policy.log_probs(hidden.old, tree.taken)
-    log_ref, _ = policy.log_probs(hidden.ref, tree.taken, reference=True)
-    value = module.loss_values(tree, hidden, log_pi, log_ref).value
+    all_tokens = torch.zeros(len(tree.node), 0, dtype=torch.int32, device=module.device)
+    hidden = prefix_states(policy, tree, all_tokens, len(tree.node))
+    log_pi, _ = policy.log_probs(hidden.old, taken=tree.taken)
+    log_ref, _ = policy.log_probs(hidden.ref, reference=True)
+    value = module.loss_values(tree, hidden, ALL_TOKENS, log_pi, log_ref).value
     rows = torch.arange(len(inputs[0]))
     last = torch.tensor([len(p) for p in prefixes]).repeat(states)
     at = tree.prefix[rows, last].view(states, len(prefixes))

@@ -15,7 +15,8 @@ from etpo.errors import ConfigError
 from etpo.models.chunked_logits import in_chunks
 from etpo.models.critics import WITH_HEAD, Critic, DuelingHead, LanguageModelCritic
 from etpo.models.policy import LanguageModelPolicy
-from etpo.models.prefix_tree import PrefixTree
+from etpo.models.prefix_tree import PrefixTree, first_step
+from etpo.models.token_columns import TokenColumns
 from etpo.rollout.trajectories import (
     from_trajectories,
     next_values,
@@ -61,20 +62,18 @@ class ArCHer(OnPolicyAlgorithm):
     @torch.no_grad()
     def compute_targets(self, rollout: Rollout) -> TokenBatch:
         actions, old = self.start_iteration(rollout)
-        mask, whole = actions.action_mask, actions.action_mask[:, :1]  # every action has a token
+        mask, whole = actions.step_mask, actions.action_mask[:, :1]  # every action has a token
         steps = trajectory_steps(actions, whole, rollout.num_envs, self.settings.gamma)
         log_pi, log_ref = (
-            to_trajectories((x * mask).sum(1, keepdim=True), steps.layout)
-            for x in (old.log_pi, old.log_ref)
+            to_trajectories(x.sum(1, keepdim=True), steps.layout) for x in (old.log_pi, old.log_ref)
         )
-        values = to_trajectories(old.value[:, :1], steps.layout)
+        first = old.value.gather(1, first_step(mask))
+        values = to_trajectories(first, steps.layout)
         following = next_values(steps, values, self.bootstrap_values(rollout))
         rewards = returns.kl_penalized_rewards(
             steps.rewards, log_pi, log_ref, self.beta, steps.layout.valid
         )
-        targets = from_trajectories(
-            rewards + steps.discounts * following, steps.layout, like=old.value[:, :1]
-        )
+        targets = from_trajectories(rewards + steps.discounts * following, steps.layout, like=first)
         value, q = self.action_values(self.target_critic, old.tree, old.states)
         advantages = standardized(self, (q - value)[:, None], whole)
         batch = policy_gradient_batch(self, rollout, actions, old, advantages, targets, mask)
@@ -85,12 +84,13 @@ class ArCHer(OnPolicyAlgorithm):
     ) -> tuple[Tensor, Tensor]:
         """Compute values of the prefixes [N] and advantages of the taken tokens [N, C]."""
 
-        def of_hidden(hidden: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
-            value, advantage = critic.head(hidden)
-            return value, advantage.gather(-1, taken)
+        def of_hidden(hidden: Tensor, taken: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
+            columns = TokenColumns.of(self.policy.vocabulary_size, support)
+            value, advantage = critic.head(hidden, columns.ids)
+            return value, advantage.gather(-1, columns.places(taken))
 
-        hidden = critic.hidden_states(tree, states.ref)
-        value, advantage = in_chunks(of_hidden, self.settings.logits_chunk_size, hidden, tree.taken)
+        inputs = critic.hidden_states(tree, states.ref), tree.taken, states.support
+        value, advantage = in_chunks(of_hidden, self.settings.logits_chunk_size, *inputs)
         return value, advantage
 
     def prefix_values(self, tree: PrefixTree, states: PrefixStates) -> Tensor:
@@ -101,9 +101,9 @@ class ArCHer(OnPolicyAlgorithm):
     ) -> tuple[Tensor, Tensor]:
         """Evaluate V(o) and Q(o, a) of a critic: [B] each."""
         value, advantage = self.scores(critic, tree, states)
-        value, advantage = tree.of_tokens(value), tree.of_taken(advantage)
-        last = tree.mask.sum(1, keepdim=True) - 1
-        return value[:, 0], (value + advantage).gather(1, last).squeeze(1)
+        q = tree.of_tokens(value) + tree.of_taken(advantage)
+        last = tree.mask.shape[1] - 1 - first_step(tree.mask.flip(1))
+        return tree.of_first(value), q.gather(1, last).squeeze(1)
 
     def critic_loss(self, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """Average the regression losses of Q(o, a) and V(o) over actions."""
@@ -122,9 +122,8 @@ class ArCHer(OnPolicyAlgorithm):
         clipped = losses.is_clipped(log_pi, old, s.clip)
         return surrogate_loss(batch, log_pi, log_mass, surrogate, clipped, s.truncation_kl_coef)
 
-    def loss_values(
-        self, tree: PrefixTree, states: PrefixStates, log_pi: Tensor, log_ref: Tensor
-    ) -> PrefixValues:
+    def loss_values(self, tree: PrefixTree, states: PrefixStates, *_: Any) -> PrefixValues:
         values = self.prefix_values(tree, states)
-        values[tree.prefix[:, 1:][tree.mask[:, 1:]]] = float("nan")  # trained at prompts only
+        later = tree.mask.scatter(1, first_step(tree.mask), False)
+        values[tree.prefix[later]] = float("nan")  # V is trained before the first step only
         return PrefixValues(values)

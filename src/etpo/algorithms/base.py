@@ -17,8 +17,9 @@ from etpo.algorithms.settings import Settings, build_settings
 from etpo.errors import ConfigError
 from etpo.models import critics
 from etpo.models.policy import LanguageModelPolicy
-from etpo.models.prefix_tree import PrefixTree, prefix_tree
-from etpo.rollout.types import Actions, PrefixStates, Rollout, TokenBatch
+from etpo.models.prefix_tree import PrefixTree
+from etpo.models.token_columns import TokenColumns
+from etpo.rollout.types import Actions, Decisions, PrefixStates, Rollout, TokenBatch
 from etpo.sharding import configure_strategy
 
 PARAMETER_GROUPS = ("policy", "critic")
@@ -115,24 +116,51 @@ class OnPolicyAlgorithm(LightningModule):
         # recompute in bfloat16: rounding of generation and training differs, ratios would not be 1
         autocast = torch.is_autocast_enabled(self.device.type)
         recorded = actions.hidden_states.dtype == torch.float32 and not autocast
-        old_hidden = actions.hidden_states.flatten(0, 1)[tree.first] if recorded else None
-        self.mean_length = float(self.mean_over_ranks(actions.action_mask.float().sum(1).mean()))
-        return actions, self.evaluate(tree, old_hidden)
+        hidden, allowed, support = (
+            x.flatten(0, 1)[tree.first]
+            for x in (actions.hidden_states, actions.allowed, actions.support)
+        )
+        self.mean_length = float(self.mean_over_ranks(actions.step_mask.float().sum(1).mean()))
+        return actions, self.evaluate(tree, allowed, support, hidden if recorded else None)
 
     def evaluate(
-        self, tree: PrefixTree, old_hidden: Tensor | None = None
+        self,
+        tree: PrefixTree,
+        allowed: Tensor,
+        support: Tensor | None = None,
+        old_hidden: Tensor | None = None,
     ) -> evaluation.TokenEvaluation:
         """Evaluate policy, reference and critic at the taken tokens.
 
         Args:
-            old_hidden: [N, D], hidden states of the policy recorded during generation.
+            allowed: int32 [N, W], the action space.
+            support: int32 [N, W], recorded during generation; None computes it.
+            old_hidden: [N, D], recorded during generation; None computes them.
         """
+        states = self.prefix_states(tree, allowed, support, old_hidden)
         size = self.settings.logits_chunk_size
-        taken = evaluation.evaluate_tokens(self.policy, tree, old_hidden, size)
+        taken = evaluation.evaluate_tokens(self.policy, tree, states, size)
         if self.critic is None:
             return taken
-        values = self.prefix_values(tree, taken.states)
+        values = self.prefix_values(tree, states)
         return taken._replace(value=tree.of_tokens(values))
+
+    def prefix_states(
+        self,
+        tree: PrefixTree,
+        allowed: Tensor,
+        support: Tensor | None = None,
+        old_hidden: Tensor | None = None,
+    ) -> PrefixStates:
+        """Compute hidden states and support; arguments as of `evaluate`."""
+        return evaluation.prefix_states(
+            self.policy,
+            tree,
+            allowed,
+            self.settings.logits_chunk_size,
+            support=support,
+            old_hidden=old_hidden,
+        )
 
     def prefix_values(self, tree: PrefixTree, states: PrefixStates) -> Tensor:
         """Return the critic's values [N] of the prefixes."""
@@ -140,18 +168,13 @@ class OnPolicyAlgorithm(LightningModule):
         return torch.as_tensor(self.critic(tree, states.ref))
 
     def bootstrap_values(self, rollout: Rollout) -> Tensor:
-        """Return the value of the true next prompt of truncated actions, 0 for others: [B].
-
-        Token 0 is a placeholder for the taken token, which `min_p` never masks. If its probability
-        is below the threshold of `min_p`, V changes by less than min_p |Q(0) - V|.
-        """
+        """Return the value of the true next prompt of truncated actions, 0 for others: [B]."""
         values = torch.zeros_like(rollout.actions.rewards, device=self.device)
-        if len(rollout.bootstrap_ids):
-            ids, mask = (x.to(self.device) for x in (rollout.bootstrap_ids, rollout.bootstrap_mask))
-            tokens = torch.zeros_like(ids[:, :1])
-            tree = prefix_tree(ids, mask, tokens, torch.ones_like(tokens).bool())
-            after = self.evaluate(tree)
-            values[rollout.actions.truncated.to(self.device)] = after.value[:, 0]
+        if rollout.bootstrap is not None:
+            following = Decisions(*(x.to(self.device) for x in rollout.bootstrap))
+            tree = following.tree()
+            after = self.evaluate(tree, following.allowed.flatten(0, 1)[tree.first])
+            values[rollout.actions.truncated.to(self.device)] = after.value.sum(1)
         return values
 
     def check_rollout(self, rollout: Rollout) -> None:
@@ -168,13 +191,19 @@ class OnPolicyAlgorithm(LightningModule):
 
     def taken_log_probs(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Compute log pi of the taken tokens and the log mass of the support: [B, L] each."""
-        size = self.settings.logits_chunk_size
-        return evaluation.taken_log_probs(self.policy, self.old_lm_head, batch, size)
+        s = self.settings
+        with_mass = s.truncation_kl_coef > 0
+        return evaluation.taken_log_probs(self.policy, batch, s.logits_chunk_size, with_mass)
 
     def loss_values(
-        self, tree: PrefixTree, states: PrefixStates, log_pi: Tensor, log_ref: Tensor
+        self,
+        tree: PrefixTree,
+        states: PrefixStates,
+        columns: TokenColumns,
+        log_pi: Tensor,
+        log_ref: Tensor,
     ) -> evaluation.PrefixValues:
-        """Return V and Q of the policy loss at the N prefixes; log_pi, log_ref: [N, V]."""
+        """Return V [N] and Q [N, U] of the policy loss; log_pi, log_ref: [N, U] of the columns."""
         return evaluation.PrefixValues()
 
     def sampled_advantages(self, batch: TokenBatch) -> Tensor | None:

@@ -3,12 +3,13 @@
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from etpo.algorithms.returns import entropy, kl_divergence
 from etpo.models.chunked_logits import in_chunks
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prefix_tree import PrefixTree
+from etpo.models.token_columns import TokenColumns
 from etpo.rollout.types import PrefixStates, TokenBatch
 
 
@@ -32,51 +33,96 @@ class PrefixValues(NamedTuple):
     q: Tensor | None = None  # float32 [N, V]
 
 
-def evaluate_tokens(
-    policy: LanguageModelPolicy, tree: PrefixTree, old_hidden: Tensor | None, chunk: int
-) -> TokenEvaluation:
-    """Evaluate policy and reference at the taken tokens; `value` is 0.
+def prefix_states(
+    policy: LanguageModelPolicy,
+    tree: PrefixTree,
+    allowed: Tensor,
+    chunk: int,
+    *,
+    support: Tensor | None = None,
+    old_hidden: Tensor | None = None,
+) -> PrefixStates:
+    """Compute hidden states of policy and reference, and the support of the policy.
 
     Args:
-        old_hidden: [N, D], hidden states of the policy; None computes them.
+        allowed: int32 [N, W], the action space; W = 0 for the whole vocabulary.
         chunk: number of prefixes whose logits are in memory at once.
+        support: int32 [N, W], of the policy that sampled; None: of the policy.
+        old_hidden: [N, D], hidden states recorded during generation; None computes them.
     """
     if old_hidden is None:
         old_hidden = policy.hidden_states(tree)
+    if support is None:
+        (support,) = in_chunks(lambda *x: (policy.support(*x),), chunk, old_hidden, allowed)
     ref_hidden = policy.hidden_states(tree, reference=True)
+    log_mass = torch.zeros(len(allowed), device=allowed.device)
+    if policy.min_p > 0:
 
-    def quantities(old: Tensor, ref: Tensor, taken: Tensor) -> tuple[Tensor, ...]:
-        log_pi, _ = policy.log_probs(old, taken)
-        log_ref, _ = policy.log_probs(ref, taken, reference=True)
-        log_probs = (each.gather(-1, taken) for each in (log_pi, log_ref))
+        def mass(hidden: Tensor, *sets: Tensor) -> tuple[Tensor]:
+            columns = TokenColumns.of(policy.vocabulary_size, *sets)
+            return (policy.log_probs(hidden, columns, reference=True).log_support_mass,)
+
+        (log_mass,) = in_chunks(mass, chunk, ref_hidden, allowed, support)
+    return PrefixStates(
+        old_hidden, ref_hidden, allowed, support, log_mass, old_hidden.new_zeros(len(allowed), 0)
+    )
+
+
+def support_columns(policy: LanguageModelPolicy, states: PrefixStates) -> TokenColumns:
+    """Return the columns of the tokens that the policy that sampled supports."""
+    return TokenColumns.of(policy.vocabulary_size, states.support, states.support)
+
+
+def reference_log_probs(
+    policy: LanguageModelPolicy, states: PrefixStates, columns: TokenColumns
+) -> Tensor:
+    """Compute log pi_ref [n, U] of the columns' tokens; -inf outside the support."""
+    log_probs, _ = policy.log_probs(states.ref, columns.supported(), reference=True)
+    return log_probs + states.ref_log_mass[:, None]
+
+
+def evaluate_tokens(
+    policy: LanguageModelPolicy, tree: PrefixTree, states: PrefixStates, chunk: int
+) -> TokenEvaluation:
+    """Evaluate policy and reference at the taken tokens; `value` is 0."""
+
+    def quantities(taken: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+        states = PrefixStates(*parts)
+        columns = support_columns(policy, states)
+        log_pi, _ = policy.log_probs(states.old, columns)
+        log_ref = reference_log_probs(policy, states, columns)
+        log_probs = (each.gather(-1, columns.places(taken)) for each in (log_pi, log_ref))
         return *log_probs, kl_divergence(log_pi, log_ref), entropy(log_pi)
 
-    log_pi, log_ref, kl, entropies = in_chunks(
-        quantities, chunk, old_hidden, ref_hidden, tree.taken
-    )
+    log_pi, log_ref, kl, entropies = in_chunks(quantities, chunk, tree.taken, *states)
     taken = (tree.of_taken(each) for each in (log_pi, log_ref))
     prefixes = (tree.of_tokens(each) for each in (kl, entropies, torch.zeros_like(kl)))
-    return TokenEvaluation(tree, PrefixStates(old_hidden, ref_hidden), *taken, *prefixes)
+    return TokenEvaluation(tree, states, *taken, *prefixes)
 
 
 def taken_log_probs(
-    policy: LanguageModelPolicy, old_lm_head: nn.Module | None, batch: TokenBatch, chunk: int
+    policy: LanguageModelPolicy, batch: TokenBatch, chunk: int, with_mass: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute log pi of the taken tokens and the log mass of the support, with gradient.
 
     Returns:
-        [B, L] each, 0 on padding. The mass is the softmax probability of the support of pi_old.
+        [B, L] each, 0 where there is no step. The mass is the softmax probability of the support of
+        pi_old among the allowed tokens; 0 without `with_mass`.
     """
 
-    def of_hidden(hidden: Tensor, taken: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
-        support = None
-        if policy.min_p > 0:
-            with torch.no_grad():
-                support = policy.log_probs(old, taken, lm_head=old_lm_head).log_probs.isfinite()
-        log_pi, log_mass = policy.log_probs(hidden, taken, support=support)
-        return log_pi.gather(-1, taken), log_mass
+    def of_hidden(hidden: Tensor, taken: Tensor, *sets: Tensor) -> tuple[Tensor, Tensor]:
+        columns = loss_columns(policy, *sets, with_mass=with_mass)
+        log_pi, log_mass = policy.log_probs(hidden, columns)
+        return log_pi.gather(-1, columns.places(taken)), log_mass
 
-    tree = batch.tree
-    hidden = policy.hidden_states(tree)
-    log_pi, log_mass = in_chunks(of_hidden, chunk, hidden, tree.taken, batch.states.old)
+    tree, states = batch.tree, batch.states
+    inputs = policy.hidden_states(tree), tree.taken, states.allowed, states.support
+    log_pi, log_mass = in_chunks(of_hidden, chunk, *inputs)
     return tree.of_taken(log_pi), tree.of_tokens(log_mass)
+
+
+def loss_columns(
+    policy: LanguageModelPolicy, allowed: Tensor, support: Tensor, *, with_mass: bool
+) -> TokenColumns:
+    """Return the columns of a loss; the mass of the support needs all allowed tokens."""
+    return TokenColumns.of(policy.vocabulary_size, allowed if with_mass else support, support)

@@ -18,6 +18,7 @@ from etpo.algorithms.policy_check import check_policy
 from etpo.algorithms.settings import BatchSettings, build_settings
 from etpo.models.chunked_logits import in_chunks
 from etpo.models.policy import LanguageModelPolicy
+from etpo.models.token_columns import TokenColumns
 from etpo.rollout.metrics import rollout_metrics
 from etpo.rollout.types import Actions, Rollout
 
@@ -77,13 +78,14 @@ class NoUpdate(LightningModule):
         if self.policy.min_p == 0:
             return 0.0
         tree = actions.tree()
-        hidden = actions.hidden_states.flatten(0, 1)[tree.first].to(self.device)
-        (log_mass,) = in_chunks(
-            lambda h, taken: (self.policy.log_probs(h, taken).log_support_mass,),
-            self.settings.logits_chunk_size,
-            hidden,
-            tree.taken.to(self.device),
-        )
+        recorded = (actions.hidden_states, actions.allowed, actions.support)
+        inputs = (x.flatten(0, 1)[tree.first].to(self.device) for x in recorded)
+
+        def mass(hidden: Tensor, *sets: Tensor) -> tuple[Tensor]:
+            columns = TokenColumns.of(self.policy.vocabulary_size, *sets)
+            return (self.policy.log_probs(hidden, columns).log_support_mass,)
+
+        (log_mass,) = in_chunks(mass, self.settings.logits_chunk_size, *inputs)
         return -float(tree.of_tokens(log_mass.cpu()).sum(1).mean())
 
     def training_step(self, batch: Actions, batch_idx: int) -> Tensor:

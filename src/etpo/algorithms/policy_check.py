@@ -8,6 +8,7 @@ from torch import Tensor
 from etpo.errors import ConfigError
 from etpo.models.chunked_logits import in_chunks
 from etpo.models.policy import LanguageModelPolicy
+from etpo.models.token_columns import TokenColumns
 from etpo.rollout.types import Actions
 
 # Tolerance of the mean |difference| of logits: a constant, and a multiple of the resolution of the
@@ -35,36 +36,42 @@ def check_policy(module: Any, actions: Actions, *, fresh: bool) -> None:
     part = Actions(*(x.to(policy.device) for x in part))
     tree = part.tree()
 
-    def taken(hidden: Tensor, reference: bool = False) -> tuple[Tensor, Tensor]:
-        def of_hidden(hidden: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
-            log_probs, log_mass = policy.log_probs(hidden, taken, reference=reference)
-            return log_probs.gather(-1, taken), log_mass
+    fields = part.hidden_states, part.allowed, part.support
+    recorded, allowed, support = (x.flatten(0, 1)[tree.first] for x in fields)
 
-        log_pi, log_mass = in_chunks(of_hidden, chunk, hidden, tree.taken)
-        return tree.of_taken(log_pi), tree.of_tokens(log_mass)
+    def allowed_log_probs(hidden: Tensor, reference: bool = False) -> Tensor:
+        """Compute log-probabilities [B, L] of the taken tokens among the allowed ones."""
+
+        def of_hidden(hidden: Tensor, taken: Tensor, *sets: Tensor) -> tuple[Tensor]:
+            columns = TokenColumns.of(policy.vocabulary_size, *sets)
+            log_probs, log_mass = policy.log_probs(hidden, columns, reference=reference)
+            return (log_probs.gather(-1, columns.places(taken)) + log_mass[:, None],)
+
+        inputs = hidden, tree.taken, allowed, support
+        return tree.of_taken(*in_chunks(of_hidden, chunk, *inputs))
 
     hidden = policy.hidden_states(tree)
-    log_pi, log_mass = taken(hidden)
-    gaps = [log_pi - taken(part.hidden_states.flatten(0, 1)[tree.first])[0]]
+    log_pi = allowed_log_probs(hidden)
+    gaps = [log_pi - allowed_log_probs(recorded)]
     if fresh:
-        log_ref, _ = taken(policy.hidden_states(tree, reference=True), reference=True)
-        gaps.append(log_pi + log_mass - log_ref)
-    distances = [policy.temperature * gap[part.action_mask].abs().mean() for gap in gaps]
-    first = hidden[tree.prefix[:, 0]]
+        states = policy.hidden_states(tree, reference=True)
+        gaps.append(log_pi - allowed_log_probs(states, reference=True))
+    distances = [policy.temperature * gap[part.step_mask].abs().mean() for gap in gaps]
+    first = tree.of_first(hidden)
     gathered: Any = module.all_gather(torch.stack([*distances, rounding(policy, first)]))
     *worst, limit = gathered.view(-1, len(gaps) + 1).amax(0).tolist()
-    allowed = f"on average, more than rounding ({limit:.2g})"
+    by_chance = f"on average, more than rounding ({limit:.2g})"
     kind = policy.model.config.model_type
     if not worst[0] <= limit:
         raise ConfigError(
             f"model.name_or_path: logits of {kind} differ by {worst[0]:.2g} between generation and "
-            f"training, {allowed}; allowed are models that compute both alike. Another "
+            f"training, {by_chance}; allowed are models that compute both alike. Another "
             "model.attn_implementation or model.dtype may help"
         )
     if fresh and not worst[1] <= limit:
         raise ConfigError(
             f"model.lora: before the first update logits of {kind} differ by {worst[1]:.2g} "
-            f"between policy and reference, {allowed}; allowed are adapters that start at zero"
+            f"between policy and reference, {by_chance}; allowed are adapters that start at zero"
         )
 
 

@@ -14,17 +14,18 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from etpo.algorithms.base import OnPolicyAlgorithm
-from etpo.algorithms.evaluation import PrefixValues
+from etpo.algorithms.evaluation import PrefixValues, prefix_states
 from etpo.algorithms.returns import expectation, kl_divergence
 from etpo.callbacks.episodes import truncate_lines
 from etpo.errors import check_integer
 from etpo.files import append_lines
-from etpo.models.prefix_tree import prefix_tree
+from etpo.models.token_columns import TokenColumns
 from etpo.models.token_text import label, token_texts
-from etpo.rollout.types import PrefixStates, Rollout
+from etpo.rollout.types import Decisions, Rollout
 from etpo.studies.pages.credit import write_page
 
 ALTERNATIVES = 5
+TOKEN_FIELDS = {"action_ids": "action_ids", "steps": "step_mask", "allowed": "allowed"}
 
 
 class TokenCredit(Callback):
@@ -94,7 +95,7 @@ class TokenCredit(Callback):
 
 
 def select(rollout: Rollout, row: int) -> dict[str, Any]:
-    """Return prompt_ids and action_ids, without padding, and record of a row of a rollout."""
+    """Return a row's prompt_ids, TOKEN_FIELDS, without padding, and record."""
     actions, record = rollout.actions, rollout.records[row]
     until_now = rollout.records[row % rollout.num_envs : row + 1 : rollout.num_envs]
     episode = sum(other.attempt == 1 for other in until_now)
@@ -102,7 +103,10 @@ def select(rollout: Rollout, row: int) -> dict[str, Any]:
     fields = {name: getattr(record, name) for name in names}
     return {
         "prompt_ids": actions.prompt_ids[row][actions.prompt_mask[row]].tolist(),
-        "action_ids": actions.action_ids[row][actions.action_mask[row]].tolist(),
+        **{
+            name: getattr(actions, field)[row][actions.action_mask[row]].tolist()
+            for name, field in TOKEN_FIELDS.items()
+        },
         "record": {"env": record.env, "episode": episode, **fields},
     }
 
@@ -129,47 +133,66 @@ def token_numbers(
         critic_advantage, Q - beta log(pi/pi_ref) - V. [l, ALTERNATIVES] each, of the most likely
         other tokens: other_ids, other_probability, other_q.
     """
-    prompts, texts = (
-        [torch.tensor(action[name], device=module.device) for action in actions]
-        for name in ("prompt_ids", "action_ids")
-    )
-    left = functools.partial(pad_sequence, batch_first=True, padding_side="left")
-    prompt_ids, prompt_mask = left(prompts), left([torch.ones_like(p).bool() for p in prompts])
-    ids = pad_sequence(texts, batch_first=True)
-    mask = pad_sequence([torch.ones_like(t).bool() for t in texts], batch_first=True)
-    policy, tree = module.policy, prefix_tree(prompt_ids, prompt_mask, ids, mask)
-    states = PrefixStates(policy.hidden_states(tree), policy.hidden_states(tree, reference=True))
-    log_pi, _ = policy.log_probs(states.old, tree.taken)
-    log_ref, _ = policy.log_probs(states.ref, tree.taken, reference=True)
+    rows = pad_actions(actions, module.device)
+    policy, tree = module.policy, rows.tree()
+    allowed = rows.allowed.flatten(0, 1)[tree.first]
+    columns = TokenColumns.of(policy.vocabulary_size, allowed)
+    states = prefix_states(policy, tree, allowed, len(tree.node))
+    log_pi, _ = policy.log_probs(states.old, columns, taken=columns.places(tree.taken))
+    log_ref, _ = policy.log_probs(states.ref, columns, reference=True)
     values = PrefixValues()
     if isinstance(module, OnPolicyAlgorithm):
-        values = module.loss_values(tree, states, log_pi, log_ref)
+        values = module.loss_values(tree, states, columns, log_pi, log_ref)
+    places = columns.places(rows.action_ids)[..., None]
     kl, entropy = kl_divergence(log_pi, log_ref), expectation(log_pi, -log_pi)
-    numbers = []
-    for row, length in enumerate(map(len, texts)):
-        at, taken = tree.prefix[row, :length], ids[row, :length, None]
+    count = min(ALTERNATIVES, log_pi.shape[-1] - 1)
 
-        def of_taken(x: Tensor, at: Tensor = at, taken: Tensor = taken) -> Tensor:
-            return x[at].gather(-1, taken).squeeze(-1)
+    def of_tokens(x: Tensor) -> Tensor:
+        return tree.of_tokens(x).gather(-1, places).squeeze(-1)
 
-        without_taken = log_pi[at].scatter(-1, taken, float("-inf"))
-        others = without_taken.topk(min(ALTERNATIVES, log_pi.shape[-1] - 1)).indices
-        log_ratio = of_taken(log_pi) - of_taken(log_ref)
-        each = {
-            "probability": of_taken(log_pi).exp(),
-            "log_ratio": log_ratio,
-            "entropy": entropy[at],
-            "kl": kl[at],
-            "other_ids": others,
-            "other_probability": log_pi[at].gather(-1, others).exp(),
-        }
-        if values.value is not None:
-            each["value"] = values.value[at]
-        if values.q is not None:
-            each |= {"q": of_taken(values.q), "other_q": values.q[at].gather(-1, others)}
-            each["critic_advantage"] = each["q"] - module.beta * log_ratio - each["value"]
-        numbers.append({name: x.cpu() for name, x in each.items()})
-    return numbers
+    by_token = tree.of_tokens(log_pi)
+    without_taken = by_token.scatter(-1, places, float("-inf"))
+    without_taken[~tree.mask] = float("-inf")
+    others = without_taken.topk(count).indices
+    log_ratio = of_tokens(log_pi) - of_tokens(log_ref)
+    numbers = {
+        "probability": of_tokens(log_pi).exp(),  # 1 of forced tokens
+        "log_ratio": log_ratio,
+        "entropy": tree.of_tokens(entropy),
+        "kl": tree.of_tokens(kl),
+        "other_ids": others if columns.ids is None else columns.ids[others],
+        "other_probability": without_taken.gather(-1, others).exp(),
+    }
+    if values.value is not None:
+        numbers["value"] = untrained(tree.of_tokens(values.value), tree.mask)
+    if values.q is not None:
+        q = tree.of_tokens(values.q)
+        numbers |= {"q": untrained(of_tokens(values.q), tree.mask), "other_q": q.gather(-1, others)}
+        difference = numbers["q"] - module.beta * log_ratio - numbers["value"]
+        numbers["critic_advantage"] = difference.nan_to_num(0.0)
+    return [
+        {name: x[row, : len(action["action_ids"])].cpu() for name, x in numbers.items()}
+        for row, action in enumerate(actions)
+    ]
+
+
+def untrained(values: Tensor, step_mask: Tensor) -> Tensor:
+    """Set values [B, L] of forced tokens, which the critic is not trained on, to NaN."""
+    return torch.where(step_mask, values, float("nan"))
+
+
+def pad_actions(actions: list[dict[str, Any]], device: torch.device) -> Decisions:
+    """Return the output of `select` of some actions as padded tensors."""
+    prompts, ids, steps, sets = (
+        [torch.tensor(action[name], device=device) for action in actions]
+        for name in ("prompt_ids", "action_ids", "steps", "allowed")
+    )
+    left = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+    prompt_mask = left([torch.ones_like(p).bool() for p in prompts])
+    ids, steps = (pad_sequence(x, batch_first=True) for x in (ids, steps))
+    words = max(x.shape[-1] for x in sets)
+    sets = [x if x.shape[-1] == words else x.new_full((len(x), words), -1) for x in sets]
+    return Decisions(left(prompts), prompt_mask, ids, steps, pad_sequence(sets, batch_first=True))
 
 
 def credit_line(

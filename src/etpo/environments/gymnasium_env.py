@@ -35,6 +35,7 @@ class GymnasiumEnv(TextVectorEnv):
         id: as for `gymnasium.make`; `module:name-v0` imports the module, which registers it.
         kwargs: arguments of the environment.
         max_episode_steps: actions until truncation (`TimeLimit`); None: as registered.
+        grammar: of the actions, as in `TextVectorEnv`; None: the environment's own, if it has one.
 
     Raises:
         ConfigError: invalid values, and, as EnvironmentFailure, an exception of any copy.
@@ -47,6 +48,7 @@ class GymnasiumEnv(TextVectorEnv):
         num_envs: int = 1,
         kwargs: Mapping[str, Any] | None = None,
         max_episode_steps: int | None = None,
+        grammar: Mapping[str, Any] | None = None,
     ) -> None:
         check_integer("environment.num_envs", num_envs, 1)
         if max_episode_steps is not None:
@@ -72,6 +74,7 @@ class GymnasiumEnv(TextVectorEnv):
             self.close()
             raise
         self.metadata = self.metadata | first.metadata
+        self.grammar = grammar or getattr(first.unwrapped, "grammar", None)
         self.set_spaces(action, observation)
 
     @property

@@ -89,11 +89,17 @@ def reduce_in_chunks(
     return value, outputs
 
 
-def project_to_vocabulary(layer: nn.Module, x: Tensor) -> Tensor:
-    """Compute `layer(x)`; over chunks, sum the gradient of a linear layer's weight in place.
+def project_to_vocabulary(layer: nn.Module, x: Tensor, ids: Tensor | None = None) -> Tensor:
+    """Compute `layer(x)` [..., V], or its columns `ids` [..., U].
 
-    Otherwise each chunk would add a second gradient of the weight's size, [V, D].
+    Over chunks, the gradient of a linear layer's weight is summed in place. Otherwise each chunk
+    would add a second gradient of the weight's size, [V, D].
     """
+    if ids is not None:
+        if type(layer) is not nn.Linear:  # an adapter on the LM head
+            return layer(x)[..., ids]
+        bias = None if layer.bias is None else layer.bias[ids]
+        return linear(x, layer.weight.index_select(0, ids), bias)
     sums = _sums.get()
     if sums is None or type(layer) is not nn.Linear or not torch.is_grad_enabled():
         return layer(x)

@@ -41,17 +41,17 @@ class ValueHead(nn.Module):
         )
         self.value = zero_init(nn.Linear(hidden_size, 1))
 
-    def forward(self, hidden: Tensor) -> Any:
+    def forward(self, hidden: Tensor, ids: Tensor | None = None) -> Any:
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.outputs(self.body(hidden.float()))
+            return self.outputs(self.body(hidden.float()), ids)
 
-    def outputs(self, hidden: Tensor) -> Any:
+    def outputs(self, hidden: Tensor, ids: Tensor | None) -> Any:
         """Compute the outputs from outputs of the body [..., hidden_size]."""
         return self.value(hidden).squeeze(-1)
 
 
 class DuelingHead(ValueHead):
-    """Hidden states [..., D] -> (value [...], advantage [..., V]), both float32.
+    """Hidden states [..., D] -> (value [...], advantage [..., V] or of `ids` [U]), both float32.
 
     Q(x, w) = value + advantage(w) - E_pi[advantage] (Wang et al., arXiv 1511.06581). Both outputs
     are initially zero, so that a token that is never sampled keeps advantage 0.
@@ -61,15 +61,16 @@ class DuelingHead(ValueHead):
         super().__init__(input_size, vocabulary_size, hidden_size)
         self.advantage = zero_init(nn.Linear(hidden_size, vocabulary_size))
 
-    def outputs(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        return super().outputs(hidden), project_to_vocabulary(self.advantage, hidden)
+    def outputs(self, hidden: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        return super().outputs(hidden, ids), project_to_vocabulary(self.advantage, hidden, ids)
 
 
 class Critic(nn.Module):
     """A head on hidden states at every prefix of an action."""
 
     trunk: nn.Module | None  # computes the hidden states; None: the frozen reference does
-    head: Callable[[Tensor], Any]  # hidden states [..., C] -> the outputs of `forward`
+    # hidden states [..., C], and tokens [U] or None for all -> the outputs of `forward`
+    head: Callable[..., Any]
 
     def __init__(
         self, policy: LanguageModelPolicy, hidden_size: int = 512, head: Head = DuelingHead
@@ -165,10 +166,13 @@ class LanguageModelCritic(Critic):
     def trunk(self) -> nn.Module:  # type: ignore[override]
         return trunk_of(self.model)
 
-    def head(self, hidden: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
-        """Return no value, and Q [..., V] of hidden states [..., D]."""
-        logits = project_to_vocabulary(self.model.get_output_embeddings(), hidden)
-        logits = logits[..., : self.vocabulary_size]
+    def head(  # type: ignore[override]
+        self, hidden: Tensor, ids: Tensor | None = None
+    ) -> tuple[None, Tensor]:
+        """Return no value, and Q [..., V], or of `ids` [U], of hidden states [..., D]."""
+        logits = project_to_vocabulary(self.model.get_output_embeddings(), hidden, ids)
+        if ids is None:
+            logits = logits[..., : self.vocabulary_size]
         return None, scale_logits(logits, self.model.config.get_text_config()).float()
 
     def head_parameters(self) -> list[nn.Parameter]:

@@ -20,7 +20,8 @@ from etpo.models.loading import expanded, load_model, load_tokenizer
 from etpo.models.prefix_tree import PrefixTree
 from etpo.models.probe import check_forwards
 from etpo.models.prompting import PromptBatch, PromptTemplate
-from etpo.models.stopping import parse_stop_strings, stop_ids
+from etpo.models.stopping import end_token, parse_stop_strings, stop_ids
+from etpo.models.token_columns import ALL_TOKENS, TokenColumns, pack
 from etpo.models.token_text import added_text
 from etpo.models.tree_forward import checkpoint_layers, forward_tree
 
@@ -93,6 +94,7 @@ class LanguageModelPolicy(nn.Module):
         self.reference_model = copy.deepcopy(model).requires_grad_(False) if lora is None else None
         self.model = model if lora is None else add_adapter(model, lora)
         self._set_sizes(model)
+        self.end_token = end_token(self.tokenizer, self.stop_ids, self.stop_strings)
         self.eval()
         # whether `SharedPrefixCache` decodes the model, and `forward_tree` packs its tokens
         self.shares_prefixes = self.packs_prefixes = False
@@ -153,11 +155,12 @@ class LanguageModelPolicy(nn.Module):
                 f"{self.embedding_size} of its embedding"
             )
         prompts = [encoded[key] for key in keys]
+        choices = tuple(observation.get("choices") for observation in observations)
         rows = [torch.tensor(prompt.ids) for prompt in prompts]
         ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
         mask, rests = ids >= 0, tuple(prompt.rest for prompt in prompts)
         dropped = sum(prompt.dropped for prompt in prompts)
-        return PromptBatch(ids.where(mask, self.pad_id), mask, dropped, rests)
+        return PromptBatch(ids.where(mask, self.pad_id), mask, dropped, rests, choices)
 
     def decode(self, ids: Sequence[int], rest: str = "") -> str:
         """Return the text that an action [l] adds to its prompt, up to its stop token or string.
@@ -180,35 +183,63 @@ class LanguageModelPolicy(nn.Module):
             return forward_tree(trunk_of(model), tree, self.packs_prefixes)
 
     def logits(
-        self, hidden: Tensor, *, reference: bool = False, lm_head: nn.Module | None = None
+        self,
+        hidden: Tensor,
+        ids: Tensor | None = None,
+        *,
+        reference: bool = False,
+        lm_head: nn.Module | None = None,
     ) -> Tensor:
-        """Compute the model's logits [..., V] of its last hidden states [..., D]."""
+        """Compute the model's logits [..., U] of the tokens `ids` [U], or of all, [..., V].
+
+        hidden: last hidden states [..., D].
+        """
         with self._weights(reference) as model:
             head = model.get_output_embeddings() if lm_head is None else lm_head
-            logits = project_to_vocabulary(head, hidden)[..., : self.vocabulary_size]
+            logits = project_to_vocabulary(head, hidden, ids)
+        if ids is None:
+            logits = logits[..., : self.vocabulary_size]
         return scale_logits(logits, self.model.config.get_text_config())
 
     def log_probs(
         self,
         hidden: Tensor,
-        taken: Tensor | None = None,
+        columns: TokenColumns = ALL_TOKENS,
         *,
+        taken: Tensor | None = None,
         reference: bool = False,
-        support: Tensor | None = None,
         lm_head: nn.Module | None = None,
     ) -> TokenDistribution:
-        """Compute the distribution over the vocabulary at last hidden states [..., D].
+        """Compute the distribution over the columns' tokens at last hidden states [..., D].
 
         Args:
             hidden: Any selection of the result of `hidden_states`.
-            taken: int64 [..., C], taken tokens, which `min_p` always keeps.
-            reference: Use the reference's LM head, without gradient; it keeps all tokens.
-            support: bool [..., V], the tokens to keep in place of those that `min_p` selects.
+            columns: Tokens that are computed, allowed and supported. Without a support, `min_p`
+                selects it.
+            taken: int64 [..., C], columns that `min_p` always keeps.
+            reference: Use the reference's LM head, without gradient; it keeps all allowed tokens.
             lm_head: Use this LM head instead of the policy's current one.
         """
-        logits = self.logits(hidden, reference=reference, lm_head=lm_head)
-        options = self.temperature, 0.0 if reference else self.min_p
-        return token_distribution(logits, *options, support=support, taken=taken)
+        logits = self.logits(hidden, columns.ids, reference=reference, lm_head=lm_head)
+        return token_distribution(
+            logits,
+            self.temperature,
+            0.0 if reference else self.min_p,
+            allowed=columns.allowed,
+            support=columns.support,
+            taken=taken,
+        )
+
+    def support(self, hidden: Tensor, allowed: Tensor) -> Tensor:
+        """Return the tokens with a probability at hidden states [n, D], as bits: int32 [n, W].
+
+        allowed: int32 [n, W], the action space; W = 0 for the whole vocabulary.
+        """
+        if self.min_p == 0:
+            return allowed
+        columns = TokenColumns.of(self.vocabulary_size, allowed)
+        kept = self.log_probs(hidden, columns).log_probs.isfinite()
+        return pack(kept, columns.ids, self.vocabulary_size)
 
     @property
     def lm_head(self) -> nn.Module:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PACKED_TOKENS = 256  # limit of a packed row; T tokens in one row cost T^2 in attention
+PACKED_TOKENS = 128  # limit of a packed row; T tokens in one row cost T^2 in attention
 
 
 class Stage(NamedTuple):
@@ -26,7 +26,7 @@ class Stage(NamedTuple):
 
 
 class PrefixTree(NamedTuple):
-    """Distinct prefixes of B actions of at most L tokens: N prefixes on M nodes.
+    """Distinct prefixes of the steps of B actions of at most L tokens: N prefixes on M nodes.
 
     Values of prefixes are [N, ...], values of taken tokens [N, C] (C: the largest number of
     different tokens that follow one prefix). `of_tokens` and `of_taken` map them to [B, L].
@@ -40,20 +40,24 @@ class PrefixTree(NamedTuple):
     node: Tensor  # int64 [N], last node of each prefix
     first: Tensor  # int64 [N], place in [B * L] of a token that follows the prefix
     taken: Tensor  # int64 [N, C], ids of the tokens that follow; some are repeated as padding
-    prefix: Tensor  # int64 [B, L], the prefix before each token; 0 on padding
-    child: Tensor  # int64 [B, L], place in [N * C] of each token; 0 on padding
-    mask: Tensor  # bool [B, L], tokens that are not padding
+    prefix: Tensor  # int64 [B, L], the prefix before each step; 0 elsewhere
+    child: Tensor  # int64 [B, L], place in [N * C] of each step's token; 0 elsewhere
+    mask: Tensor  # bool [B, L], steps: tokens that were drawn
 
     def of_tokens(self, values: Tensor) -> Tensor:
-        """Return the values [N, ...] of the tokens' prefixes: [B, L, ...], 0 on padding."""
+        """Return the values [N, ...] of the steps' prefixes: [B, L, ...], 0 elsewhere."""
         found = values[self.prefix]
         mask = self.mask.view(self.mask.shape + (1,) * (found.ndim - 2))
         return torch.where(mask, found, torch.zeros_like(found))
 
     def of_taken(self, values: Tensor) -> Tensor:
-        """Return the values [N, C] of the taken tokens: [B, L], 0 on padding."""
+        """Return the values [N, C] of the taken tokens: [B, L], 0 where there is no step."""
         found = values.flatten()[self.child]
         return torch.where(self.mask, found, torch.zeros_like(found))
+
+    def of_first(self, values: Tensor) -> Tensor:
+        """Return the values [N] at the first step of each action: [B]."""
+        return values[self.prefix.gather(1, first_step(self.mask))[:, 0]]
 
     def sum_to_prefixes(self, values: Tensor) -> Tensor:
         """Sum values [B, L] of tokens by their prefix: [N]."""
@@ -68,25 +72,32 @@ class PrefixTree(NamedTuple):
         return sums.index_add(0, index[self.mask], values[self.mask])
 
 
+def first_step(step_mask: Tensor) -> Tensor:
+    """Return the place of the first step of each action: bool [B, L] -> int64 [B, 1]."""
+    return step_mask.int().argmax(1, keepdim=True)
+
+
 def prefix_tree(
     prompt_ids: Tensor,
     prompt_mask: Tensor,
     action_ids: Tensor,
-    action_mask: Tensor,
+    step_mask: Tensor,
     *,
     limit: int = PACKED_TOKENS,
 ) -> PrefixTree:
-    """Build the tree of the prefixes before each token of action_ids [B, L].
+    """Build the tree of the prefixes before the steps of action_ids [B, L].
 
     Args:
         prompt_ids, prompt_mask: [B, P], padded on the left.
-        action_ids, action_mask: [B, L], padded on the right; at least one token each.
+        action_ids: [B, L], padded on the right.
+        step_mask: bool [B, L], tokens before which a prefix ends; at least one per action.
         limit: number of tokens of a packed row.
     """
     prompt, seen, ids, mask = (
-        x.cpu().numpy() for x in (prompt_ids, prompt_mask, action_ids, action_mask)
+        x.cpu().numpy() for x in (prompt_ids, prompt_mask, action_ids, step_mask)
     )
-    prompts, sizes = seen.sum(1), seen.sum(1) + mask.sum(1) - 1  # the last token is not read
+    prompts = seen.sum(1)
+    sizes = prompts + mask.shape[1] - 1 - mask[:, ::-1].argmax(1)  # the last step is not read
     column = np.arange(sizes.max())
     joined = np.concatenate([prompt, ids], axis=1)
     place = np.minimum(column + (prompt.shape[1] - prompts)[:, None], joined.shape[1] - 1)
@@ -115,7 +126,7 @@ def prefix_tree(
         taken=tensor(taken),
         prefix=tensor(by_token[0]),
         child=tensor(by_token[1]),
-        mask=action_mask,
+        mask=step_mask,
     )
 
 

@@ -102,7 +102,7 @@ def decode(
         raise NotImplementedError("prompts cannot be shared")
     states = [decoder.hidden_states]
     for token in action_ids[decoder.rows, :-1].unbind(1):
-        decoder.step(token, torch.ones_like(token, dtype=torch.bool))
+        decoder.step(token[:, None], torch.ones_like(token[:, None], dtype=torch.bool))
         states.append(decoder.hidden_states)
     return policy.logits(torch.cat(states, dim=1)[decoder.rows.argsort()])
 

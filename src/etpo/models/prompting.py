@@ -34,13 +34,14 @@ class Prompt(NamedTuple):
 class PromptBatch(NamedTuple):
     """ids: int64 [B, P], padded on the left; mask: bool [B, P]; dropped: number of cut tokens.
 
-    rests: `Prompt.rest` of every row.
+    rests: `Prompt.rest` of every row. choices: admissible actions of every row, None for any text.
     """
 
     ids: Tensor
     mask: Tensor
     dropped: int
     rests: tuple[str, ...] = ()
+    choices: tuple[tuple[str, ...] | None, ...] = ()
 
 
 class PromptTemplate(Protocol):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from etpo.errors import ConfigError
-from etpo.models.token_text import added_text
+from etpo.models.token_text import added_text, continued_ids
 
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
 
@@ -32,6 +32,21 @@ def stop_ids(
     if not ids:
         raise ConfigError("model.stop_tokens: needed, since the tokenizer has no EOS token")
     return sorted(ids)
+
+
+def end_token(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], strings: Sequence[str]
+) -> int:
+    """Return the token that ends an admissible action.
+
+    It is the token of a stop string that is one token, such as a line break after the lines of a
+    completion prompt, else the EOS token, else the first stop token.
+    """
+    spelled = (continued_ids(tokenizer, string) for string in strings)
+    single = next((each[0] for each in spelled if len(each) == 1), None)
+    if single is not None:
+        return single
+    return tokenizer.eos_token_id if tokenizer.eos_token_id in ids else ids[0]
 
 
 def model_eos_ids(name_or_path: str) -> list[int]:

@@ -13,14 +13,19 @@ class Actions(NamedTuple):
     """Actions of one policy iteration, ordered by round, then by environment.
 
     Prompts are left-padded, actions right-padded. An action ends with a stop token or at the length
-    limit.
+    limit. Steps are the tokens that were drawn, at least one per action; an action space may have
+    forced others. `allowed` and `support` are sets of tokens as bits (`token_columns`); W = 0
+    stands for the whole vocabulary.
     """
 
     prompt_ids: Tensor  # int64 [B, P]
     prompt_mask: Tensor  # bool [B, P]
     action_ids: Tensor  # int64 [B, L]
     action_mask: Tensor  # bool [B, L]
-    hidden_states: Tensor  # [B, L, D], policy outputs recorded during generation
+    step_mask: Tensor  # bool [B, L]
+    hidden_states: Tensor  # [B, L, D], policy outputs at the steps, recorded during generation
+    allowed: Tensor  # int32 [B, L, W], the action space at the steps
+    support: Tensor  # int32 [B, L, W], tokens with a probability at the steps
     rewards: Tensor  # float32 [B]
     terminated: Tensor  # bool [B], true if the episode ended; the next value is 0
     truncated: Tensor  # bool [B], true if the episode was cut; the next value is bootstrapped
@@ -31,8 +36,25 @@ class Actions(NamedTuple):
         return Actions(*(x[rows.to(x.device)] for x in self))
 
     def tree(self) -> PrefixTree:
-        """Build the tree of the actions' prefixes."""
-        return prefix_tree(self.prompt_ids, self.prompt_mask, self.action_ids, self.action_mask)
+        """Build the tree of the prefixes of the steps."""
+        return prefix_tree(self.prompt_ids, self.prompt_mask, self.action_ids, self.step_mask)
+
+
+class Decisions(NamedTuple):
+    """Prompts with the first step of an action that is not taken; `tokens` are placeholders.
+
+    Fields as in `Actions`.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    action_ids: Tensor
+    step_mask: Tensor
+    allowed: Tensor
+
+    def tree(self) -> PrefixTree:
+        """Build the tree of the prefixes of the steps."""
+        return prefix_tree(*self[:4])
 
 
 class Record(NamedTuple):
@@ -52,15 +74,14 @@ class Record(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """Actions, next prompts of truncated actions, readable records and timings.
+    """Actions, readable records and timings.
 
-    bootstrap_ids, bootstrap_mask: [B', P'], prompts of the true next observations of the truncated
-    actions, in their order.
+    bootstrap: of the true next observations of the truncated actions, in their order; None if there
+    are none.
     """
 
     actions: Actions
-    bootstrap_ids: Tensor
-    bootstrap_mask: Tensor
+    bootstrap: Decisions | None
     records: list[Record]
     num_envs: int
     dropped_prompt_tokens: int
@@ -69,29 +90,32 @@ class Rollout(NamedTuple):
 
 
 class PrefixStates(NamedTuple):
-    """Hidden states of N prefixes, without gradient."""
+    """Hidden states and token sets of N prefixes, without gradient."""
 
     old: Tensor  # [N, D], of the policy that sampled
     ref: Tensor  # [N, D], of the reference
-    critic: Tensor | None = None  # [N, C], of the target critic
+    allowed: Tensor  # int32 [N, W], as in `Actions`
+    support: Tensor  # int32 [N, W], as in `Actions`
+    ref_log_mass: Tensor  # float32 [N], log of the reference's probability of the support
+    critic: Tensor  # [N, C], of the target critic; C = 0 without one
 
     def select(self, prefixes: Tensor) -> "PrefixStates":
         """Return the states of `prefixes` [n]."""
-        critic = None if self.critic is None else self.critic[prefixes]
-        return PrefixStates(self.old[prefixes], self.ref[prefixes], critic)
+        return PrefixStates(*(x[prefixes] for x in self))
 
 
 class TokenBatch(NamedTuple):
     """Training batch of an on-policy algorithm; no tensor carries a gradient.
 
-    `tree` has the N distinct prefixes of the B actions, `states` their hidden states. Tokens are
-    [B, L]. `old` is the policy that sampled the actions, `ref` the frozen reference.
+    `tree` has the N distinct prefixes of the steps of B actions, `states` their hidden states.
+    Numbers of tokens are [B, L], 0 where there is no step. `old` is the policy that sampled the
+    actions, `ref` the frozen reference.
     """
 
     prompt_ids: Tensor  # int64 [B, P]
     prompt_mask: Tensor  # bool [B, P]
     action_ids: Tensor  # int64 [B, L]
-    action_mask: Tensor  # bool [B, L]
+    step_mask: Tensor  # bool [B, L]
     old_log_probs: Tensor  # float32 [B, L], of the taken tokens
     ref_log_probs: Tensor  # float32 [B, L], of the taken tokens
     advantages: Tensor  # float32 [B, L]
