@@ -16,8 +16,9 @@ from etpo.errors import ConfigError
 from etpo.generation.sampler import generate
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
-from etpo.models.shared_prompt import is_recurrent
+from etpo.models.tree_forward import is_recurrent
 
+from .. import by_token
 from .architectures import ARCHITECTURES, save_architecture
 
 FAST = ("GPT-2", "OPT-350m", "MPT", "Gemma 2", "Mistral", "Qwen3-Next", "LFM2", "Llama 4", "RWKV")
@@ -88,8 +89,7 @@ def agrees(policy, folder, name):
     policy.stop_ids = list(range(3, 30))  # so that some actions end before others
     taken = generate(policy, prompts, 8, torch.Generator().manual_seed(0))
     assert taken.mask.any(1).all()
-    hidden = policy.hidden_states(prompts.ids, prompts.mask, taken.ids)
-    log_probs = policy.log_probs(hidden, taken.ids).log_probs
+    log_probs = by_token.log_probs(policy, prompts.ids, prompts.mask, taken.ids)
     for row in range(len(texts)):
         prompt, action = prompts.ids[row, prompts.mask[row]], taken.ids[row, taken.mask[row]]
         ids = torch.cat([prompt, action])[None]
