@@ -145,7 +145,13 @@ def test_etpo(recorded, build_etpo, settings):
 def test_baselines_show_what_they_have(algorithm, recorded, build_baseline):
     module = build_baseline(algorithm)
     parts, followed, seen = recorded(module)
+    ids_of = {
+        record.prompt: tuple(unpadded(rollout.actions, row)[0][0].tolist())
+        for rollout, *_ in seen
+        for row, record in enumerate(rollout.records)
+    }
     for lines, (rollout, batch, alone, *_) in zip(parts, seen, strict=True):
+        prompts = {ids_of[line["prompt"]] for line in [*lines, followed[0]]}
         for line, row in zip(lines, [0, 2, 4, 6, 8, 10, 12, 14, 1, 3], strict=True):
             ids = rollout.actions.action_ids[row][rollout.actions.action_mask[row]].tolist()
             assert_policy_numbers(line, *alone[row], ids)
@@ -155,9 +161,10 @@ def test_baselines_show_what_they_have(algorithm, recorded, build_baseline):
                 assert "value" not in line
             elif algorithm == "poad":
                 assert None not in line["value"]
-            else:  # of the prompt alone
+            else:  # of prompts alone; a prefix of one action may be another's prompt
+                read = [(*ids_of[line["prompt"]], *ids[:place]) for place in range(len(ids))]
+                assert [x is not None for x in line["value"]] == [p in prompts for p in read]
                 assert line["value"][0] is not None
-                assert line["value"][1:] == [None] * (len(ids) - 1)
     assert all("advantage" not in line for line in followed)
 
 

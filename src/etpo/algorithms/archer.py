@@ -8,7 +8,7 @@ from torch import Tensor
 
 from etpo.algorithms import losses, returns
 from etpo.algorithms.base import Metrics, OnPolicyAlgorithm
-from etpo.algorithms.evaluation import PrefixValues
+from etpo.algorithms.evaluation import PrefixValues, values_of_prompts
 from etpo.algorithms.policy_gradient import policy_gradient_batch, standardized, surrogate_loss
 from etpo.algorithms.settings import PolicyGradientSettings, bounded
 from etpo.errors import ConfigError
@@ -125,6 +125,5 @@ class ArCHer(OnPolicyAlgorithm):
     def loss_values(
         self, tree: PrefixTree, states: PrefixStates, log_pi: Tensor, log_ref: Tensor
     ) -> PrefixValues:
-        values = self.prefix_values(tree, states)
-        values[tree.prefix[:, 1:][tree.mask[:, 1:]]] = float("nan")  # trained at prompts only
-        return PrefixValues(values)
+        # the critic is trained at prompts only
+        return PrefixValues(values_of_prompts(tree, self.prefix_values(tree, states)))

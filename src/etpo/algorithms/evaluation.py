@@ -32,6 +32,14 @@ class PrefixValues(NamedTuple):
     q: Tensor | None = None  # float32 [N, V]
 
 
+def values_of_prompts(tree: PrefixTree, values: Tensor) -> Tensor:
+    """Return values [N] of the prefixes that are prompts, NaN for others: [N]."""
+    found = torch.full_like(values, float("nan"))
+    prompts = tree.prefix[:, 0]  # one may also be a prefix inside another action
+    found[prompts] = values[prompts]
+    return found
+
+
 def evaluate_tokens(
     policy: LanguageModelPolicy, tree: PrefixTree, old_hidden: Tensor | None, chunk: int
 ) -> TokenEvaluation:

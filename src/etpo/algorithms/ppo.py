@@ -7,7 +7,7 @@ from torch import Tensor
 
 from etpo.algorithms import losses, returns
 from etpo.algorithms.base import Metrics, OnPolicyAlgorithm
-from etpo.algorithms.evaluation import PrefixValues
+from etpo.algorithms.evaluation import PrefixValues, values_of_prompts
 from etpo.algorithms.policy_gradient import policy_gradient_batch, standardized, surrogate_loss
 from etpo.algorithms.settings import PolicyGradientSettings, bounded, one_of
 from etpo.models.critics import ValueHead
@@ -110,5 +110,5 @@ class PPO(OnPolicyAlgorithm):
     ) -> PrefixValues:
         values = self.prefix_values(tree, states)
         if self.over_actions:  # the critic is trained at prompts only
-            values[tree.prefix[:, 1:][tree.mask[:, 1:]]] = float("nan")
+            values = values_of_prompts(tree, values)
         return PrefixValues(values)
