@@ -153,6 +153,8 @@ def test_rows_keep_the_limit(batch, limit):
             row = [n for n in row if n >= 0]
             for one, other in itertools.pairwise(row):  # a path without a branch
                 assert ancestors(tree, other) == [*ancestors(tree, one), other]
+                beyond = [n for n in range(one + 1, tree.end[one]) if size[n] > limit]
+                assert [n for n in beyond if tree.depth[n] == tree.depth[one] + 1] == [other]
     if limit >= len(tree.token):
         assert tree.stages[0].nodes.shape == (1, len(tree.token))
         assert tree.stages[0].context.shape == (1, 0)
