@@ -14,10 +14,11 @@ from omegaconf import DictConfig
 from transformers import AutoModel
 
 from etpo import evaluate, train
-from etpo.algorithms.returns import gather_tokens
 from etpo.config import CONF
 from etpo.generation.sampler import generate
 from etpo_tasks.data_science.scoring import ProgramScorer, Score
+
+from .by_token import gather_tokens, hidden_states
 
 FAMILY = {
     "causal_lm": "llama",
@@ -162,12 +163,13 @@ def test_what_is_sampled_is_what_is_trained(
     inputs = prompts.ids, prompts.mask, taken.ids
 
     def log_probs(hidden, **side):
-        return gather_tokens(policy.log_probs(hidden, taken.ids, **side).log_probs, taken.ids)
+        found = policy.log_probs(hidden, taken.ids[..., None], **side).log_probs
+        return gather_tokens(found, taken.ids)
 
-    recomputed = log_probs(policy.hidden_states(*inputs))
+    recomputed = log_probs(hidden_states(policy, *inputs))
     sampled = log_probs(taken.hidden_states)
     torch.testing.assert_close(recomputed[taken.mask], sampled[taken.mask])
-    reference = log_probs(policy.hidden_states(*inputs, reference=True), reference=True)
+    reference = log_probs(hidden_states(policy, *inputs, reference=True), reference=True)
     assert (reference - recomputed)[taken.mask].abs().max() > 1e-3
 
 

@@ -16,7 +16,10 @@ from lightning import Callback
 from etpo.algorithms import archer, ppo
 from etpo.algorithms.evaluation import TokenEvaluation
 from etpo.algorithms.policy_gradient import standardized
-from etpo.rollout.types import Actions, Record, Rollout, TokenBatch
+from etpo.rollout.types import Actions, PrefixStates, Record, Rollout, TokenBatch
+
+from .. import by_token
+from ..by_token import gather_tokens
 
 MASK = torch.tensor([[1, 1], [1, 0], [1, 0], [1, 1]]).bool()
 PROMPTS = torch.tensor([[5, 6], [5, 6], [5, 7], [5, 6]])
@@ -31,11 +34,12 @@ ACTIONS = Actions(
     truncated=torch.tensor([False, False, False, True]),
     step=torch.tensor([0, 0, 1, 0]),
 )
+TREE = ACTIONS.tree()
 # values on padding must not matter
 LOG_PI = torch.tensor([[-1.0, -1.0], [-1.0, 7.0], [-1.0, 7.0], [-1.0, -1.0]])
 EVALUATION = TokenEvaluation(
-    old_hidden=torch.zeros(4, 2, 32),
-    ref_hidden=torch.zeros(4, 2, 32),
+    tree=TREE,
+    states=PrefixStates(*torch.zeros(2, len(TREE.node), 32)),
     log_pi=LOG_PI,
     log_ref=LOG_PI - torch.tensor([[0.1, 0.2], [0.3, 9.0], [-0.1, 9.0], [0.2, 0.4]]),
     kl=torch.zeros(4, 2),
@@ -72,9 +76,7 @@ def near(rows):
 
 
 def log_probs_taken(module, batch, **side):
-    hidden = module.policy.hidden_states(*batch[:3], **side)
-    log_probs = module.policy.log_probs(hidden, batch.action_ids, **side).log_probs
-    return log_probs.gather(-1, batch.action_ids.unsqueeze(-1)).squeeze(-1)
+    return gather_tokens(by_token.log_probs(module.policy, *batch[:3], **side), batch.action_ids)
 
 
 def test_poad(credit):
@@ -112,8 +114,8 @@ def test_archer_targets(credit):
 class LastToken(torch.nn.Module):
     """V of a prefix is a tenth of its last token, A of a token w after it is w^2 / 100."""
 
-    def hidden_states(self, prompt_ids, prompt_mask, action_ids, ref_hidden):
-        return torch.cat([prompt_ids[:, -1:], action_ids[:, :-1]], dim=1)[..., None].float()
+    def hidden_states(self, tree, ref_hidden):
+        return tree.token[tree.node, None].float()
 
     def head(self, hidden):
         return hidden[..., 0] / 10, (torch.arange(200) ** 2 / 100).expand(*hidden.shape[:-1], -1)
@@ -121,11 +123,11 @@ class LastToken(torch.nn.Module):
 
 def test_archer_credits_q_less_v(build_baseline, monkeypatch):
     """A(o, a) = Q(o, a) - V(o), arXiv 2402.19446, of the target critic; then standardised."""
-    module = build_baseline("archer", forward_batch_size=3)
+    module = build_baseline("archer")
     module.target_critic = LastToken()
     monkeypatch.setattr(module, "all_gather", lambda value: value)
     actions = ACTIONS._replace(action_ids=torch.tensor([[3, 8], [5, 9], [9, 3], [4, 2]]))
-    hidden = module.policy.hidden_states(*actions[:3]).detach()
+    hidden = by_token.hidden_states(module.policy, *actions[:3]).detach()
     batch = module.compute_targets(
         ROLLOUT._replace(
             actions=actions._replace(hidden_states=hidden),
@@ -167,7 +169,7 @@ def test_grpo(credit):
 
 def test_truncated_actions_are_bootstrapped_at_their_next_prompts(build_baseline):
     """Rows 1 and 2, by environment the other way round."""
-    module = build_baseline("poad", forward_batch_size=1)
+    module = build_baseline("poad")
     random = torch.Generator().manual_seed(0)
     torch.nn.init.normal_(module.critic.head.value.weight, generator=random)
     cut = torch.tensor([False, True, True, False])
@@ -182,8 +184,7 @@ def test_truncated_actions_are_bootstrapped_at_their_next_prompts(build_baseline
     def plain(prompt):
         ids = torch.tensor([prompt])
         inputs = ids, torch.ones_like(ids).bool(), torch.tensor([[9]])
-        ref_hidden = module.policy.hidden_states(*inputs, reference=True)
-        return module.critic(*inputs, ref_hidden).item()
+        return by_token.critic_outputs(module.critic, module.policy, *inputs).item()
 
     assert abs(plain([5, 6, 7]) - plain([8])) > 0.1
     assert values.tolist() == pytest.approx([0, plain([5, 6, 7]), plain([8]), 0], abs=1e-5)
@@ -301,17 +302,18 @@ def test_the_step_is_the_policy_gradient(
     fresh.trainer = module.trainer
     batch = fresh.compute_targets(data.rollout)
     lengths = torch.arange(len(batch.weights)) % 5 + 1
-    mask = torch.arange(batch.action_mask.shape[1]) < lengths[:, None]
+    mask = batch.action_mask & (torch.arange(batch.action_mask.shape[1]) < lengths[:, None])
     old_log_probs = log_probs_taken(fresh, batch).detach() * mask
     advantages = torch.randn(mask.shape)
     batch = batch._replace(action_mask=mask, old_log_probs=old_log_probs, advantages=advantages)
+    batch = batch.select(torch.arange(len(mask)))  # with the tree of the shorter actions
     if algorithm == "ppo_kl":  # one advantage per action
         batch = batch._replace(advantages=batch.advantages[:, :1].expand_as(mask))
     loss, metrics = fresh.policy_loss(batch)
     assert metrics["train/kl_to_old"][0].item() == pytest.approx(0, abs=1e-6)
     expected = -(batch.advantages * log_probs_taken(fresh, batch) * mask).sum(1)
     if algorithm == "grpo":
-        expected = expected / lengths
+        expected = expected / mask.sum(1)
     assert_same_gradient(loss, expected.mean(), fresh.policy.trainable_parameters(), 1e-4, 1e-5)
 
 
@@ -327,16 +329,17 @@ def test_the_step_of_grpo_away_from_the_reference(build_baseline, assert_same_gr
     log_pi = log_probs_taken(module, actions)
     log_ref = log_probs_taken(module, actions, reference=True)
     advantages = torch.randn(MASK.shape, generator=random)
-    none = torch.zeros(4, 2, 0)
+    tree = actions.tree()
+    none = torch.zeros(len(tree.node), 0)
     loss, _ = module.policy_loss(
         TokenBatch(
             *actions[:4],
-            old_hidden=none,
-            ref_hidden=none,
+            tree=tree,
+            states=PrefixStates(none, none),
             old_log_probs=log_pi.detach(),
             ref_log_probs=log_ref,
             advantages=advantages,
-            returns=none,
+            returns=torch.zeros(MASK.shape),
             weights=torch.ones(4),
         )
     )

@@ -6,12 +6,12 @@ import torch
 from etpo.algorithms.losses import (
     action_weights,
     critic_loss,
-    doubly_robust_objective,
     policy_objective,
 )
 from etpo.algorithms.returns import kl_divergence, lambda_returns, soft_value
 
 from ..token_mdp_oracle import TokenMDP
+from .doubly_robust import doubly_robust_objective
 from .kl_returns import kl_lambda_returns
 
 BETA = 0.3

@@ -13,6 +13,8 @@ from etpo.callbacks.credit import TokenCredit
 from etpo.errors import ConfigError
 from etpo.models.critics import TrunkCritic
 
+from .. import by_token
+
 ACTIONS = 10  # of 2 environments with 8 each: all of the first and two of the second
 
 
@@ -32,8 +34,8 @@ class Kept(Callback):
             alone.append(distributions(module, *unpadded(rollout.actions, row)))
         batch, q = module.compute_targets(rollout), None
         if isinstance(module, ETPO):
-            hidden = batch.old_hidden, batch.ref_hidden, batch.critic_hidden
-            q = module.old_distributions(batch.action_ids, *hidden)[2]
+            q = module.old_distributions(batch.tree.taken, *batch.states)[2]
+            q = batch.tree.of_tokens(q)
         self.seen.append((rollout, batch, alone, module.beta, q))
 
 
@@ -45,11 +47,7 @@ def unpadded(actions, row):
 
 def distributions(module, *inputs):
     """log pi and log pi_ref [l, V] of one action."""
-    hidden = [module.policy.hidden_states(*inputs, reference=r) for r in (False, True)]
-    return tuple(
-        module.policy.log_probs(states, inputs[2], reference=r).log_probs[0]
-        for states, r in zip(hidden, (False, True), strict=True)
-    )
+    return tuple(by_token.log_probs(module.policy, *inputs, reference=r)[0] for r in (False, True))
 
 
 def rows_of(folder):
@@ -147,7 +145,13 @@ def test_etpo(recorded, build_etpo, settings):
 def test_baselines_show_what_they_have(algorithm, recorded, build_baseline):
     module = build_baseline(algorithm)
     parts, followed, seen = recorded(module)
+    ids_of = {
+        record.prompt: tuple(unpadded(rollout.actions, row)[0][0].tolist())
+        for rollout, *_ in seen
+        for row, record in enumerate(rollout.records)
+    }
     for lines, (rollout, batch, alone, *_) in zip(parts, seen, strict=True):
+        prompts = {ids_of[line["prompt"]] for line in [*lines, followed[0]]}
         for line, row in zip(lines, [0, 2, 4, 6, 8, 10, 12, 14, 1, 3], strict=True):
             ids = rollout.actions.action_ids[row][rollout.actions.action_mask[row]].tolist()
             assert_policy_numbers(line, *alone[row], ids)
@@ -157,9 +161,10 @@ def test_baselines_show_what_they_have(algorithm, recorded, build_baseline):
                 assert "value" not in line
             elif algorithm == "poad":
                 assert None not in line["value"]
-            else:  # of the prompt alone
+            else:  # of prompts alone; a prefix of one action may be another's prompt
+                read = [(*ids_of[line["prompt"]], *ids[:place]) for place in range(len(ids))]
+                assert [x is not None for x in line["value"]] == [p in prompts for p in read]
                 assert line["value"][0] is not None
-                assert line["value"][1:] == [None] * (len(ids) - 1)
     assert all("advantage" not in line for line in followed)
 
 
@@ -171,7 +176,7 @@ def test_values_are_computed_before_the_update(recorded, build_baseline):
 
 
 def test_a_frozen_model_has_no_advantage(tmp_path, fit, letter_env, make_policy):
-    module = NoUpdate(make_policy(min_p=0.02)(), NoUpdateSettings(forward_batch_size=4))
+    module = NoUpdate(make_policy(min_p=0.02)(), NoUpdateSettings())
     fit(module, letter_env(2), 1, [TokenCredit(tmp_path, "letters", 1, 4)], update_epochs=1)
     sampled, _ = rows_of(tmp_path)
     for line in sampled:

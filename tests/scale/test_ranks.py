@@ -41,7 +41,6 @@ SHARED = {
     "policy_lr": 0.5,
     "critic_lr": 0.5,
     "max_grad_norm": 0.01,  # limits both groups
-    "forward_batch_size": 8,
 }
 OWN = {
     ETPO: {

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from etpo.algorithms import losses, returns
 from etpo.algorithms.base import Metrics, OnPolicyAlgorithm
-from etpo.algorithms.evaluation import PrefixValues
+from etpo.algorithms.evaluation import PrefixValues, values_of_first
 from etpo.algorithms.policy_gradient import policy_gradient_batch, standardized, surrogate_loss
 from etpo.algorithms.settings import PolicyGradientSettings, bounded
 from etpo.errors import ConfigError
@@ -123,7 +123,5 @@ class ArCHer(OnPolicyAlgorithm):
         return surrogate_loss(batch, log_pi, log_mass, surrogate, clipped, s.truncation_kl_coef)
 
     def loss_values(self, tree: PrefixTree, states: PrefixStates, *_: Any) -> PrefixValues:
-        values = self.prefix_values(tree, states)
-        later = tree.mask.scatter(1, first_step(tree.mask), False)
-        values[tree.prefix[later]] = float("nan")  # V is trained before the first step only
-        return PrefixValues(values)
+        # V is trained before the first step only
+        return PrefixValues(values_of_first(tree, self.prefix_values(tree, states)))

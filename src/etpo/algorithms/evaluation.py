@@ -8,7 +8,7 @@ from torch import Tensor
 from etpo.algorithms.returns import entropy, kl_divergence
 from etpo.models.chunked_logits import in_chunks
 from etpo.models.policy import LanguageModelPolicy
-from etpo.models.prefix_tree import PrefixTree
+from etpo.models.prefix_tree import PrefixTree, first_step
 from etpo.models.token_columns import TokenColumns
 from etpo.rollout.types import PrefixStates, TokenBatch
 
@@ -31,6 +31,15 @@ class PrefixValues(NamedTuple):
 
     value: Tensor | None = None  # float32 [N], NaN at untrained prefixes
     q: Tensor | None = None  # float32 [N, V]
+
+
+def values_of_first(tree: PrefixTree, values: Tensor) -> Tensor:
+    """Return values [N] of the prefixes before a first step, NaN for others: [N]."""
+    found = torch.full_like(values, float("nan"))
+    # one may also be a prefix inside another action
+    first = tree.prefix.gather(1, first_step(tree.mask))[:, 0]
+    found[first] = values[first]
+    return found
 
 
 def prefix_states(

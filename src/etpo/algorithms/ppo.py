@@ -8,7 +8,7 @@ from torch import Tensor
 
 from etpo.algorithms import losses, returns
 from etpo.algorithms.base import Metrics, OnPolicyAlgorithm
-from etpo.algorithms.evaluation import PrefixValues
+from etpo.algorithms.evaluation import PrefixValues, values_of_first
 from etpo.algorithms.policy_gradient import policy_gradient_batch, standardized, surrogate_loss
 from etpo.algorithms.settings import PolicyGradientSettings, bounded, one_of
 from etpo.models.critics import ValueHead
@@ -110,6 +110,6 @@ class PPO(OnPolicyAlgorithm):
 
     def loss_values(self, tree: PrefixTree, states: PrefixStates, *_: Any) -> PrefixValues:
         values = self.prefix_values(tree, states)
-        if self.over_actions:
-            values[tree.prefix[tree.mask & ~self.trained_prefixes(tree.mask)]] = float("nan")
+        if self.over_actions:  # the critic is trained before the first step only
+            values = values_of_first(tree, values)
         return PrefixValues(values)

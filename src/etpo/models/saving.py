@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from etpo.algorithms.policy_check import rounding
 from etpo.errors import ConfigError
+from etpo.models.causal_lm import last_hidden_states, trunk_of
 from etpo.models.policy import LanguageModelPolicy
 
 
@@ -68,8 +69,9 @@ def save_policy(policy: LanguageModelPolicy, folder: Path, merge: bool) -> None:
     drawn = torch.Generator().manual_seed(0)
     size, length = policy.vocabulary_size, min(32, policy.context_size)
     ids = torch.randint(size, (1, int(length)), generator=drawn)
-    prompt, last = ids[:, :-1], ids[:, -1:]
-    limit = rounding(policy, (prompt, torch.ones_like(prompt), last))
+    with torch.no_grad():
+        hidden = last_hidden_states(trunk_of(model), 1, input_ids=ids, use_cache=False)
+        limit = rounding(policy, hidden[:, 0])
     expected = log_probs(model, size, ids)
     settings = sampling(policy)
     dtype, attention = model.dtype, model.config._attn_implementation
