@@ -14,7 +14,7 @@ PAD = 1  # also an ordinary token
 tokens = st.lists(st.integers(0, 2), min_size=1, max_size=8)
 batches = st.lists(st.tuples(tokens, tokens), min_size=1, max_size=12)
 limits = st.integers(1, 20)
-many = settings(max_examples=300, deadline=None, derandomize=True)
+many = settings(max_examples=150, deadline=None, derandomize=True)
 
 
 def padded(rows, left):
