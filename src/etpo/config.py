@@ -12,6 +12,7 @@ from omegaconf.errors import MissingMandatoryValue
 
 from etpo.algorithms.settings import Settings, check_value
 from etpo.errors import MAX_SEED, ConfigError, check_integer
+from etpo.pretrained import pretrained
 
 _PACKAGED = Path(__file__).parent / "conf"
 CONF = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "conf"
@@ -103,7 +104,7 @@ def run_name(algorithm: DictConfig, environment: DictConfig, model: DictConfig, 
 
 
 OmegaConf.register_new_resolver("ignored_keys", lambda: list(IGNORED_KEYS), replace=True)
-for _resolver in (tiny_checkpoint, short_hash, environment_name, model_name, run_name):
+for _resolver in (tiny_checkpoint, pretrained, short_hash, environment_name, model_name, run_name):
     OmegaConf.register_new_resolver(_resolver.__name__, _resolver, replace=True)
 
 
