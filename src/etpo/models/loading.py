@@ -1,4 +1,4 @@
-"""Load tokenizer and causal LM of a hub id, a folder or a GGUF file, or raise a ConfigError with the reason."""
+"""Load tokenizer and causal LM, or raise a ConfigError with the reason."""
 
 import json
 import os
@@ -162,11 +162,13 @@ def refused(name_or_path: str) -> Iterator[None]:
         with quiet():
             yield
     except Exception as error:  # of transformers, tokenizers, safetensors, torch, json, ...
-        hint = "; `make pretrained` fetches it" if name_or_path in HUB_IDS.values() else ""
+        hint = ""
+        if name_or_path in HUB_IDS.values():
+            hint = "; `make pretrained` (python -m etpo.pretrained) fetches it"
         raise ConfigError(
             f"model.name_or_path={name_or_path}: not a causal language model that can be loaded; "
-            "allowed are a hub id, a folder with config.json, weights and tokenizer, or a GGUF file "
-            f"({damage(Path(name_or_path)) or reason(error)}){hint}"
+            "allowed are a hub id, a folder with config.json, weights and tokenizer, or a GGUF "
+            f"file ({damage(Path(name_or_path)) or reason(error)}){hint}"
         ) from error
 
 
