@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from etpo.algorithms.policy_check import rounding
 from etpo.errors import ConfigError
+from etpo.models.gguf_file import is_gguf
 from etpo.models.policy import LanguageModelPolicy
 
 
@@ -72,9 +73,11 @@ def save_policy(policy: LanguageModelPolicy, folder: Path, merge: bool) -> None:
     limit = rounding(policy, (prompt, torch.ones_like(prompt), last))
     expected = log_probs(model, size, ids)
     settings = sampling(policy)
-    dtype, attention = model.dtype, model.config._attn_implementation
+    loading = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
     if isinstance(model, PeftModel):
         base = Path(model.active_peft_config.base_model_name_or_path)
+        if is_gguf(base) and not merge:  # transformers finds the file by folder and name
+            base, loading["gguf_file"] = base.parent, base.name
         if base.is_dir():  # found from any working directory
             model.active_peft_config.base_model_name_or_path = str(base.absolute())
         model = merged(model) if merge else model
@@ -84,7 +87,7 @@ def save_policy(policy: LanguageModelPolicy, folder: Path, merge: bool) -> None:
     policy.tokenizer.save_pretrained(folder)
     policy.model = model = None  # no two models at a time
     kind = AutoModelForCausalLM if merge else AutoPeftModelForCausalLM
-    again = kind.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
+    again = kind.from_pretrained(folder, **loading).eval()
     distance = (log_probs(again, size, ids) - expected).abs().mean()
     if not distance <= limit:
         raise ConfigError(
