@@ -7,7 +7,7 @@ Every template cuts a prompt that exceeds `max_tokens` by dropping the OLDEST to
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -181,8 +181,10 @@ class ChatTemplate:
         name, other = tokenizer.name_or_path, "choose a completion or infilling prompt"
         if tokenizer.chat_template is None:
             raise ConfigError(f"model.prompt: {name} has no chat template; {other}")
+        lexed = Environment().lex(str(tokenizer.chat_template)) if self.template_kwargs else ()
+        read = {value for _, kind, value in lexed if kind == "name"}
         for key, value in self.template_kwargs.items():
-            if key not in str(tokenizer.chat_template):
+            if key not in read:
                 raise ConfigError(
                     f"model.prompt.template_kwargs.{key}={value}: allowed are variables that the "
                     f"chat template of {name} reads"
