@@ -127,6 +127,12 @@ def check_config(cfg: DictConfig) -> None:
         )
     check_integer("seed", cfg.seed, 0, MAX_SEED)
     check_integer("trainer.max_epochs", cfg.trainer.max_epochs, 1)
+    quantization, accelerator = cfg.model.get("quantization"), cfg.trainer.get("accelerator")
+    if quantization is not None and accelerator == "cpu":
+        raise ConfigError(
+            f"model.quantization={quantization}: allowed with trainer.accelerator=cpu is null; nf4 "
+            "needs trainer=gpu"
+        )
     hints = get_type_hints(Settings)
     for each in fields(Settings):  # again in the constructor, after PyTorch was loaded
         if each.name in cfg.algorithm and not OmegaConf.is_interpolation(cfg.algorithm, each.name):

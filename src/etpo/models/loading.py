@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from etpo.errors import ConfigError, reason
 from etpo.models import gguf_file
+from etpo.models.quantization import quantization_settings
 from etpo.pretrained import HUB_IDS
 
 ALLOWED = {
@@ -53,8 +54,10 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(name_or_path: str, dtype: str, attn_implementation: str) -> PreTrainedModel:
-    """Load a causal LM with all its weights.
+def load_model(
+    name_or_path: str, dtype: str, attn_implementation: str, quantization: str | None = None
+) -> PreTrainedModel:
+    """Load a causal LM with all its weights, quantised by `model.quantization`.
 
     Raises:
         ConfigError: there is none, weights are missing, have other shapes or are quantised, or
@@ -70,21 +73,25 @@ def load_model(name_or_path: str, dtype: str, attn_implementation: str) -> PreTr
             **location,
             **settings,
             **gguf_file.dequantisation(name_or_path),
+            **quantization_settings(quantization, dtype),
             ignore_mismatched_sizes=True,  # `check_weights` names them
             output_loading_info=True,
             **TRUST,
         )
     model.name_or_path = model.config.name_or_path = name_or_path  # of a GGUF file: its link
+    if getattr(model, "is_quantized", False) and quantization is None:
+        method = model.config.quantization_config.quant_method
+        raise ConfigError(
+            f"model.name_or_path={name_or_path}: its weights are quantised ({method}); allowed are "
+            "float weights"
+        )
     check_weights(name_or_path, model, found)
     return model
 
 
 def check_weights(name_or_path: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
-    """Raise ConfigError unless the files hold all weights as floats; warn of unused ones."""
+    """Raise ConfigError unless the files hold all weights; warn of unused ones."""
     key = f"model.name_or_path={name_or_path}"
-    if getattr(model, "is_quantized", False):
-        method = model.config.quantization_config.quant_method
-        raise ConfigError(f"{key}: its weights are quantised ({method}); allowed are float weights")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ConfigError(f"{key}: {ADAPTER}")
     missing, unread = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])

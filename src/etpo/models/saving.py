@@ -11,6 +11,7 @@ from etpo.algorithms.policy_check import rounding
 from etpo.errors import ConfigError
 from etpo.models.gguf_file import is_gguf
 from etpo.models.policy import LanguageModelPolicy
+from etpo.models.quantization import dequantised, has_float_weights
 
 
 def sampling(policy: LanguageModelPolicy) -> GenerationConfig:
@@ -53,8 +54,9 @@ def merged(adapted: PeftModel) -> PreTrainedModel:
 @torch.no_grad()
 def log_probs(model: nn.Module, vocabulary_size: int, ids: torch.Tensor) -> torch.Tensor:
     """Return float32 log-probabilities [B, L, V] of raw logits, over the tokenizer's tokens."""
+    ids = ids.to(model.device)  # quantised weights are on a GPU
     logits = model(input_ids=ids, use_cache=False).logits[..., :vocabulary_size]
-    return logits.log_softmax(-1, dtype=torch.float32)
+    return logits.log_softmax(-1, dtype=torch.float32).cpu()
 
 
 def save_policy(policy: LanguageModelPolicy, folder: Path, merge: bool) -> None:
@@ -69,11 +71,16 @@ def save_policy(policy: LanguageModelPolicy, folder: Path, merge: bool) -> None:
     drawn = torch.Generator().manual_seed(0)
     size, length = policy.vocabulary_size, min(32, policy.context_size)
     ids = torch.randint(size, (1, int(length)), generator=drawn)
-    prompt, last = ids[:, :-1], ids[:, -1:]
-    limit = rounding(policy, (prompt, torch.ones_like(prompt), last))
+    prompt, last = ids[:, :-1].to(policy.device), ids[:, -1:].to(policy.device)
+    limit = rounding(policy, (prompt, torch.ones_like(prompt), last)).detach().cpu()
     expected = log_probs(model, size, ids)
     settings = sampling(policy)
     loading = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
+    if not has_float_weights(model):
+        if merge:
+            model = dequantised(model)
+        else:
+            loading["quantization_config"] = model.config.quantization_config
     if isinstance(model, PeftModel):
         base = Path(model.active_peft_config.base_model_name_or_path)
         if is_gguf(base) and not merge:  # transformers finds the file by folder and name
