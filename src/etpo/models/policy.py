@@ -20,6 +20,7 @@ from etpo.models.loading import expanded, load_model, load_tokenizer
 from etpo.models.prefix_tree import PrefixTree
 from etpo.models.probe import check_forwards
 from etpo.models.prompting import PromptBatch, PromptTemplate
+from etpo.models.quantization import check_quantization
 from etpo.models.stopping import end_token, parse_stop_strings, stop_ids
 from etpo.models.token_columns import ALL_TOKENS, TokenColumns, pack
 from etpo.models.token_text import added_text
@@ -47,6 +48,7 @@ class LanguageModelPolicy(nn.Module):
             escaped n, r, t or backslash has its meaning in Python.
         gradient_checkpointing: Recompute each layer's activations in the backward pass.
         lora: Arguments of `peft.LoraConfig`; None trains all weights.
+        quantization: "nf4" holds the base weights under `lora` in 4 bits (arXiv 2305.14314).
 
     Raises:
         ConfigError: the path has no causal LM, or a value is out of range.
@@ -68,6 +70,7 @@ class LanguageModelPolicy(nn.Module):
         stop_strings: str | Sequence[str] | None = (),
         gradient_checkpointing: bool = False,
         lora: dict[str, Any] | None = None,
+        quantization: str | None = None,
     ) -> None:
         super().__init__()
         check_range("model.temperature", temperature, 0, float("inf"), above=True)
@@ -76,6 +79,7 @@ class LanguageModelPolicy(nn.Module):
         self.prompt, self.max_prompt_tokens = prompt, max_prompt_tokens
         self.temperature, self.min_p = temperature, min_p
         name_or_path = expanded(name_or_path)
+        check_quantization(quantization, name_or_path, lora)
         self.key = f"model.name_or_path={name_or_path}"
         self.stop_strings = parse_stop_strings(stop_strings)
         self.tokenizer = load_tokenizer(name_or_path)
@@ -83,7 +87,7 @@ class LanguageModelPolicy(nn.Module):
         # before weights are loaded: raises ConfigError if the tokenizer does not fit
         example = TextObservation(instruction="a", prefix="a", suffix="a")
         prompt.encode(self.tokenizer, example, max_prompt_tokens)
-        model = load_model(name_or_path, dtype, attn_implementation)
+        model = load_model(name_or_path, dtype, attn_implementation, quantization)
         # before any copy is made
         self.checkpointed = gradient_checkpointing and checkpoint_layers(model)
         if gradient_checkpointing and not self.checkpointed:

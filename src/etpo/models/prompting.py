@@ -4,9 +4,10 @@ Every template cuts a prompt that exceeds `max_tokens` by dropping the OLDEST to
 (prefix or instruction). Control tokens and the suffix are kept.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -151,9 +152,14 @@ class ChatTemplate:
 
     The ids are `tokenizer.apply_chat_template(..., tokenize=True, add_generation_prompt=True)`.
     `encode` raises ConfigError if there is no template, or if it does not render a user turn.
+
+    template_kwargs: variables of the template, such as `enable_thinking`.
     """
 
     _MARK = "etpomark"
+
+    def __init__(self, template_kwargs: Mapping[str, Any] | None = None) -> None:
+        self.template_kwargs = dict(template_kwargs or {})
 
     def encode(
         self, tokenizer: PreTrainedTokenizerBase, observation: TextObservation, max_tokens: int
@@ -176,6 +182,14 @@ class ChatTemplate:
         name, other = tokenizer.name_or_path, "choose a completion or infilling prompt"
         if tokenizer.chat_template is None:
             raise ConfigError(f"model.prompt: {name} has no chat template; {other}")
+        lexed = Environment().lex(str(tokenizer.chat_template)) if self.template_kwargs else ()
+        read = {value for _, kind, value in lexed if kind == "name"}
+        for key, value in self.template_kwargs.items():
+            if key not in read:
+                raise ConfigError(
+                    f"model.prompt.template_kwargs.{key}={value}: allowed are variables that the "
+                    f"chat template of {name} reads"
+                )
         fault = "it shows no text of the user's turn"
         for in_parts in (False, True):
             try:
@@ -188,12 +202,10 @@ class ChatTemplate:
             f"model.prompt: the chat template of {name} cannot be used ({fault}); {other}"
         )
 
-    @staticmethod
     def _render(
-        tokenizer: PreTrainedTokenizerBase, text: str, in_parts: bool, tokenize: bool
+        self, tokenizer: PreTrainedTokenizerBase, text: str, in_parts: bool, tokenize: bool
     ) -> Any:
         """Return the text of the prompt or, with `tokenize`, its ids."""
         turn = {"role": "user", "content": [{"type": "text", "text": text}] if in_parts else text}
-        return tokenizer.apply_chat_template(
-            [turn], tokenize=tokenize, add_generation_prompt=True, return_dict=False
-        )
+        settings = self.template_kwargs | {"tokenize": tokenize, "return_dict": False}
+        return tokenizer.apply_chat_template([turn], add_generation_prompt=True, **settings)

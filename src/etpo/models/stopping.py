@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from etpo.errors import ConfigError
+from etpo.models.gguf_file import is_gguf
 from etpo.models.token_text import added_text, continued_ids
 
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
@@ -50,7 +51,12 @@ def end_token(
 
 
 def model_eos_ids(name_or_path: str) -> list[int]:
-    """Return the EOS ids of generation_config.json or, if it has none, of config.json."""
+    """Return the EOS ids of generation_config.json or, if it has none, of config.json.
+
+    A GGUF file has no others than its tokenizer's.
+    """
+    if is_gguf(name_or_path):
+        return []
     eos = None
     with contextlib.suppress(OSError):  # most likely there is no such file
         eos = GenerationConfig.from_pretrained(name_or_path).eos_token_id
