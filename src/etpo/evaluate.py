@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # PyTorch is imported late, so that bad input is refused at o
     import torch
 
     from etpo.models.policy import LanguageModelPolicy
+    from etpo.models.prompting import Turn
     from etpo.rollout.types import Record
 
     Episodes = list[list[Record]]
@@ -55,19 +56,21 @@ def play(
         size = min(environment.num_envs, count - len(episodes))
         wave: Episodes = [[] for _ in range(size)]
         observations = validation.reset(environment, seed + len(episodes), evaluation=True)
+        turns: list[Turn | None] = [None] * environment.num_envs
         playing = np.arange(environment.num_envs) < size
         while playing.any():
-            group = EnvGroup(np.flatnonzero(playing | together), observations)
+            group = EnvGroup(np.flatnonzero(playing | together), observations, turns)
             texts = group.act(policy, max_new_tokens, generator)
             step = environment.step(texts) if together else environment.step_part(texts, group.envs)
             answer = validation.step_result(environment, step, len(texts))
             for row, record in enumerate(group.to_records(policy, answer)):
                 env = record.env
                 observations[env] = answer.observations[row]
+                over = answer.terminated[row] or answer.truncated[row]
+                turns[env] = None if over else group.turns[row]
                 if playing[env]:
                     wave[env].append(record._replace(attempt=len(wave[env]) + 1))
-                    ended = answer.terminated[row] or answer.truncated[row]
-                    playing[env] = not ended and len(wave[env]) < max_actions
+                    playing[env] = not over and len(wave[env]) < max_actions
         episodes += wave
     return episodes
 

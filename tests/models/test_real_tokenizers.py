@@ -11,8 +11,9 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from etpo.generation import sampler
+from etpo.models.chat_template import ChatTemplate
 from etpo.models.policy import LanguageModelPolicy
-from etpo.models.prompting import ChatTemplate, CompletionTemplate, InfillingTemplate
+from etpo.models.prompting import CompletionTemplate, InfillingTemplate
 from etpo.models.stopping import completes_stop_string
 from etpo.models.token_text import added_text, continued_ids
 from etpo_sandbox import Sandbox

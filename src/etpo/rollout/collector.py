@@ -13,7 +13,7 @@ from etpo.environments.text_env import TextObservation, TextVectorEnv
 from etpo.environments.threads import DaemonThread
 from etpo.generation.sampler import Sample, decode_actions, generate
 from etpo.models.policy import LanguageModelPolicy
-from etpo.models.prompting import PromptBatch
+from etpo.models.prompting import PromptBatch, Turn
 from etpo.rollout.types import Actions, Record, Rollout, pad_stack
 
 OnProgress = Callable[[str, int, int], None]
@@ -24,16 +24,26 @@ class GroupStep(NamedTuple):
 
     actions: Actions
     next_observations: list[TextObservation]  # true next observations of the truncated actions
+    turns: list[Turn | None]  # the truncated actions
     records: list[Record]
     dropped_prompt_tokens: int
 
 
 class EnvGroup:
-    """Environments that step together, with their observations and results."""
+    """Environments that step together, with their observations and results.
 
-    def __init__(self, envs: np.ndarray, observations: Sequence[TextObservation]) -> None:
+    turns: the last turn of each environment's episode, None before the first.
+    """
+
+    def __init__(
+        self,
+        envs: np.ndarray,
+        observations: Sequence[TextObservation],
+        turns: Sequence[Turn | None] | None = None,
+    ) -> None:
         self.envs = envs
         self.observations = [observations[env] for env in envs]
+        self.turns = [None if turns is None else turns[env] for env in envs]
         self.step = torch.zeros(len(envs), dtype=torch.long)
         self.results: list[GroupStep] = []
         self.prompts: PromptBatch
@@ -44,9 +54,20 @@ class EnvGroup:
         self, policy: LanguageModelPolicy, max_new_tokens: int, generator: torch.Generator | None
     ) -> list[str]:
         """Generate one action per environment and return the texts."""
-        self.prompts = policy.encode(self.observations)
+        self.prompts = policy.encode(self.observations, self.turns)
         self.sample = generate(policy, self.prompts, max_new_tokens, generator)
         self.texts = decode_actions(policy, self.prompts, self.sample)
+        prompts, (ids, mask) = self.prompts, (x.cpu() for x in self.sample[:2])
+        self.turns = [
+            Turn(
+                observation,
+                prompts.ids[row][prompts.mask[row]].tolist(),
+                prompts.rests[row],
+                ids[row][mask[row]].tolist(),
+                self.texts[row],
+            )
+            for row, observation in enumerate(self.observations)
+        ]
         return self.texts
 
     def record_step(
@@ -55,10 +76,11 @@ class EnvGroup:
         """Store the outcome of the actions; `last` truncates running episodes."""
         terminated = torch.tensor(answer.terminated)
         truncated = ~terminated if last else torch.tensor(answer.truncated) & ~terminated
-        following = []
+        following, turns = [], []
         for row in truncated.nonzero().flatten().tolist():
             final = answer.final_obs[row]
             following.append(answer.observations[row] if final is None else final)
+            turns.append(self.turns[row])
         ids, mask, hidden_states = (x.cpu() for x in self.sample[:3])
         rewards = torch.tensor(answer.rewards, dtype=torch.float32)
         prompts = self.prompts
@@ -74,8 +96,10 @@ class EnvGroup:
             self.step,
         )
         records = self.to_records(policy, answer)
-        self.results.append(GroupStep(actions, following, records, prompts.dropped))
-        self.step = torch.where(terminated | truncated, 0, self.step + 1)
+        self.results.append(GroupStep(actions, following, turns, records, prompts.dropped))
+        ended = terminated | truncated
+        self.step = torch.where(ended, 0, self.step + 1)
+        self.turns = [None if end else turn for end, turn in zip(ended, self.turns, strict=True)]
         self.observations = answer.observations
 
     def to_records(
@@ -164,9 +188,10 @@ def to_rollout(
 ) -> Rollout:
     """Concatenate the steps of all groups, ordered by round, and encode the bootstrap prompts."""
     following = [observation for step in steps for observation in step.next_observations]
+    turns = [turn for step in steps for turn in step.turns]
     next_prompts = PromptBatch(torch.zeros(0, 1).long(), torch.zeros(0, 1).bool(), 0)
     if following:
-        next_prompts = policy.encode(following)
+        next_prompts = policy.encode(following, turns)
     return Rollout(
         actions=stack([step.actions for step in steps], policy.pad_id),
         bootstrap_ids=next_prompts.ids,
