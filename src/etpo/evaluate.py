@@ -17,6 +17,7 @@ from rich.table import Table
 from etpo.config import check_missing
 from etpo.console import console_script
 from etpo.environments import validation
+from etpo.environments.conversation import make_environment
 from etpo.environments.text_env import TextVectorEnv
 from etpo.errors import MAX_SEED, ConfigError, check_integer
 from etpo.files import write_text
@@ -51,7 +52,7 @@ def play(
     from etpo.rollout.collector import EnvGroup
 
     episodes: Episodes = []
-    together = type(environment).step_part is TextVectorEnv.step_part
+    together = type(environment.unwrapped).step_part is TextVectorEnv.step_part
     while len(episodes) < count:
         size = min(environment.num_envs, count - len(episodes))
         wave: Episodes = [[] for _ in range(size)]
@@ -128,7 +129,7 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Episodes]]:
     run.rollout.num_envs = min(run.rollout.num_envs, cfg.samples)
     if "max_attempts" in run.environment:
         run.environment.max_attempts = 1
-    environment = instantiate(run.environment)
+    environment = make_environment(run.environment)
     module = instantiate(run.algorithm, policy=instantiate(run.model))
     load_weights(module, state, cfg.ckpt_path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

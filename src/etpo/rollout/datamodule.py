@@ -85,7 +85,8 @@ class RolloutDataModule(LightningDataModule):
                 f"{self.environment.num_envs}"
             )
         check_integer("rollout.pipeline_groups", self.pipeline_groups, 1, self.num_envs)
-        step_part = getattr(type(self.environment), "step_part", TextVectorEnv.step_part)
+        unwrapped = getattr(self.environment, "unwrapped", self.environment)
+        step_part = getattr(type(unwrapped), "step_part", TextVectorEnv.step_part)
         if self.pipeline_groups > 1 and step_part is TextVectorEnv.step_part:
             raise ConfigError(
                 f"rollout.pipeline_groups={self.pipeline_groups}: allowed is 1, because "
@@ -116,6 +117,8 @@ class RolloutDataModule(LightningDataModule):
                 "bfloat16"
             )
         policy = self.algorithm.policy
+        if "messages" in getattr(self.environment.single_observation_space, "spaces", {}):
+            policy.prompt.check_conversations(policy.tokenizer)
         if policy.max_prompt_tokens + self.max_new_tokens > policy.context_size:
             raise ConfigError(
                 f"rollout.max_new_tokens={self.max_new_tokens} and model.max_prompt_tokens="
