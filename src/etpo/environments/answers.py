@@ -10,7 +10,8 @@ _LINE = re.compile(r"^(?P<answer>.*\S.*)$", re.MULTILINE)
 # A block of CommonMark that starts with three or more backticks or tildes and ends at such a fence
 # or at the end of the text.
 _FENCED = re.compile(
-    r"^[ \t]*(?P<fence>`{3,}|~{3,})[^`\n]*\n(?P<answer>.*?)\n?(?:^[ \t]*(?P=fence)[`~]*[ \t\r]*$|\Z)",
+    r"^[ \t]*(?P<fence>`{3,}|~{3,})[^`\n]*\n"
+    r"(?P<answer>.*?)\n?(?:^[ \t]*(?P=fence)[`~]*[ \t\r]*$|\Z)",
     re.MULTILINE | re.DOTALL,
 )
 

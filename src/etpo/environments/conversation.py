@@ -1,6 +1,6 @@
 """Worked examples, earlier turns and the format of answers, for any text environment.
 
-`etpo-train environment=X environment.examples=4 environment.history=all environment.answer=tag:answer`
+`etpo-train environment=X environment.examples=4 environment.history=all environment.answer=tag:a`
 """
 
 from collections.abc import Sequence
@@ -88,11 +88,11 @@ class Conversation(TextVectorEnv):
         self.solved = self._solved(examples) if examples else []
         self.past: list[list[tuple[TextObservation, str]]] = [[] for _ in range(self.num_envs)]
         self.observations: list[TextObservation] = []
-        message = spaces.Dict({"role": spaces.Text(9), "content": AnyText()})
         observation = spaces.Dict({field: AnyText() for field in FIELDS})
-        if examples or history:
+        if examples or history or has_messages(environment):
+            message = spaces.Dict({"role": spaces.Text(9), "content": AnyText()})
             observation["messages"] = spaces.Sequence(message)
-        self.set_spaces(environment.single_action_space, observation)
+        self.set_spaces(observation=observation)
 
     def _solved(self, count: int) -> list[tuple[TextObservation, str]]:
         """Return the worked examples, validated, with written answers."""
@@ -168,12 +168,13 @@ class Conversation(TextVectorEnv):
             self.observations[env] = result.observations[row]
             following.append(self.extended(result.observations[row], self.past[env]))
             missing = self.answer is not None and self.answer.find(action) is None
-            fault = f"no answer: environment.answer={self.answer.value}" if missing else None
+            fault = f"no answer of the form {self.answer.value}" if missing else None
             errors.append(fault or result.errors[row])
-        extended = {
-            name: np.array(x, dtype=object) for name, x in (("final_obs", final), ("error", errors))
+        infos = {
+            "final_obs": np.array(final, dtype=object),
+            "error": np.array(errors, dtype=object),
         }
-        return following, *returned[1:4], {**returned[4], **extended}
+        return following, *returned[1:4], returned[4] | infos
 
     def extended(
         self, observation: TextObservation, past: Sequence[tuple[TextObservation, str]]
@@ -192,10 +193,8 @@ class Conversation(TextVectorEnv):
             )
         if not (self.solved or self.history):
             return observation
-        turns = [
-            *self.solved,
-            *(past if self.history == "all" else past[len(past) - self.history :]),
-        ]
+        window = len(past) if self.history == "all" else int(self.history)
+        turns = [*self.solved, *past[max(0, len(past) - window) :]]
         texts = [self.before + o["prefix"] + self.between + text + self.after for o, text in turns]
         extended = observation.copy()
         extended["prefix"] = "".join(texts) + self.before + observation["prefix"] + self.between
@@ -218,6 +217,12 @@ class Conversation(TextVectorEnv):
         self.wrapped.load_state_dict(state_dict)
 
 
+def has_messages(environment: TextVectorEnv) -> bool:
+    """Return whether the observation space has earlier turns."""
+    space = getattr(environment, "single_observation_space", None)
+    return isinstance(space, spaces.Dict) and "messages" in space.spaces
+
+
 def parts_of(turn_format: str) -> tuple[str, str, str]:
     """Return the texts before {question}, between it and {answer}, and after."""
     text = unescaped(turn_format) if isinstance(turn_format, str) else ""
@@ -234,9 +239,8 @@ def parts_of(turn_format: str) -> tuple[str, str, str]:
 def worked_example(pair: Any) -> tuple[TextObservation, str]:
     """Validate a question and its answer."""
     if not isinstance(pair, tuple | list) or len(pair) != 2:
-        raise ConfigError(
-            f"returned {validation.shown(pair)}; allowed are pairs (question, answer)"
-        )
+        shown = validation.shown(pair)
+        raise ConfigError(f"returned {shown}; allowed are pairs (question, answer)")
     question, answer = pair
     if isinstance(question, dict):
         question = validation.observation({"suffix": ""} | question)

@@ -8,6 +8,7 @@ import torch
 from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
+from etpo.environments.conversation import has_messages
 from etpo.environments.text_env import TextVectorEnv
 from etpo.errors import ConfigError, check_integer
 from etpo.rollout.buffer import OnPolicyBuffer
@@ -117,7 +118,7 @@ class RolloutDataModule(LightningDataModule):
                 "bfloat16"
             )
         policy = self.algorithm.policy
-        if "messages" in getattr(self.environment.single_observation_space, "spaces", {}):
+        if has_messages(self.environment):
             policy.prompt.check_conversations(policy.tokenizer)
         if policy.max_prompt_tokens + self.max_new_tokens > policy.context_size:
             raise ConfigError(
