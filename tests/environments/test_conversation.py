@@ -12,8 +12,9 @@ from etpo.config import CONF
 from etpo.environments.answers import AnswerFormat
 from etpo.environments.conversation import Conversation, make_environment
 from etpo.environments.gymnasium_env import GymnasiumEnv
-from etpo.environments.text_env import AnyText
+from etpo.environments.text_env import AnyText, TextVectorEnv
 from etpo.errors import ConfigError
+from etpo.evaluate import play
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 from etpo_tasks.data_science.env import DataScienceEnv
@@ -95,37 +96,28 @@ def test_worked_examples_begin_every_observation():
         bare = [dict.fromkeys(("prefix", "instruction"), f"{e.a}+{e.b} =") for e in bare]
 
 
-@pytest.mark.parametrize(("history", "shown"), [(0, 0), (1, 1), (2, 2), (3, 2), ("all", 2)])
-def test_history_has_the_last_turns_of_the_episode(history, shown):
-    form = {"turn_format": r"Q: {question}\nA:{answer}\n"}
-    environment = Conversation(sums(), history=history, examples=1, answer="last_line", **form)
-    (first,), _ = environment.reset(seed=1)
-    assert contents(first) == SOLVED[:2]
-    assert first["prefix"] == f"Q: 1+0 =\nA:1\nQ: {first['instruction']}\nA:"
-    asked, said = [first["instruction"]], []
-    for action in ("well,\n3", "4"):
-        (observation,), *_, infos = environment.step([action])
-        said.append(action)
-        turns = (
-            list(zip(asked, said, strict=True))[2 - shown :]
-            if history != 1
-            else [(asked[-1], action)]
-        )
-        turns = turns[-shown:] if shown else []
-        expected = [m for q, a in turns for m in (("user", q), ("assistant", a))]
-        assert contents(observation) == SOLVED[:2] + expected
-        lines = "".join(f"Q: {q}\nA:{a}\n" for q, a in [("1+0 =", "1"), *turns])
+@pytest.mark.parametrize("history", [0, 1, 2, "all"])
+def test_history_has_the_last_turns_of_the_episode(history):
+    form = {"turn_format": r"Q: {question}\nA:{answer}\n", "answer": "last_line"}
+    environment = Conversation(sums(), history=history, examples=1, **form)
+    (observation,), _ = environment.reset(seed=1)
+    turns, window = [("1+0 =", "1")], 9 if history == "all" else history
+    for action in ("well,\n3", "4", "5"):
+        shown = [turns[0], *turns[max(1, len(turns) - window) :]]
+        assert contents(observation) == [m for turn in shown for m in as_messages(*turn)]
+        lines = "".join(f"Q: {question}\nA:{answer}\n" for question, answer in shown)
         assert observation["prefix"] == f"{lines}Q: {observation['instruction']}\nA:"
-        asked.append(observation["instruction"])
-    assert infos["final_obs"][0] is None
-    (observation,), _, terminated, _, infos = environment.step(["5"])
+        turns.append((observation["instruction"], action))
+        (observation,), _, terminated, _, infos = environment.step([action])
     assert terminated[0]
     assert contents(observation) == SOLVED[:2]  # a new episode
-    last = contents(infos["final_obs"][0])
-    kept = {0: 0, 1: 1, 2: 2}.get(history, 3)
-    assert [content for role, content in last[2:] if role == "assistant"] == (
-        ["well,\n3", "4", "5"][3 - kept :]
-    )
+    shown = [turns[0], *turns[max(1, len(turns) - window) :]]
+    last = infos["final_obs"][0]
+    assert contents(last) == [m for turn in shown for m in as_messages(*turn)]
+
+
+def as_messages(question, answer):
+    return ("user", question), ("assistant", answer)
 
 
 @pytest.mark.parametrize(
@@ -241,9 +233,7 @@ def test_bad_settings_are_one_line(settings, message):
     ],
 )
 def test_bad_examples_are_one_line(solved, message):
-    with pytest.raises(
-        ConfigError, match=rf"^environment\.examples=1: examples\(\) of .*{message}"
-    ):
+    with pytest.raises(ConfigError, match=rf"^environment\.examples=1: .*{message}"):
         Conversation(sums(solved=solved), examples=1)
 
 
@@ -282,10 +272,8 @@ def test_the_members_of_the_environment_are_kept(letter_env, tmp_path):
     assert environment.state_dict() == {"number": 1}
     environment.load_state_dict({"number": 2})
     assert rich.state == {"number": 2}
-    observations, rewards, *_ = (
-        environment.reset(),
-        environment.step_part(["a\ncccc"], np.array([2])),
-    )[1]
+    environment.reset()
+    observations, rewards, *_ = environment.step_part(["a\ncccc"], np.array([2]))
     assert (len(observations), rewards.tolist()) == (1, [1.0])
     plain = Conversation(letter_env(1), answer="last_line")
     for name in ("content_hash", "on_score", "held_out_score", "write_best_action"):
@@ -309,18 +297,12 @@ def test_evaluation_reaches_the_environment():
 
 @pytest.mark.parametrize("form", [None, "last_line"])
 def test_a_wrapper_steps_all_at_once_if_the_environment_does(letter_env, form, checkpoint):
-    from etpo.evaluate import play
-
     class Together(letter_env):
-        step_part_of_one = letter_env.step_part
+        step_part = TextVectorEnv.step_part
 
         def step(self, actions):
-            return self.step_part_of_one(actions, np.arange(self.num_envs))
+            return letter_env.step_part(self, actions, np.arange(self.num_envs))
 
-    del Together.step_part_of_one
-    Together.stepped = letter_env.step_part
-    Together.step = lambda self, actions: self.stepped(actions, np.arange(self.num_envs))
-    Together.step_part = train.make_environment.__globals__["TextVectorEnv"].step_part
     environment = Conversation(Together(3), history="all", answer=form)
     policy = LanguageModelPolicy(str(checkpoint("llama")), CompletionTemplate())
     limits = {"max_new_tokens": 3, "max_actions": 2, "generator": None, "seed": 0}
