@@ -109,6 +109,10 @@ class GymnasiumEnv(TextVectorEnv):
         self.attempts[envs[terminated | truncated]] = 0
         return following, rewards, terminated, truncated, infos
 
+    def examples(self, count: int) -> list[tuple[Any, str]]:
+        """Return the worked examples of the environment's method `examples(count)`."""
+        return self.call_copies([0], "examples", [count])[0]
+
     def render(self) -> tuple[Any, ...]:
         """Render every copy in the `render_mode` of `kwargs`."""
         return tuple(self.call_copies(range(self.num_envs), "call", ["render"] * self.num_envs))
@@ -187,6 +191,14 @@ class Copy:
         if terminated or truncated:
             following, final = self.reset(None, options), following
         return following, reward, terminated, truncated, final, error, cached
+
+    def examples(self, count: int) -> list[tuple[Any, str]]:
+        """Return worked examples; a question of a `Dict` space has all texts."""
+        method = getattr(self.env.unwrapped, "examples", None)
+        if method is None:
+            raise ConfigError(f"{self.name}: it has no method examples(count)")
+        with self.failures("examples() raised "):
+            return method(count)
 
     def closing(self) -> Future[None]:
         """Start to close the environment, in a new thread if a call has not returned."""
