@@ -52,7 +52,7 @@ class TextFrozenLakeEnv(World):
         """Return `count` lakes that no episode has, with the first move of a shortest path."""
         random = np.random.default_rng(self.split_seed)
         lakes = [self._draw(random, Split.EXAMPLE).split("\n") for _ in range(count)]
-        return [(self._instruction(shown(lake, 0)), first_move(lake)) for lake in lakes]
+        return [(self._instruction(shown(lake, 0)), first_move(lake, random)) for lake in lakes]
 
     def texts(self) -> tuple[str, str]:
         lake = shown(self.lake.desc.astype(str).tolist(), self.lake.s)
@@ -92,10 +92,11 @@ def shown(lake: Sequence[Sequence[str]], place: int) -> str:
     return "\n".join(" ".join(cells[row : row + size]) for row in range(0, len(cells), size))
 
 
-def first_move(lake: Sequence[str]) -> str:
-    """Return the first move of a shortest path from the upper left cell, without slipping."""
+def first_move(lake: Sequence[str], random: np.random.Generator) -> str:
+    """Return the first move of a random shortest path from the upper left cell, if none slips."""
     size = len(lake)
-    steps = {"left": (0, -1), "down": (1, 0), "right": (0, 1), "up": (-1, 0)}
+    steps = {"down": (1, 0), "right": (0, 1), "left": (0, -1), "up": (-1, 0)}
+    steps = {move: steps[move] for move in random.permutation(list(steps)).tolist()}
     queue: list[tuple[tuple[int, int], str]] = [((0, 0), "")]
     seen = {(0, 0)}
     for (row, column), first in queue:  # grows in the loop
@@ -103,7 +104,7 @@ def first_move(lake: Sequence[str]) -> str:
             return first
         for move, (down, right) in steps.items():
             to = row + down, column + right
-            inside = 0 <= min(to) and max(to) < size
+            inside = to[0] in range(size) and to[1] in range(size)
             if inside and to not in seen and lake[to[0]][to[1]] != "H":
                 seen.add(to)
                 queue.append((to, first or move))

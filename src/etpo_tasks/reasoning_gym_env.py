@@ -61,7 +61,8 @@ class ReasoningGymEnv(World):
             text = one_line(str(error)) or "invalid"
             raise ConfigError(f"{KEY}.options={dict(options or {})}: {text}") from error
         self.shown = "".join(
-            f"{question_line(question)} {answer}\n\n" for question, answer in self.examples(examples)
+            f"{question_line(question)} {answer}\n\n"
+            for question, answer in self.examples(examples)
         )
 
     def examples(self, count: int) -> list[tuple[str, str]]:

@@ -20,6 +20,10 @@ MAX_STEPS = 30
 HISTORY = 4  # earlier commands in an observation
 FIRST_SEED = {Split.TRAIN: 0, Split.HELD_OUT: 10**6, Split.EXAMPLE: 2 * 10**6}
 WITHOUT_EFFECT = ("examine ", "inventory", "look")  # shown in every observation anyway
+INFOS = (
+    *("admissible_commands", "description", "inventory", "objective"),
+    *("score", "max_score", "won"),
+)
 _LOCK = threading.Lock()  # of TextWorld's generator, which has global state
 
 
@@ -72,7 +76,9 @@ class TextWorldEnv(World):
             extra = 'pip install -e ".[textworld]"'
             raise ImportError(f"TextWorld is missing: {extra}") from error
         self.level, self.games = LEVELS[level], games
-        self.folder = Path(cache_dir or cache_folder()) / f"textworld-{textworld.version.__version__}"
+        self.folder = (
+            Path(cache_dir or cache_folder()) / f"textworld-{textworld.version.__version__}"
+        )
         self.player: Any = None
 
     def start(self, split: Split) -> None:
@@ -82,11 +88,10 @@ class TextWorldEnv(World):
     def examples(self, count: int) -> list[tuple[str, str]]:
         """Return the states of `count` commands in games that no episode has, with the solution."""
         found: list[tuple[str, str]] = []
-        playing = self.player
+        playing, self.player = self.player, None
         seed = FIRST_SEED[Split.EXAMPLE]
         while len(found) < count:
-            self.player = None
-            self._play(game_file(self.folder, self.level, seed))
+            self._play(game_file(self.folder, self.level, seed), "policy_commands")
             while not self.state.won and len(found) < count:
                 command = self.state.policy_commands[0]
                 found.append((self.texts()[0], command))
@@ -121,14 +126,12 @@ class TextWorldEnv(World):
             self.player.close()
             self.player = None
 
-    def _play(self, game: Path) -> None:
+    def _play(self, game: Path, *more_infos: str) -> None:
         """Start a game from its file."""
         import textworld
 
         if self.player is None:
-            names = ("admissible_commands", "description", "inventory", "objective", "score")
-            names += ("max_score", "won", "policy_commands")
-            infos = textworld.EnvInfos(**dict.fromkeys(names, True))
+            infos = textworld.EnvInfos(**dict.fromkeys([*INFOS, *more_infos], True))
             self.player = textworld.start(str(game), infos)
         else:
             self.player.load(str(game))

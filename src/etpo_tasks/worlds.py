@@ -125,7 +125,7 @@ class World(gymnasium.Env):
         """Return the observation of the present state."""
         instruction, prefix = self.texts()
         observation: dict[str, Any] = {"instruction": instruction, "prefix": prefix}
-        if "choices" in self.observation_space.keys():
+        if "choices" in self.observation_space.spaces:
             observation["choices"] = tuple(self.admissible())
         return observation
 
