@@ -124,6 +124,8 @@ class TextArenaEnv(gymnasium.Env):
         key = f"environment.kwargs.game={self._name}"
         try:
             yield
+        except ConfigError:
+            raise
         except (AssertionError, ValueError, TypeError) as error:  # players, board, keys, options
             raise ConfigError(f"{key}: {one_line(str(error))}") from error
         except LookupError as error:

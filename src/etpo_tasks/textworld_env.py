@@ -8,6 +8,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import gymnasium
 from etpo.errors import ConfigError, check_integer
 from etpo_tasks.worlds import KEY, Split, World, check_level
 
-MAX_STEPS = 30
+MAX_STEPS = 20
 HISTORY = 4  # earlier commands in an observation
 FIRST_SEED = {Split.TRAIN: 0, Split.HELD_OUT: 10**6, Split.EXAMPLE: 2 * 10**6}
 WITHOUT_EFFECT = ("examine ", "inventory", "look")  # shown in every observation anyway
@@ -51,7 +52,7 @@ class TextWorldEnv(World):
     The reward of a step is the increase of the score divided by its maximum: 1 over a game, in
     equal parts for its quests. Commands that change nothing (look, inventory, examine) are not
     admissible: every observation shows the room and the inventory. A new game takes about half a
-    second and is kept in `cache_dir`. Registered as `etpo/TextWorld-v0`, truncated after 30
+    second and is kept in `cache_dir`. Registered as `etpo/TextWorld-v0`, truncated after 20
     commands.
 
     Args:
@@ -65,7 +66,7 @@ class TextWorldEnv(World):
     """
 
     def __init__(
-        self, *, level: int = 1, games: int = 100, cache_dir: str | None = None, **kwargs: Any
+        self, *, level: int = 2, games: int = 100, cache_dir: str | None = None, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         check_level(level, LEVELS)
@@ -88,18 +89,19 @@ class TextWorldEnv(World):
     def examples(self, count: int) -> list[tuple[str, str]]:
         """Return the states of `count` commands in games that no episode has, with the solution."""
         found: list[tuple[str, str]] = []
-        playing, self.player = self.player, None
+        other = copy(self)  # leaves the running game as it is
         seed = FIRST_SEED[Split.EXAMPLE]
         while len(found) < count:
-            self._play(game_file(self.folder, self.level, seed), "policy_commands")
-            while not self.state.won and len(found) < count:
-                command = self.state.policy_commands[0]
-                found.append((self.texts()[0], command))
-                self.act(command, None)
+            other.player = None
+            other._play(game_file(self.folder, self.level, seed), "policy_commands")
+            ended = False
+            while not ended:
+                command = other.state.policy_commands[0]
+                found.append((other.texts()[0], command))
+                _, ended = other.act(command, None)
+            other.close()
             seed += 1
-        self.close()
-        self.player = playing
-        return found
+        return found[:count]
 
     def texts(self) -> tuple[str, str]:
         state = self.state
@@ -130,6 +132,7 @@ class TextWorldEnv(World):
         """Start a game from its file."""
         import textworld
 
+        self.game = game
         if self.player is None:
             infos = textworld.EnvInfos(**dict.fromkeys([*INFOS, *more_infos], True))
             self.player = textworld.start(str(game), infos)
@@ -152,10 +155,12 @@ def game_file(folder: Path, level: Level, seed: int) -> Path:
     """
     name = "-".join(str(int(value)) for value in level) + f"-{seed}"
     made = folder / f"{name}.z8"
-    if not made.exists():
+    with _LOCK:
+        if made.exists():
+            return made
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with _LOCK, tempfile.TemporaryDirectory(dir=folder) as temporary:
+            with tempfile.TemporaryDirectory(dir=folder) as temporary:
                 source = make_game(Path(temporary) / made.name, level, seed)
                 for suffix in (".json", ".z8"):  # the second one marks a complete game
                     source.with_suffix(suffix).replace(made.with_suffix(suffix))
