@@ -6,8 +6,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from etpo.errors import ConfigError, check_integer
-from etpo_tasks.worlds import KEY, Split, World, split_of
+from etpo.errors import ConfigError
+from etpo_tasks.worlds import KEY, Example, Split, World, shown, split_of
 
 DIGITS = range(10)
 ANSWERS = tuple(str(number) for number in range(82))  # up to 9*9
@@ -21,12 +21,10 @@ QUESTIONS = {
 class ArithmeticEnv(World):
     """Answer a question such as `7+6 =`; the reward is 1 for the number, else 0.
 
-    The prefix has one worked example per line before the question, the same ones in each episode.
     Registered as `etpo/Arithmetic-v0`.
 
     Args:
         operations: some of sums, differences (none is negative) and products.
-        examples: number of worked examples in the prefix; none is a question.
         choices: include the numbers from 0 to 81 as admissible actions.
         kwargs: arguments of `World`.
     """
@@ -35,7 +33,6 @@ class ArithmeticEnv(World):
         self,
         *,
         operations: Sequence[str] = tuple(QUESTIONS),
-        examples: int = 4,
         choices: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -49,21 +46,19 @@ class ArithmeticEnv(World):
             split: [q for q in self._all() if split_of(q, self.split_seed) is split]
             for split in Split
         }
-        check_integer(f"{KEY}.examples", examples, 0, len(self.questions[Split.EXAMPLE]))
-        self.lines = [f"{question} {answer}" for question, answer in self.examples(examples)]
 
-    def examples(self, count: int) -> list[tuple[str, str]]:
+    def examples(self, count: int) -> list[Example]:
         """Return up to `count` questions that no episode has, with answers, of all operations."""
         shuffled = np.random.default_rng(self.split_seed).permutation(self.questions[Split.EXAMPLE])
         queues = [[q for q in shuffled if q in QUESTIONS[name]] for name in self.operations]
         turns = [queue[i] for i in range(len(shuffled)) for queue in queues if i < len(queue)]
-        return [(str(question), str(self._all()[question])) for question in turns[:count]]
+        return [(shown(q, q), str(self._all()[q])) for q in map(str, turns[:count])]
 
     def start(self, split: Split) -> None:
         self.question = str(self.np_random.choice(self.questions[split]))
 
     def texts(self) -> tuple[str, str]:
-        return self.question, "\n".join([*self.lines, self.question])
+        return self.question, self.question
 
     def admissible(self) -> Sequence[str]:
         return ANSWERS

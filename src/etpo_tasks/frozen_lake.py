@@ -7,7 +7,7 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv, generate_random_map
 
-from etpo_tasks.worlds import Split, World, check_level, draw
+from etpo_tasks.worlds import Example, Split, World, check_level, draw, shown
 
 MOVES = ("left", "down", "right", "up")  # gymnasium's order
 MAX_STEPS = 20
@@ -48,15 +48,14 @@ class TextFrozenLakeEnv(World):
         self.lake = self._make(self._draw(self.np_random, split))
         self.lake.reset(seed=int(self.np_random.integers(2**31)))
 
-    def examples(self, count: int) -> list[tuple[str, str]]:
+    def examples(self, count: int) -> list[Example]:
         """Return `count` lakes that no episode has, with the first move of a shortest path."""
         random = np.random.default_rng(self.split_seed)
         lakes = [self._draw(random, Split.EXAMPLE).split("\n") for _ in range(count)]
-        return [(self._instruction(shown(lake, 0)), first_move(lake, random)) for lake in lakes]
+        return [(shown(*self._texts(lake, 0)), first_move(lake, random)) for lake in lakes]
 
     def texts(self) -> tuple[str, str]:
-        lake = shown(self.lake.desc.astype(str).tolist(), self.lake.s)
-        return self._instruction(lake), f"{self._rules()}\n{lake}\nMove:"
+        return self._texts(self.lake.desc.astype(str).tolist(), self.lake.s)
 
     def admissible(self) -> Sequence[str]:
         return MOVES
@@ -77,14 +76,12 @@ class TextFrozenLakeEnv(World):
 
         return draw(sample, split, self.split_seed)
 
-    def _rules(self) -> str:
-        return RULES + SLIPPERY * self.level.slippery
-
-    def _instruction(self, lake: str) -> str:
-        return f"{self._rules()}\n{lake}\nAnswer with left, down, right or up."
+    def _texts(self, lake: Sequence[Sequence[str]], place: int) -> tuple[str, str]:
+        text = f"{RULES}{SLIPPERY * self.level.slippery}\n{drawing(lake, place)}\n"
+        return f"{text}Answer with left, down, right or up.", f"{text}Move:"
 
 
-def shown(lake: Sequence[Sequence[str]], place: int) -> str:
+def drawing(lake: Sequence[Sequence[str]], place: int) -> str:
     """Return a line per row: P player, _ ice, O hole, G goal."""
     cells = ["_" if cell in "SF" else "O" if cell == "H" else "G" for row in lake for cell in row]
     cells[place] = "P"

@@ -6,72 +6,66 @@ from typing import Any
 import gymnasium
 
 from etpo.errors import check_integer
-from etpo_tasks.worlds import KEY, Split, World
+from etpo_tasks.worlds import KEY, Example, Split, World, shown
 
 
 class GuessNumberEnv(World):
     """Guess a number from 1 to `numbers` in `guesses` guesses; the reward at the end is 1.
 
     All numbers are drawn in training and in evaluation. The prefix has a line per guess, such as
-    `> 12 lower`, after `examples` example games of a bisection. Registered as
+    `> 12 lower`, after `example_games` games of a bisection. Registered as
     `etpo/GuessNumber-v0`.
 
     Args:
         numbers: largest number.
         guesses: number of guesses; bisection needs ceil(log2(numbers + 1)).
-        examples: number of example games in the prefix.
+        example_games: number of games in the prefix before the present one.
         kwargs: arguments of `World`.
     """
 
     def __init__(
-        self, *, numbers: int = 15, guesses: int = 4, examples: int = 2, **kwargs: Any
+        self, *, numbers: int = 15, guesses: int = 4, example_games: int = 2, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         check_integer(f"{KEY}.numbers", numbers, 2, 1000)
         check_integer(f"{KEY}.guesses", guesses, 1, numbers)
-        check_integer(f"{KEY}.examples", examples, 0, numbers)
+        check_integer(f"{KEY}.example_games", example_games, 0, numbers)
         self.numbers, self.guesses = numbers, guesses
-        step = numbers // (examples + 1)
-        games = [self._bisection((i + 1) * step or 1) for i in range(examples)]
+        step = numbers // (example_games + 1)
+        games = [bisection((i + 1) * step or 1, numbers) for i in range(example_games)]
         self.games = ["\n".join(map(line, game)) + "\n\n" for game in games]
         self.number, self.past = 1, []
 
-    def examples(self, count: int) -> list[tuple[str, str]]:
-        """Return up to `count` states and guesses of bisections, as instruction and action."""
-        states = {
-            self._instruction(game[:turn]): str(game[turn][0])
-            for number in range(1, self.numbers + 1)
-            for game in [self._bisection(number)]
-            for turn in range(len(game))
-        }
-        return list(states.items())[:count]
+    def examples(self, count: int) -> list[Example]:
+        """Return up to `count` states and guesses of bisections."""
+        states: dict[str, Example] = {}
+        for number in range(1, self.numbers + 1):
+            game = list(bisection(number, self.numbers))
+            for turn, (guess, _) in enumerate(game):
+                texts = self._texts(game[:turn], "")
+                states.setdefault(texts[0], (shown(*texts), guess))
+        return list(states.values())[:count]
 
     def start(self, split: Split) -> None:
         self.number = int(self.np_random.integers(1, self.numbers + 1))
         self.past: list[tuple[str, str]] = []
 
     def texts(self) -> tuple[str, str]:
-        lines = "".join(f"{line(guess)}\n" for guess in self.past)
-        return self._instruction(self.past), f"{''.join(self.games)}{lines}>"
+        return self._texts(self.past, "".join(self.games))
 
     def admissible(self) -> Sequence[str]:
         return [str(number) for number in range(1, self.numbers + 1)]
 
     def act(self, action: str, error: str | None) -> tuple[float, bool]:
-        self.past.append((action[:20], "is not a number" if error else self._answer(int(action))))
-        won = self.past[-1][1] == "right"
+        answer = "is not a number" if error else compared(int(action), self.number)
+        self.past.append((action[:20], answer))
+        won = answer == "right"
         return float(won), won or len(self.past) == self.guesses
 
-    def _answer(self, guess: int) -> str:
-        return compared(guess, self.number)
-
-    def _instruction(self, past: Sequence[tuple[str, str]]) -> str:
-        head = f"Guess a number from 1 to {self.numbers}."
+    def _texts(self, past: Sequence[tuple[str, str]], before: str) -> tuple[str, str]:
+        lines = "".join(f"{line(guess)}\n" for guess in past)
         left = f"You have {self.guesses - len(past)} guesses left. Answer with a number."
-        return "\n".join([head, *map(line, past), left])
-
-    def _bisection(self, number: int) -> list[tuple[str, str]]:
-        return list(bisection(number, self.numbers))
+        return f"Guess a number from 1 to {self.numbers}.\n{lines}{left}", f"{before}{lines}>"
 
 
 def line(guess: tuple[str, str]) -> str:

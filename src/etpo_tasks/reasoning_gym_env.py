@@ -9,8 +9,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from etpo.errors import ConfigError, check_integer, described, one_line
-from etpo_tasks.worlds import KEY, Split, World, draw
+from etpo.errors import ConfigError, described, one_line
+from etpo_tasks.worlds import KEY, Example, Split, World, draw, shown
 
 SIZE = 100_000  # questions of a data set; options.size replaces it
 
@@ -18,14 +18,12 @@ SIZE = 100_000  # questions of a data set; options.size replaces it
 class ReasoningGymEnv(World):
     """Answer a question of a data set; the reward is its `score_answer`, from 0 to 1.
 
-    The prefix has worked examples before the question, the same ones in each episode. Questions of
-    training, of evaluation and of the examples differ. An exception of `score_answer` is a failure
-    with reward 0. Registered as `etpo/ReasoningGym-v0`.
+    Questions of training, of evaluation and of worked examples differ. An exception of
+    `score_answer` is a failure with reward 0. Registered as `etpo/ReasoningGym-v0`.
 
     Args:
         dataset: name of the data set.
         options: arguments of the data set, for example its difficulty.
-        examples: number of worked examples in the prefix.
         kwargs: arguments of `World`.
 
     Raises:
@@ -38,7 +36,6 @@ class ReasoningGymEnv(World):
         *,
         dataset: str,
         options: Mapping[str, Any] | None = None,
-        examples: int = 4,
         **kwargs: Any,
     ) -> None:
         super().__init__(choices=False, **kwargs)
@@ -53,30 +50,28 @@ class ReasoningGymEnv(World):
                 f"{KEY}.dataset={dataset}: allowed are names of reasoning_gym such as chain_sum, "
                 "letter_counting, syllogism"
             )
-        check_integer(f"{KEY}.examples", examples, 0, 100)
         try:
             self.dataset = create_dataset(dataset, **{"seed": 0, "size": SIZE, **(options or {})})
             self.entry = self.dataset[0]
         except (AssertionError, ValueError, TypeError) as error:
             text = one_line(str(error)) or "invalid"
-            raise ConfigError(f"{KEY}.options={dict(options or {})}: {text}") from error
-        self.shown = "".join(
-            f"{question_line(question)} {answer}\n\n"
-            for question, answer in self.examples(examples)
-        )
+            raise ConfigError(
+                f"{KEY}.options={dict(options or {})}: {text}; allowed are arguments of {dataset}"
+            ) from error
 
-    def examples(self, count: int) -> list[tuple[str, str]]:
+    def examples(self, count: int) -> list[Example]:
         """Return `count` questions that no episode has, with their answers."""
         random = np.random.default_rng(self.split_seed)
         entries = [self._draw(random, Split.EXAMPLE) for _ in range(count)]
-        return [(entry["question"], str(entry["answer"])) for entry in entries]
+        pairs = [(entry["question"], str(entry["answer"])) for entry in entries]
+        return [(shown(question, prefix(question)), answer) for question, answer in pairs]
 
     def start(self, split: Split) -> None:
         self.entry = self._draw(self.np_random, split)
 
     def texts(self) -> tuple[str, str]:
         question = self.entry["question"]
-        return question, self.shown + question_line(question)
+        return question, prefix(question)
 
     def step(self, action: str) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Score the whole action, without white space around it."""
@@ -96,8 +91,8 @@ class ReasoningGymEnv(World):
         )
 
 
-def question_line(question: str) -> str:
-    """Return a question with the start of its answer."""
+def prefix(question: str) -> str:
+    """Return a question up to its answer."""
     return f"Q: {question}\nA:"
 
 

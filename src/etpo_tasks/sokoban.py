@@ -7,7 +7,7 @@ import gymnasium
 import numpy as np
 
 from etpo.errors import check_range
-from etpo_tasks.worlds import KEY, Split, World, check_level, draw
+from etpo_tasks.worlds import KEY, Example, Split, World, check_level, draw, shown
 
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
 SIZE = 6  # with the walls around the board
@@ -95,14 +95,14 @@ class SokobanEnv(World):
     def start(self, split: Split) -> None:
         self.board = self._draw(self.np_random, split)[0]
 
-    def examples(self, count: int) -> list[tuple[str, str]]:
+    def examples(self, count: int) -> list[Example]:
         """Return `count` boards that no episode has, with the first move of a solution."""
         random = np.random.default_rng(self.split_seed)
         drawn = [self._draw(random, Split.EXAMPLE) for _ in range(count)]
-        return [(instruction(board), move) for board, move in drawn]
+        return [(shown(*texts_of(board)), move) for board, move in drawn]
 
     def texts(self) -> tuple[str, str]:
-        return instruction(self.board), f"{RULES}\n{self.board}\nMove:"
+        return texts_of(self.board)
 
     def admissible(self) -> Sequence[str]:
         return tuple(MOVES)
@@ -117,9 +117,10 @@ class SokobanEnv(World):
         return draw(lambda: sample(random, self.level), split, self.split_seed, key=first)
 
 
-def instruction(board: Board) -> str:
-    """Return the instruction of a board."""
-    return f"{RULES}\n{board}\nAnswer with up, down, left or right."
+def texts_of(board: Board) -> tuple[str, str]:
+    """Return instruction and prefix of a board."""
+    text = f"{RULES}\n{board}\n"
+    return f"{text}Answer with up, down, left or right.", f"{text}Move:"
 
 
 def first(drawn: tuple[Board, str]) -> str:

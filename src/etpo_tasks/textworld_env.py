@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import gymnasium
 
 from etpo.errors import ConfigError, check_integer
-from etpo_tasks.worlds import KEY, Split, World, check_level
+from etpo_tasks.worlds import KEY, Example, Split, World, check_level, shown
 
 MAX_STEPS = 20
 HISTORY = 4  # earlier commands in an observation
@@ -86,9 +86,9 @@ class TextWorldEnv(World):
         seed = FIRST_SEED[split] + int(self.np_random.integers(self.games))
         self._play(game_file(self.folder, self.level, seed))
 
-    def examples(self, count: int) -> list[tuple[str, str]]:
+    def examples(self, count: int) -> list[Example]:
         """Return the states of `count` commands in games that no episode has, with the solution."""
-        found: list[tuple[str, str]] = []
+        found: list[Example] = []
         other = copy(self)  # leaves the running game as it is
         seed = FIRST_SEED[Split.EXAMPLE]
         while len(found) < count:
@@ -97,7 +97,7 @@ class TextWorldEnv(World):
             ended = False
             while not ended:
                 command = other.state.policy_commands[0]
-                found.append((other.texts()[0], command))
+                found.append((shown(*other.texts()), command))
                 _, ended = other.act(command, None)
             other.close()
             seed += 1
@@ -106,8 +106,8 @@ class TextWorldEnv(World):
     def texts(self) -> tuple[str, str]:
         state = self.state
         lines = [state.objective, *state.description.splitlines(), *state.inventory.splitlines()]
-        shown = [" ".join(line.split()) for line in lines if line.strip()]
-        text = "\n".join([*shown, *(f"> {past}" for past in self.past[-HISTORY:])])
+        found = [" ".join(line.split()) for line in lines if line.strip()]
+        text = "\n".join([*found, *(f"> {past}" for past in self.past[-HISTORY:])])
         return f"{text}\nAnswer with your next command.", f"{text}\n>"
 
     def admissible(self) -> Sequence[str]:

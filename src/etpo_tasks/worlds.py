@@ -15,6 +15,7 @@ from etpo.errors import ConfigError, check_integer
 KEY = "environment.kwargs"
 MAX_DRAWS = 10_000
 Instance = TypeVar("Instance")
+Example = tuple[dict[str, str], str]  # texts of an observation, and the right action
 
 
 class Split(Enum):
@@ -123,11 +124,15 @@ class World(gymnasium.Env):
 
     def observe(self) -> dict[str, Any]:
         """Return the observation of the present state."""
-        instruction, prefix = self.texts()
-        observation: dict[str, Any] = {"instruction": instruction, "prefix": prefix}
+        observation: dict[str, Any] = {**shown(*self.texts())}
         if "choices" in self.observation_space.spaces:
             observation["choices"] = tuple(self.admissible())
         return observation
+
+
+def shown(instruction: str, prefix: str) -> dict[str, str]:
+    """Return the texts of an observation."""
+    return {"instruction": instruction, "prefix": prefix}
 
 
 def first_line(action: str) -> str:

@@ -32,18 +32,17 @@ def test_questions_of_training_evaluation_and_examples_differ():
     train = {environment.reset(seed=s)[0]["instruction"] for s in range(300)}
     options = {"evaluation": True}
     held_out = {environment.reset(seed=s, options=options)[0]["instruction"] for s in range(300)}
-    shown = {question for question, _ in environment.examples(20)}
+    shown = {question["instruction"] for question, _ in environment.examples(20)}
     assert min(map(len, (train, held_out, shown))) > 5
     assert not train & held_out
     assert not shown & (train | held_out)
 
 
-def test_examples_precede_the_question():
-    environment = ReasoningGymEnv(dataset="chain_sum", examples=2)
-    observation, _ = environment.reset(seed=0)
-    parts = observation["prefix"].split("\n\n")
-    examples = [f"Q: {question}\nA: {answer}" for question, answer in environment.examples(2)]
-    assert parts == [*examples, f"Q: {observation['instruction']}\nA:"]
+def test_examples_are_questions_with_their_answers():
+    environment = ReasoningGymEnv(dataset="chain_sum")
+    question, answer = environment.examples(2)[1]
+    assert question["prefix"] == f"Q: {question['instruction']}\nA:"
+    assert str(eval(question["instruction"].split(": ")[1].removesuffix(" = ?"))) == answer
 
 
 def test_options_set_the_difficulty_and_a_seed_repeats():
@@ -51,7 +50,7 @@ def test_options_set_the_difficulty_and_a_seed_repeats():
         environment = GymnasiumEnv(
             id="etpo_tasks.reasoning_gym_env:etpo/ReasoningGym-v0",
             num_envs=3,
-            kwargs={"dataset": "chain_sum", "options": options, "examples": 0},
+            kwargs={"dataset": "chain_sum", "options": options},
         )
         first, _ = environment.reset(seed=0)
         return [o["prefix"] for o in (*first, *environment.step(["1"] * 3)[0])]
@@ -79,7 +78,7 @@ def test_an_exception_of_a_scorer_is_a_failure(monkeypatch):
         ({"dataset": "sums"}, r"environment\.kwargs\.dataset=sums: allowed are names"),
         ({"options": {"max_terms": -1}}, r"environment\.kwargs\.options=\{'max_terms': -1\}: "),
         ({"options": {"colour": 1}}, r"environment\.kwargs\.options=\{'colour': 1\}: .*colour"),
-        ({"examples": -1}, r"environment\.kwargs\.examples=-1: allowed"),
+        ({"split_seed": -1}, r"environment\.kwargs\.split_seed=-1: allowed"),
     ],
 )
 def test_bad_input_is_one_line(changes, line):

@@ -26,17 +26,14 @@ def test_the_right_number_pays(answer):
         assert info["error"] is not None
 
 
-def test_examples_are_lines_before_the_question():
-    environment = ArithmeticEnv(examples=3)
-    first, second = (environment.reset(seed=s)[0]["prefix"].split("\n") for s in (0, 1))
-    assert first[:3] == second[:3]
-    assert len(first) == 4
-    assert {line[1] for line in first[:3]} == set("+-*")
-    assert all(eval(line.replace("=", "==")) for line in first[:3])
+def test_examples_of_arithmetic_are_right_and_of_all_operations():
+    examples = ArithmeticEnv().examples(3)
+    assert {question["prefix"][1] for question, _ in examples} == set("+-*")
+    assert all(eval(f"{question['prefix']}= {answer}") for question, answer in examples)
 
 
 def test_operations_are_chosen():
-    environment = ArithmeticEnv(operations=["differences"], examples=0)
+    environment = ArithmeticEnv(operations=["differences"])
     questions = {environment.reset(seed=s)[0]["prefix"] for s in range(50)}
     assert all(q[1] == "-" and int(q[0]) >= int(q[2]) for q in questions)
 
@@ -53,7 +50,7 @@ def test_bisection_finds_every_number_in_four_guesses():
 
 
 def test_a_game_of_guesses_shows_its_answers_and_ends():
-    environment = GuessNumberEnv(examples=1)
+    environment = GuessNumberEnv(example_games=1)
     environment.reset(seed=0)
     environment.number = 5
     game = environment.step("12")[0]["prefix"].partition("\n\n")[2]

@@ -69,7 +69,7 @@ def test_games_of_training_and_evaluation_differ_and_examples_are_solutions(smal
     before = small.observe()
     examples = small.examples(3)
     assert small.observe() == before
-    assert not {text for text, _ in examples} & (train | held_out)
+    assert not {question["instruction"] for question, _ in examples} & (train | held_out)
     assert all(action for _, action in examples)
 
 
