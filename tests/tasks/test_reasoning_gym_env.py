@@ -42,7 +42,7 @@ def test_examples_are_questions_with_their_answers():
     environment = ReasoningGymEnv(dataset="chain_sum")
     question, answer = environment.examples(2)[1]
     assert question["prefix"] == f"Q: {question['instruction']}\nA:"
-    assert str(eval(question["instruction"].split(": ")[1].removesuffix(" = ?"))) == answer
+    assert str(eval(question["instruction"].split(": ")[1].rstrip(" =?."))) == answer
 
 
 def test_options_set_the_difficulty_and_a_seed_repeats():
@@ -76,7 +76,7 @@ def test_an_exception_of_a_scorer_is_a_failure(monkeypatch):
     ("changes", "line"),
     [
         ({"dataset": "sums"}, r"environment\.kwargs\.dataset=sums: allowed are names"),
-        ({"options": {"max_terms": -1}}, r"environment\.kwargs\.options=\{'max_terms': -1\}: "),
+        ({"options": {"max_terms": -1}}, r"environment\.kwargs\.options=\{'max_terms': -1\}: .*allowed"),
         ({"options": {"colour": 1}}, r"environment\.kwargs\.options=\{'colour': 1\}: .*colour"),
         ({"split_seed": -1}, r"environment\.kwargs\.split_seed=-1: allowed"),
     ],

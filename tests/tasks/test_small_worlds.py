@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from etpo_tasks.arithmetic import ArithmeticEnv
-from etpo_tasks.frozen_lake import TextFrozenLakeEnv, shown
+from etpo_tasks.frozen_lake import TextFrozenLakeEnv, drawing
 from etpo_tasks.guess_number import GuessNumberEnv, bisection
 from etpo_tasks.sokoban import BORDER, LEVELS, Board, SokobanEnv, sample, shortest
 
@@ -131,4 +131,4 @@ def test_a_walk_over_the_ice():
 
 
 def test_a_lake_is_shown_with_the_player():
-    assert shown(["SF", "HG"], 1) == "_ P\nO G"
+    assert drawing(["SF", "HG"], 1) == "_ P\nO G"
