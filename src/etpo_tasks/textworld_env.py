@@ -25,7 +25,7 @@ INFOS = (
     *("admissible_commands", "description", "inventory", "objective"),
     *("score", "max_score", "won"),
 )
-_LOCK = threading.Lock()  # of TextWorld's generator, which has global state
+_LOCK = threading.Lock()  # TextWorld has one parser per process
 
 
 class Level(NamedTuple):
@@ -89,18 +89,17 @@ class TextWorldEnv(World):
     def examples(self, count: int) -> list[Example]:
         """Return the states of `count` commands in games that no episode has, with the solution."""
         found: list[Example] = []
-        other = copy(self)  # leaves the running game as it is
-        seed = FIRST_SEED[Split.EXAMPLE]
+        other, seed = copy(self), FIRST_SEED[Split.EXAMPLE]
+        other.player = None  # `self` keeps its game
         while len(found) < count:
-            other.player = None
             other._play(game_file(self.folder, self.level, seed), "policy_commands")
             ended = False
             while not ended:
                 command = other.state.policy_commands[0]
                 found.append((shown(*other.texts()), command))
                 _, ended = other.act(command, None)
-            other.close()
             seed += 1
+        other.close()
         return found[:count]
 
     def texts(self) -> tuple[str, str]:
@@ -120,7 +119,8 @@ class TextWorldEnv(World):
         if error is not None:
             return 0.0, False
         before = self.state.score
-        self.state, _, ended = self.player.step(action)
+        with _LOCK:
+            self.state, _, ended = self.player.step(action)
         return (self.state.score - before) / self.state.max_score, bool(ended)
 
     def close(self) -> None:
@@ -133,12 +133,12 @@ class TextWorldEnv(World):
         import textworld
 
         self.game = game
-        if self.player is None:
-            infos = textworld.EnvInfos(**dict.fromkeys([*INFOS, *more_infos], True))
+        infos = textworld.EnvInfos(**dict.fromkeys([*INFOS, *more_infos], True))
+        self.close()  # a player that loads another game keeps the memory of the last one
+        with _LOCK:
             self.player = textworld.start(str(game), infos)
-        else:
-            self.player.load(str(game))
-        self.state = self.player.reset()
+            self.player.seed(1)  # else the interpreter's generator depends on the time
+            self.state = self.player.reset()
         self.past: list[str] = []
 
 

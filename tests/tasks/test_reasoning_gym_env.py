@@ -76,7 +76,10 @@ def test_an_exception_of_a_scorer_is_a_failure(monkeypatch):
     ("changes", "line"),
     [
         ({"dataset": "sums"}, r"environment\.kwargs\.dataset=sums: allowed are names"),
-        ({"options": {"max_terms": -1}}, r"environment\.kwargs\.options=\{'max_terms': -1\}: .*allowed"),
+        (
+            {"options": {"max_terms": -1}},
+            r"environment\.kwargs\.options=\{'max_terms': -1\}: .*allowed",
+        ),
         ({"options": {"colour": 1}}, r"environment\.kwargs\.options=\{'colour': 1\}: .*colour"),
         ({"split_seed": -1}, r"environment\.kwargs\.split_seed=-1: allowed"),
     ],

@@ -1,6 +1,7 @@
 """TextWorld's games: made by seed, played alone and in parallel, and kept on disk."""
 
 import threading
+from pathlib import Path
 
 import pytest
 from gymnasium.utils.env_checker import check_env
@@ -80,6 +81,16 @@ def test_several_quests_pay_in_parts(folder):
     rewards = [environment.step(command)[1] for command in solution(environment)]
     assert sorted(set(rewards)) == [0.0, 0.5]
     assert sum(rewards) == 1
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_games(folder):
+    environment = TextWorldEnv(level=1, games=4, cache_dir=str(folder))
+    size = []
+    for number in range(150):
+        environment.reset(seed=number)
+        size.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20)
+    assert size[-1] - size[50] < 15  # 0.8 MiB per game with one player for all games
 
 
 def play(folder, num_envs):
