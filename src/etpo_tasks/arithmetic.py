@@ -12,9 +12,9 @@ from etpo_tasks.worlds import KEY, Example, Split, World, shown, split_of
 DIGITS = range(10)
 ANSWERS = tuple(str(number) for number in range(82))  # up to 9*9
 QUESTIONS = {
-    "sums": {f"{a}+{b} =": a + b for a in DIGITS for b in DIGITS},
-    "differences": {f"{a}-{b} =": a - b for a in DIGITS for b in range(a + 1)},
-    "products": {f"{a}*{b} =": a * b for a in DIGITS for b in DIGITS},
+    "sums": {f"{a}+{b} = ": a + b for a in DIGITS for b in DIGITS},
+    "differences": {f"{a}-{b} = ": a - b for a in DIGITS for b in range(a + 1)},
+    "products": {f"{a}*{b} = ": a * b for a in DIGITS for b in DIGITS},
 }
 
 
@@ -52,13 +52,13 @@ class ArithmeticEnv(World):
         shuffled = np.random.default_rng(self.split_seed).permutation(self.questions[Split.EXAMPLE])
         queues = [[q for q in shuffled if q in QUESTIONS[name]] for name in self.operations]
         turns = [queue[i] for i in range(len(shuffled)) for queue in queues if i < len(queue)]
-        return [(shown(q, q), str(self._all()[q])) for q in map(str, turns[:count])]
+        return [(shown(*texts_of(q)), str(self._all()[q])) for q in map(str, turns[:count])]
 
     def start(self, split: Split) -> None:
         self.question = str(self.np_random.choice(self.questions[split]))
 
     def texts(self) -> tuple[str, str]:
-        return self.question, self.question
+        return texts_of(self.question)
 
     def admissible(self) -> Sequence[str]:
         return ANSWERS
@@ -68,6 +68,11 @@ class ArithmeticEnv(World):
 
     def _all(self) -> dict[str, int]:
         return {q: answer for name in self.operations for q, answer in QUESTIONS[name].items()}
+
+
+def texts_of(question: str) -> tuple[str, str]:
+    """Return instruction and prefix of a question."""
+    return question.strip(), question
 
 
 gymnasium.register("etpo/Arithmetic-v0", entry_point=ArithmeticEnv)

@@ -78,7 +78,7 @@ class TextFrozenLakeEnv(World):
 
     def _texts(self, lake: Sequence[Sequence[str]], place: int) -> tuple[str, str]:
         text = f"{RULES}{SLIPPERY * self.level.slippery}\n{drawing(lake, place)}\n"
-        return f"{text}Answer with left, down, right or up.", f"{text}Move:"
+        return f"{text}Answer with left, down, right or up.", f"{text}Move: "
 
 
 def drawing(lake: Sequence[Sequence[str]], place: int) -> str:

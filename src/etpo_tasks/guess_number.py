@@ -65,7 +65,7 @@ class GuessNumberEnv(World):
     def _texts(self, past: Sequence[tuple[str, str]], before: str) -> tuple[str, str]:
         lines = "".join(f"{line(guess)}\n" for guess in past)
         left = f"You have {self.guesses - len(past)} guesses left. Answer with a number."
-        return f"Guess a number from 1 to {self.numbers}.\n{lines}{left}", f"{before}{lines}>"
+        return f"Guess a number from 1 to {self.numbers}.\n{lines}{left}", f"{before}{lines}> "
 
 
 def line(guess: tuple[str, str]) -> str:

@@ -93,7 +93,7 @@ class ReasoningGymEnv(World):
 
 def prefix(question: str) -> str:
     """Return a question up to its answer."""
-    return f"Q: {question}\nA:"
+    return f"Q: {question}\nA: "
 
 
 gymnasium.register("etpo/ReasoningGym-v0", entry_point=ReasoningGymEnv)

@@ -120,7 +120,7 @@ class SokobanEnv(World):
 def texts_of(board: Board) -> tuple[str, str]:
     """Return instruction and prefix of a board."""
     text = f"{RULES}\n{board}\n"
-    return f"{text}Answer with up, down, left or right.", f"{text}Move:"
+    return f"{text}Answer with up, down, left or right.", f"{text}Move: "
 
 
 def first(drawn: tuple[Board, str]) -> str:

@@ -105,7 +105,7 @@ class TextArenaEnv(gymnasium.Env):
         observation: dict[str, Any] = {"instruction": self._observed}
         observation["prefix"] = f"{self._observed.rstrip()}\nMove:"
         if self._list_moves is not None:
-            moves = tuple(dict.fromkeys(self._list_moves(self._game)))
+            moves = tuple(f"[{move}]" for move in dict.fromkeys(self._list_moves(self._game)))
             self._moves = moves or self._moves  # there may be none after the end
             observation["choices"] = self._moves
         return observation

@@ -1,4 +1,4 @@
-"""Admissible moves of TextArena's single-player games, without brackets."""
+"""Admissible moves of TextArena's single-player games."""
 
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
@@ -101,5 +101,5 @@ MOVES: Mapping[str, Callable[[Any], Iterable[str]]] = {
 
 
 def moves_of(name: str) -> Callable[[Any], Iterable[str]] | None:
-    """Return the function that lists the moves of a game, by its name; None without one."""
+    """Return the function that lists the moves of a game, without brackets; None without one."""
     return MOVES.get(name.partition("-v0")[0])

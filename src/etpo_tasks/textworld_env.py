@@ -107,7 +107,7 @@ class TextWorldEnv(World):
         lines = [state.objective, *state.description.splitlines(), *state.inventory.splitlines()]
         found = [" ".join(line.split()) for line in lines if line.strip()]
         text = "\n".join([*found, *(f"> {past}" for past in self.past[-HISTORY:])])
-        return f"{text}\nAnswer with your next command.", f"{text}\n>"
+        return f"{text}\nAnswer with your next command.", f"{text}\n> "
 
     def admissible(self) -> Sequence[str]:
         commands = self.state.admissible_commands
@@ -143,9 +143,9 @@ class TextWorldEnv(World):
 
 
 def cache_folder() -> Path:
-    """Return the folder for files that this package makes once."""
-    parent = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(parent) / "etpo"
+    """Return ETPO_CACHE, else the folder etpo in XDG_CACHE_HOME or ~/.cache."""
+    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("ETPO_CACHE") or Path(shared) / "etpo").expanduser()
 
 
 def game_file(folder: Path, level: Level, seed: int) -> Path:

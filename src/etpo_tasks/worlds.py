@@ -90,7 +90,10 @@ class World(gymnasium.Env):
 
     @abstractmethod
     def texts(self) -> tuple[str, str]:
-        """Return the instruction and the prefix of the present state."""
+        """Return the instruction and the prefix of the present state.
+
+        The prefix ends with a blank, which belongs to the action if the tokenizer merges the two.
+        """
 
     @abstractmethod
     def admissible(self) -> Sequence[str]:

@@ -114,7 +114,7 @@ def sokoban_prefix():
 @pytest.mark.parametrize(
     ("prefix", "action"),
     [
-        (sokoban_prefix(), " left"),
+        (sokoban_prefix(), "left"),
         ("Q: 1 + 1\nA: ", "2"),
         ("Next: ", "open the fridge"),
         ("Next:  \t", "Put it down"),

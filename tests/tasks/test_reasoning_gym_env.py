@@ -41,7 +41,7 @@ def test_questions_of_training_evaluation_and_examples_differ():
 def test_examples_are_questions_with_their_answers():
     environment = ReasoningGymEnv(dataset="chain_sum")
     question, answer = environment.examples(2)[1]
-    assert question["prefix"] == f"Q: {question['instruction']}\nA:"
+    assert question["prefix"] == f"Q: {question['instruction']}\nA: "
     assert str(eval(question["instruction"].split(": ")[1].rstrip(" =?."))) == answer
 
 

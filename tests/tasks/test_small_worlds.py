@@ -29,7 +29,9 @@ def test_the_right_number_pays(answer):
 def test_examples_of_arithmetic_are_right_and_of_all_operations():
     examples = ArithmeticEnv().examples(3)
     assert {question["prefix"][1] for question, _ in examples} == set("+-*")
-    assert all(eval(f"{question['prefix']}= {answer}") for question, answer in examples)
+    assert all(
+        eval(question["prefix"].replace("=", "==") + answer) for question, answer in examples
+    )
 
 
 def test_operations_are_chosen():
@@ -54,9 +56,9 @@ def test_a_game_of_guesses_shows_its_answers_and_ends():
     environment.reset(seed=0)
     environment.number = 5
     game = environment.step("12")[0]["prefix"].partition("\n\n")[2]
-    assert game == "> 12 lower\n>"
+    assert game == "> 12 lower\n> "
     observation, *_, info = environment.step("99")
-    assert observation["prefix"].endswith("> 12 lower\n> 99 is not a number\n>")
+    assert observation["prefix"].endswith("> 12 lower\n> 99 is not a number\n> ")
     assert info["error"]
     assert environment.step("3")[2] is False
     _, reward, terminated, _, _ = environment.step("4")
@@ -122,7 +124,7 @@ def test_a_walk_over_the_ice():
     environment.reset(seed=0)
     environment.lake = environment._make("SFF\nFHF\nFFG")
     environment.lake.reset(seed=0)
-    assert environment.texts()[1].endswith("\nP _ _\n_ O _\n_ _ G\nMove:")
+    assert environment.texts()[1].endswith("\nP _ _\n_ O _\n_ _ G\nMove: ")
     ends = [environment.step(move)[1:3] for move in ("right", "right", "down", "down")]
     assert ends == [(0.0, False)] * 3 + [(1.0, True)]
     environment.lake = environment._make("SFF\nFHF\nFFG")

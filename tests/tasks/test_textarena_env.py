@@ -165,9 +165,9 @@ def test_moves_that_change_nothing_are_not_listed():
     environment.reset(seed=0)
     game = environment.envs[0].unwrapped
     game._game.state.game_state["board"] = [[2, 0, 0, 0], *([0] * 4 for _ in range(3))]
-    assert game._read()["choices"] == ("down", "right")
+    assert game._read()["choices"] == ("[down]", "[right]")
     game._game.state.game_state["board"] = [[2, 2, 4, 8], *([0] * 4 for _ in range(3))]
-    assert game._read()["choices"] == ("down", "left", "right")
+    assert game._read()["choices"] == ("[down]", "[left]", "[right]")
 
 
 def test_a_game_of_other_moves_has_no_choices():

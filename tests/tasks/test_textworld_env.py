@@ -58,7 +58,7 @@ def test_commands_without_effect_are_no_choice(small):
     observation, reward, terminated, _, info = small.step("dance")
     assert (reward, terminated) == (0.0, False)
     assert info["error"] == "'dance' is not possible"
-    assert observation["prefix"].endswith("\n> 'dance' is not possible\n>")
+    assert observation["prefix"].endswith("\n> 'dance' is not possible\n> ")
 
 
 def test_games_of_training_and_evaluation_differ_and_examples_are_solutions(small):

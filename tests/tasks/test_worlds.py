@@ -78,9 +78,9 @@ def test_examples_are_the_right_actions(world):
     assert {action for _, action in examples} <= set(actions)
 
 
-def test_a_prompt_does_not_end_with_a_blank(world):
+def test_a_prompt_ends_with_the_blank_before_the_action(world):
     prefix = world.reset(seed=0)[0]["prefix"]
-    assert prefix == prefix.rstrip()
+    assert prefix == f"{prefix.rstrip()} "
 
 
 def test_another_action_is_a_failure(world):
