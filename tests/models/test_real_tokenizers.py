@@ -21,7 +21,7 @@ from etpo.rollout.collector import collect
 from etpo_sandbox import Sandbox
 from etpo_tasks.data_science import prompts
 from etpo_tasks.data_science.env import DataScienceEnv
-from etpo_tasks.household import HouseholdEnv
+from etpo_tasks.sokoban import SokobanEnv
 
 NAMES = ("llama2", "llama3_1", "gemma3", "qwen3", "deepseek_v3", "gptoss", "smollm2")
 CONTROL = ("<PRE>", "<SUF>", "<MID>")
@@ -110,14 +110,14 @@ def test_tokens_of_prompt_and_program_are_those_of_the_joined_text(tokenizer, bo
     spelled(tokenizer, OBSERVATION["prefix"], body)
 
 
-def household_prefix():
-    return HouseholdEnv().reset(seed=0)[0]["prefix"]
+def sokoban_prefix():
+    return SokobanEnv().reset(seed=0)[0]["prefix"]
 
 
 @pytest.mark.parametrize(
     ("prefix", "action"),
     [
-        (household_prefix(), " go to the kitchen"),
+        (sokoban_prefix(), "left"),
         ("Q: 1 + 1\nA: ", "2"),
         ("Next: ", "open the fridge"),
         ("Next:  \t", "Put it down"),
