@@ -51,12 +51,12 @@ class ChatTemplate(PromptTemplate):
             self.check_conversations(tokenizer)
         turns = [*observation.get("messages", ()), user_turn(observation["instruction"])]
         messages = self._with_system(turns, self.system)
-        ids = self._encode(tokenizer, messages)
+        ids = self._apply(tokenizer, messages, tokenize=True)
         size, first = len(ids), int(messages[0]["role"] == "system")
         while len(ids) > max_tokens and len(messages) > first + 1:
             later = (i for i, m in enumerate(messages) if i > first and m["role"] == "user")
             del messages[first : next(later)]
-            ids = self._encode(tokenizer, messages)
+            ids = self._apply(tokenizer, messages, tokenize=True)
         if len(ids) > max_tokens:
             ids = self._cut_request(tokenizer, messages, ids, max_tokens)
         return Prompt(ids, size - len(ids))
@@ -74,7 +74,7 @@ class ChatTemplate(PromptTemplate):
         while len(ids) > max_tokens and kept > 1:
             kept = max(1, kept - (len(ids) - max_tokens))
             text = added_text(tokenizer, words[-kept:]).lstrip(BROKEN)
-            ids = self._encode(tokenizer, [*messages[:-1], user_turn(text)])
+            ids = self._apply(tokenizer, [*messages[:-1], user_turn(text)], tokenize=True)
         check_room(max_tokens, len(ids) - kept)
         return ids
 
@@ -102,7 +102,7 @@ class ChatTemplate(PromptTemplate):
         self.check_conversations(tokenizer)
         marked = [*asked, Message(role="assistant", content=MARK)]
         turns = [*marked, user_turn(observation["instruction"])]
-        shown = self._render(tokenizer, self._with_system(turns, self.system))
+        shown = self._apply(tokenizer, self._with_system(turns, self.system), tokenize=False)
         if shown.count(MARK) != 1:
             return None
         action, end = list(turn.action_ids), None
@@ -213,10 +213,12 @@ class ChatTemplate(PromptTemplate):
             system, turns = f"{system}\n\n{turns[0]['content']}", turns[1:]
         return [Message(role="system", content=system), *turns]
 
-    def _encode(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-        """Return the ids of a prompt; raise ConfigError if the template rejects the messages."""
+    def _apply(
+        self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, tokenize: bool
+    ) -> Any:
+        """Return `_render` of a prompt; raise ConfigError if the template rejects the messages."""
         try:
-            return self._render(tokenizer, messages, tokenize=True)
+            return self._render(tokenizer, messages, tokenize=tokenize)
         except FAULTS as error:
             roles = ", ".join(message["role"] for message in messages)
             raise ConfigError(
