@@ -19,6 +19,7 @@ from etpo.models import critics
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prefix_tree import PrefixTree
 from etpo.models.token_columns import TokenColumns
+from etpo.rollout.metrics import first_episode_reward
 from etpo.rollout.types import Actions, Decisions, PrefixStates, Rollout, TokenBatch
 from etpo.sharding import configure_strategy
 
@@ -274,8 +275,8 @@ class OnPolicyAlgorithm(LightningModule):
             critics.polyak_update(self.target_critic, self.critic, self.settings.tau)
 
     def validation_step(self, batch: Rollout, batch_idx: int) -> None:
-        reward = batch.actions.rewards.mean()
-        self.log("val/reward", reward, sync_dist=True, batch_size=len(batch.actions.rewards))
+        reward = first_episode_reward(batch)
+        self.log("val/reward", reward, sync_dist=True, batch_size=batch.num_envs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["lr_schedulers"] = []  # `on_train_start` sets the learning rates
