@@ -66,7 +66,7 @@ class TextWorldEnv(World):
     """
 
     def __init__(
-        self, *, level: int = 2, games: int = 100, cache_dir: str | None = None, **kwargs: Any
+        self, *, level: int = 1, games: int = 100, cache_dir: str | None = None, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         check_level(level, LEVELS)
