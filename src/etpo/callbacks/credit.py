@@ -143,7 +143,7 @@ def token_numbers(
     values = PrefixValues()
     if isinstance(module, OnPolicyAlgorithm):
         values = module.loss_values(tree, states, columns, log_pi, log_ref)
-    places = columns.places(rows.action_ids)[..., None]
+    places = columns.places(rows.action_ids).where(tree.mask, 0)[..., None]
     kl, entropy = kl_divergence(log_pi, log_ref), expectation(log_pi, -log_pi)
     count = min(ALTERNATIVES, log_pi.shape[-1] - 1)
 
