@@ -71,7 +71,7 @@ def test_sums_over_shared_prefixes_equal_the_loss_of_single_tokens(
     models = module.policy.model, old, module.policy.reference_model
     size = module.policy.vocabulary_size
     total, ratios, kl = 0.0, torch.ones_like(batch.advantages), 0.0
-    for row, mask in enumerate(batch.action_mask):
+    for row, mask in enumerate(batch.step_mask):
         prompt = batch.prompt_ids[row][batch.prompt_mask[row]]
         action, advantages = batch.action_ids[row][mask], batch.advantages[row][mask]
         losses, ratios[row, mask], divergence = row_losses(
@@ -82,7 +82,7 @@ def test_sums_over_shared_prefixes_equal_the_loss_of_single_tokens(
     expected = module.scale * total / len(batch.weights)
 
     # one taken token of one prefix has advantages of both signs, and all ways to be clipped occur
-    valid, tree = batch.action_mask, batch.tree
+    valid, tree = batch.step_mask, batch.tree
     assert len(tree.node) < valid.sum() / 2
     assert tree.taken.shape[1] > 2
     signs = [tree.sum_to_taken((side * batch.advantages > 0).float()) > 0 for side in (1, -1)]
@@ -104,7 +104,7 @@ def test_advantages_of_both_signs_are_summed_separately(shared):
     """One sum of all would clip neither or both, so that the loss differs."""
     module, batch, _ = shared()
     loss, _ = module.policy_loss(batch)
-    tree, weights = batch.tree, batch.weights[:, None] * batch.action_mask
+    tree, weights = batch.tree, batch.weights[:, None] * batch.step_mask
     mean = tree.sum_to_taken(weights * batch.advantages) / tree.sum_to_taken(weights)
     joined, _ = module.policy_loss(batch._replace(advantages=tree.of_taken(mean.nan_to_num())))
     assert (loss - joined).abs() > 1e-2

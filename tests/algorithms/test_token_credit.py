@@ -14,6 +14,7 @@ from etpo.errors import ConfigError
 from etpo.models.critics import TrunkCritic
 
 from .. import by_token
+from ..by_token import unpadded, whole_columns
 
 ACTIONS = 10  # of 2 environments with 8 each: all of the first and two of the second
 
@@ -34,15 +35,9 @@ class Kept(Callback):
             alone.append(distributions(module, *unpadded(rollout.actions, row)))
         batch, q = module.compute_targets(rollout), None
         if isinstance(module, ETPO):
-            q = module.old_distributions(batch.tree.taken, *batch.states)[2]
-            q = batch.tree.of_tokens(q)
+            columns = whole_columns(module.policy, batch.states)
+            q = batch.tree.of_tokens(module.old_distributions(batch.states, columns)[2])
         self.seen.append((rollout, batch, alone, module.beta, q))
-
-
-def unpadded(actions, row):
-    prompt = actions.prompt_ids[row][actions.prompt_mask[row]][None]
-    action = actions.action_ids[row][actions.action_mask[row]][None]
-    return prompt, torch.ones_like(prompt).bool(), action
 
 
 def distributions(module, *inputs):

@@ -11,6 +11,8 @@ from etpo.callbacks.credit import TokenCredit
 FOLLOWED = {
     "prompt_ids": [5, 6],
     "action_ids": [7],
+    "steps": [True],
+    "allowed": [[]],
     "record": {"env": 0, "reward": -1.0, "error": "TypeError: no"},
     "iteration": 0,
 }

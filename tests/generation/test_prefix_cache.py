@@ -48,7 +48,7 @@ def decode(model, actions, dropped):
     for step in range(actions.shape[1]):
         if step == dropped:
             decoder.select_rows((decoder.rows != 1) & (decoder.rows != 0) & (decoder.rows != 2))
-        token = actions[decoder.rows, step]
+        token = actions[decoder.rows, step : step + 1]
         decoder.step(token, torch.ones_like(token, dtype=torch.bool))
     logits = model.get_output_embeddings()(decoder.hidden_states[:, 0])
     return decoder.rows, logits, decoder.cache

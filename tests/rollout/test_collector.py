@@ -32,14 +32,15 @@ def test_episodes_end_restart_and_are_cut_at_the_last_round(checkpoint, letter_e
     # the bootstrap prompts are the true next observations of the two open episodes
     following = [f"go{r.action[:2]}" for r in played.records[-2:]]
     expected = policy.encode([{"instruction": "", "prefix": p, "suffix": ""} for p in following])
-    assert torch.equal(played.bootstrap_ids, expected.ids)
-    assert torch.equal(played.bootstrap_mask, expected.mask)
+    assert torch.equal(played.bootstrap.prompt_ids, expected.ids)
+    assert torch.equal(played.bootstrap.prompt_mask, expected.mask)
+    assert played.bootstrap.step_mask.tolist() == [[True], [True]]
 
 
 def test_a_termination_in_the_last_round_needs_no_bootstrap(checkpoint, letter_env):
     played, _ = rollout(checkpoint("llama"), letter_env(2, length=2))
     assert not played.actions.truncated.any()
-    assert len(played.bootstrap_ids) == 0
+    assert played.bootstrap is None
 
 
 def test_rows_hold_the_sampled_actions(checkpoint, letter_env):
