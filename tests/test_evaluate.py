@@ -267,12 +267,12 @@ def test_statistics_that_are_not_defined():
 RUNS = {
     "gymnasium": (
         "environment=gymnasium",
-        "environment.id=etpo_tasks.household:etpo/Household-v0",
+        "environment.id=etpo_tasks.sokoban:etpo/Sokoban-v0",
         "environment.max_episode_steps=2",
         "model.lora={r:2,target_modules:[q_proj],task_type:CAUSAL_LM}",
     ),
-    "household": (
-        "environment=household",
+    "sokoban": (
+        "environment=sokoban",
         "algorithm=zero_shot",
         "environment.max_episode_steps=2",
     ),

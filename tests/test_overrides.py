@@ -82,6 +82,6 @@ def test_the_shells_completion_installs_and_answers(command, monkeypatch):
     ended = command(train.main, "-sc", "install=bash")
     assert ended.status == 0, ended.err
     assert "complete" in ended.out
-    monkeypatch.setenv("COMP_LINE", "etpo-train environment=house")
+    monkeypatch.setenv("COMP_LINE", "etpo-train environment=sok")
     ended = command(train.main, "-sc", "query=bash")
-    assert ended.out.split() == ["environment=household"]
+    assert ended.out.split() == ["environment=sokoban"]

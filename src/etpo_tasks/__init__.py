@@ -1,1 +1,1 @@
-"""Tasks: data science, household, TextArena and token MDPs, with the small models made for them."""
+"""Tasks with their small models: data science, text worlds, questions and token MDPs."""

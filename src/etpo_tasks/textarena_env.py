@@ -10,9 +10,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import gymnasium
+from gymnasium import spaces
 
 from etpo.environments.text_env import AnyText
 from etpo.errors import ConfigError, one_line
+from etpo_tasks.textarena_moves import moves_of
+from etpo_tasks.worlds import check_flag
 
 _INVALID = "You attempted an invalid move. Reason: "
 _FETCH_WORDS = "python -m nltk.downloader words averaged_perceptron_tagger_eng"
@@ -30,6 +33,7 @@ class TextArenaEnv(gymnasium.Env):
         game: name in TextArena. With the suffix `-train` observations are the rules, the game's
             messages and the current board, otherwise the whole conversation.
         options: arguments of the game.
+        choices: include the admissible moves in observations, for the games of `textarena_moves`.
 
     Raises ConfigError if the game is unknown, cannot be created (its words or a key are missing) or
     needs several players; ImportError without `textarena`.
@@ -42,8 +46,10 @@ class TextArenaEnv(gymnasium.Env):
         *,
         game: str,
         options: Mapping[str, Any] | None = None,
+        choices: bool = True,
         render_mode: str | None = None,
     ) -> None:
+        check_flag("choices", choices)
         try:
             import textarena
         except ImportError as error:
@@ -56,7 +62,13 @@ class TextArenaEnv(gymnasium.Env):
         self._make = lambda: textarena.make(game, **(options or {}))
         self.render_mode = render_mode
         self._name = game
-        self.action_space, self.observation_space = AnyText(), AnyText()
+        self._moves: tuple[str, ...] = ()
+        self._list_moves = moves_of(game) if choices else None
+        self.action_space = AnyText()
+        fields: dict[str, spaces.Space] = {"instruction": AnyText(), "prefix": AnyText()}
+        if self._list_moves is not None:
+            fields["choices"] = spaces.Sequence(AnyText())
+        self.observation_space = spaces.Dict(fields)
         self._state = random.Random(0).getstate()
         with self._own_random(), self._one_line():
             self._make()  # reports missing words before a model is loaded
@@ -64,7 +76,7 @@ class TextArenaEnv(gymnasium.Env):
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[str, dict[str, Any]]:
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Start a new game; without a seed, draw one from the current generator."""
         super().reset(seed=seed)
         with self._own_random(), self._one_line():
@@ -72,12 +84,12 @@ class TextArenaEnv(gymnasium.Env):
             self._game.reset(num_players=1, seed=int(self.np_random.integers(2**31)))
             return self._read(), {}
 
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+    def step(self, action: str) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Make one move; TextArena adds brackets around it if the game needs them."""
         state = self._game.state
         errors = state.error_count
         with self._own_random():
-            done, _ = self._game.step(action)
+            done, _ = self._game.step(action.strip())
             observed = self._read()
         refused = state.error_count > errors or state.game_info[0]["invalid_move"]
         error = self._reason() if refused else None
@@ -88,9 +100,15 @@ class TextArenaEnv(gymnasium.Env):
         """Return the last observation."""
         return self._observed
 
-    def _read(self) -> str:
+    def _read(self) -> dict[str, Any]:
         self._observed = self._game.get_observation()[1]
-        return self._observed
+        observation: dict[str, Any] = {"instruction": self._observed}
+        observation["prefix"] = f"{self._observed.rstrip()}\nMove:"
+        if self._list_moves is not None:
+            moves = tuple(f"[{move}]" for move in dict.fromkeys(self._list_moves(self._game)))
+            self._moves = moves or self._moves  # there may be none after the end
+            observation["choices"] = self._moves
+        return observation
 
     def _reason(self) -> str:
         """Return the game's explanation of the last invalid move."""
@@ -106,6 +124,8 @@ class TextArenaEnv(gymnasium.Env):
         key = f"environment.kwargs.game={self._name}"
         try:
             yield
+        except ConfigError:
+            raise
         except (AssertionError, ValueError, TypeError) as error:  # players, board, keys, options
             raise ConfigError(f"{key}: {one_line(str(error))}") from error
         except LookupError as error:

@@ -142,7 +142,7 @@ def test_a_checkpoint_is_evaluated_as_the_pretrained_model(trained, command, tmp
 
 
 def test_reflexion_names_the_environment_that_it_needs(command, tmp_path):
-    arguments = ("algorithm=reflexion", "environment=household", f"hydra.run.dir={tmp_path}")
+    arguments = ("algorithm=reflexion", "environment=sokoban", f"hydra.run.dir={tmp_path}")
     ended = command(train.main, *arguments)
     assert (ended.status, ended.out) == (2, "")
     assert "algorithm=reflexion" in ended.err

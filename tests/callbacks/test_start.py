@@ -62,7 +62,7 @@ def test_without_checkpoints_none_are_expected(tmp_path, fit, capsys):
 
 @pytest.mark.parametrize(
     ("task", "model", "warned"),
-    [("household", "tiny", 1), ("data_science", "tiny", 0), ("household", "Qwen3-0.6B", 0)],
+    [("sokoban", "tiny", 1), ("data_science", "tiny", 0), ("sokoban", "Qwen3-0.6B", 0)],
 )
 def test_the_embedded_model_in_another_task_is_warned_of(
     task, model, warned, tmp_path, fit, script_environment, capsys
@@ -81,7 +81,7 @@ def test_a_larger_model_takes_what_is_expected(options, start_train, tmp_path):
     save_checkpoint(tmp_path / "model", random_llama(tokenizer, 0, **sizes), tokenizer)
     process = start_train(
         tmp_path,
-        *("model=causal_lm", f"model.name_or_path={tmp_path / 'model'}", "environment=household"),
+        *("model=causal_lm", f"model.name_or_path={tmp_path / 'model'}", "environment=sokoban"),
         *("model.max_prompt_tokens=256", "model.gradient_checkpointing=false"),
         *("rollout.num_envs=8", "rollout.actions_per_iteration=16", "rollout.minibatch_size=8"),
         *("rollout.update_epochs=1", "rollout.max_new_tokens=64", "trainer.max_epochs=1"),

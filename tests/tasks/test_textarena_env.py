@@ -96,7 +96,7 @@ def test_what_was_read_last_is_rendered():
         "etpo/TextArena-v0", game="FrozenLake-v0-train", render_mode="ansi"
     ).unwrapped
     observation, _ = environment.reset(seed=0)
-    assert environment.render() == observation
+    assert environment.render() == observation["instruction"]
 
 
 def test_a_game_that_is_not_known_is_one_line():
@@ -147,3 +147,41 @@ def test_a_fault_of_a_game_keeps_its_kind(monkeypatch):
     monkeypatch.setattr(textarena, "make", make)
     with pytest.raises(EnvironmentFailure, match="IndexError"):
         copies("Wordle-v0-train")
+
+
+@pytest.mark.parametrize("game", [*MOVES, "PegJump-v0-train", "Secretary-v0-train"])
+def test_listed_moves_are_admissible(game):
+    environment = copies(game, 1)
+    seen = environment.reset(seed=1)[0]
+    for number in range(20):
+        choices = seen[0]["choices"]
+        seen, _, ended, _, infos = environment.step([choices[number * 7 % len(choices)]])
+        assert infos["error"][0] is None or "You hit a mine" in infos["error"][0]
+        assert seen[0]["choices"] or ended[0]
+
+
+def test_moves_that_change_nothing_are_not_listed():
+    environment = copies("2048-v0-train", 1)
+    environment.reset(seed=0)
+    game = environment.envs[0].unwrapped
+    game._game.state.game_state["board"] = [[2, 0, 0, 0], *([0] * 4 for _ in range(3))]
+    assert game._read()["choices"] == ("[down]", "[right]")
+    game._game.state.game_state["board"] = [[2, 2, 4, 8], *([0] * 4 for _ in range(3))]
+    assert game._read()["choices"] == ("[down]", "[left]", "[right]")
+
+
+def test_a_game_of_other_moves_has_no_choices():
+    assert "choices" not in copies("RushHour-v0-train", 1).single_observation_space.spaces
+    plain = GymnasiumEnv(
+        id="etpo_tasks.textarena_env:etpo/TextArena-v0",
+        kwargs={"game": "FrozenLake-v0-train", "choices": False},
+    )
+    assert "choices" not in plain.reset(seed=0)[0][0]
+
+
+def test_too_many_moves_are_one_line():
+    environment = copies("Mastermind-v0-extreme-train", 1)
+    with pytest.raises(
+        ConfigError, match=r"^environment\.kwargs\.choices=True: .*allowed is false$"
+    ):
+        environment.reset(seed=0)

@@ -36,6 +36,8 @@ class GymnasiumEnv(TextVectorEnv):
         kwargs: arguments of the environment.
         max_episode_steps: actions until truncation (`TimeLimit`); None: as registered.
         grammar: of the actions, as in `TextVectorEnv`; None: the environment's own, if it has one.
+        group_size: copies that start with the same seed, for several answers to one question (GRPO,
+            RLOO); a divisor of `num_envs`. Evaluation has no groups.
 
     Raises:
         ConfigError: invalid values, and, as EnvironmentFailure, an exception of any copy.
@@ -49,10 +51,18 @@ class GymnasiumEnv(TextVectorEnv):
         kwargs: Mapping[str, Any] | None = None,
         max_episode_steps: int | None = None,
         grammar: Mapping[str, Any] | None = None,
+        group_size: int = 1,
     ) -> None:
         check_integer("environment.num_envs", num_envs, 1)
+        check_integer("environment.group_size", group_size, 1, num_envs)
+        if num_envs % group_size:
+            raise ConfigError(
+                f"environment.group_size={group_size}: allowed are divisors of {num_envs}, the "
+                "number of copies"
+            )
         if max_episode_steps is not None:
             check_integer("environment.max_episode_steps", max_episode_steps, 1)
+        self.group_size = group_size
         self.num_envs, self.task_name = num_envs, str(id).rpartition(":")[2]
         self.attempts = np.zeros(num_envs, dtype=np.int64)
         self.copies: list[Copy] = []
@@ -85,11 +95,15 @@ class GymnasiumEnv(TextVectorEnv):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[tuple[TextObservation, ...], dict[str, Any]]:
-        """Start a new episode in copy i with seed + i; later episodes get the same `options`."""
+        """Start a new episode in copy i with seed + i // group_size; see `group_size`.
+
+        Later episodes get the same `options`.
+        """
         super().reset(seed=seed)
         self.options = options
         self.attempts[:] = 0
-        seeds = [None if seed is None else (seed + i) % 2**32 for i in range(self.num_envs)]
+        size = 1 if (options or {}).get("evaluation") else self.group_size
+        seeds = [None if seed is None else (seed + i // size) % 2**32 for i in range(self.num_envs)]
         return tuple(
             self.call_copies(range(self.num_envs), "reset", seeds, [options] * len(seeds))
         ), {}
@@ -108,6 +122,10 @@ class GymnasiumEnv(TextVectorEnv):
         }
         self.attempts[envs[terminated | truncated]] = 0
         return following, rewards, terminated, truncated, infos
+
+    def examples(self, count: int) -> list[tuple[Any, str]]:
+        """Return the worked examples of the environment's method `examples(count)`."""
+        return self.call_copies([0], "examples", [count])[0]
 
     def render(self) -> tuple[Any, ...]:
         """Render every copy in the `render_mode` of `kwargs`."""
@@ -187,6 +205,14 @@ class Copy:
         if terminated or truncated:
             following, final = self.reset(None, options), following
         return following, reward, terminated, truncated, final, error, cached
+
+    def examples(self, count: int) -> list[tuple[Any, str]]:
+        """Return worked examples; a question of a `Dict` space has all texts."""
+        method = getattr(self.env.unwrapped, "examples", None)
+        if method is None:
+            raise ConfigError(f"{self.name}: it has no method examples(count)")
+        with self.failures("examples() raised "):
+            return method(count)
 
     def closing(self) -> Future[None]:
         """Start to close the environment, in a new thread if a call has not returned."""

@@ -14,6 +14,7 @@ from etpo.models.chunked_logits import project_to_vocabulary
 from etpo.models.distribution import scale_logits
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prefix_tree import PrefixTree
+from etpo.models.quantization import has_float_weights
 from etpo.models.tree_forward import forward_tree
 
 Copied = TypeVar("Copied", bound=nn.Module)
@@ -114,7 +115,7 @@ class TrunkCritic(Critic):
     """A head on a trainable copy of the language model without its LM head."""
 
     def make_trunk(self, policy: LanguageModelPolicy) -> nn.Module:
-        return copy.deepcopy(trunk_of(base_model_of(policy))).requires_grad_(True).float()
+        return trainable_copy(trunk_of(base_model_of(policy)), "full")
 
 
 class LoraCritic(Critic):
@@ -158,7 +159,7 @@ class LanguageModelCritic(Critic):
         nn.Module.__init__(self)
         if head is not DuelingHead:
             raise ConfigError(f"critic=lm_copy: allowed are {', '.join(WITH_HEAD)}")
-        self.model = copy.deepcopy(base_model_of(policy)).requires_grad_(True).float()
+        self.model = trainable_copy(base_model_of(policy), "lm_copy")
         self.packs_prefixes = policy.packs_prefixes
         self.vocabulary_size = policy.vocabulary_size
 
@@ -183,6 +184,16 @@ def base_model_of(policy: LanguageModelPolicy) -> nn.Module:
     """Return the policy's frozen pretrained causal LM, without an adapter."""
     # with an adapter there is no separate reference: a copy of the policy is taken out of it
     return policy.reference_model or without_adapter(copy_sharing_frozen(policy.model))
+
+
+def trainable_copy(module: Copied, critic: str) -> Copied:
+    """Return a float32 copy that is trained; raise ConfigError if its weights are quantised."""
+    if not has_float_weights(module):
+        raise ConfigError(
+            f"critic={critic}: it trains a copy of the language model; allowed with "
+            "model.quantization are lora, frozen_trunk"
+        )
+    return copy.deepcopy(module).requires_grad_(True).float()
 
 
 def copy_sharing_frozen(module: Copied) -> Copied:

@@ -19,7 +19,8 @@ from etpo.models.distribution import TokenDistribution, scale_logits, token_dist
 from etpo.models.loading import expanded, load_model, load_tokenizer
 from etpo.models.prefix_tree import PrefixTree
 from etpo.models.probe import check_forwards
-from etpo.models.prompting import PromptBatch, PromptTemplate
+from etpo.models.prompting import Prompt, PromptBatch, PromptTemplate, Turn
+from etpo.models.quantization import check_quantization
 from etpo.models.stopping import end_token, parse_stop_strings, stop_ids
 from etpo.models.token_columns import ALL_TOKENS, TokenColumns, pack
 from etpo.models.token_text import added_text
@@ -47,6 +48,7 @@ class LanguageModelPolicy(nn.Module):
             escaped n, r, t or backslash has its meaning in Python.
         gradient_checkpointing: Recompute each layer's activations in the backward pass.
         lora: Arguments of `peft.LoraConfig`; None trains all weights.
+        quantization: "nf4" holds the base weights under `lora` in 4 bits (arXiv 2305.14314).
 
     Raises:
         ConfigError: the path has no causal LM, or a value is out of range.
@@ -68,6 +70,7 @@ class LanguageModelPolicy(nn.Module):
         stop_strings: str | Sequence[str] | None = (),
         gradient_checkpointing: bool = False,
         lora: dict[str, Any] | None = None,
+        quantization: str | None = None,
     ) -> None:
         super().__init__()
         check_range("model.temperature", temperature, 0, float("inf"), above=True)
@@ -76,6 +79,7 @@ class LanguageModelPolicy(nn.Module):
         self.prompt, self.max_prompt_tokens = prompt, max_prompt_tokens
         self.temperature, self.min_p = temperature, min_p
         name_or_path = expanded(name_or_path)
+        check_quantization(quantization, name_or_path, lora)
         self.key = f"model.name_or_path={name_or_path}"
         self.stop_strings = parse_stop_strings(stop_strings)
         self.tokenizer = load_tokenizer(name_or_path)
@@ -83,7 +87,7 @@ class LanguageModelPolicy(nn.Module):
         # before weights are loaded: raises ConfigError if the tokenizer does not fit
         example = TextObservation(instruction="a", prefix="a", suffix="a")
         prompt.encode(self.tokenizer, example, max_prompt_tokens)
-        model = load_model(name_or_path, dtype, attn_implementation)
+        model = load_model(name_or_path, dtype, attn_implementation, quantization)
         # before any copy is made
         self.checkpointed = gradient_checkpointing and checkpoint_layers(model)
         if gradient_checkpointing and not self.checkpointed:
@@ -137,16 +141,25 @@ class LanguageModelPolicy(nn.Module):
         """Return the parameters that are trained."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def encode(self, observations: Sequence[TextObservation]) -> PromptBatch:
+    def encode(
+        self,
+        observations: Sequence[TextObservation],
+        turns: Sequence[Turn | None] | None = None,
+    ) -> PromptBatch:
         """Encode prompts as left-padded tensors on the CPU; equal ones are tokenized once.
+
+        Args:
+            observations: One per row.
+            turns: The last turn of each row's episode. The prompt keeps its tokens if the
+                observation continues it. None, also of a row: tokenize the observation.
 
         Raises:
             ConfigError: a prompt has a token without a row in the embedding.
         """
-        keys = [repr(observation) for observation in observations]
-        encode, limit = self.prompt.encode, self.max_prompt_tokens
-        distinct = dict(zip(keys, observations, strict=True))
-        encoded = {key: encode(self.tokenizer, each, limit) for key, each in distinct.items()}
+        rows = list(zip(observations, turns or [None] * len(observations), strict=True))
+        keys = list(map(repr, rows))
+        distinct = dict(zip(keys, rows, strict=True))
+        encoded = {key: self._prompt(*row) for key, row in distinct.items()}
         largest = max(i for prompt in encoded.values() for i in prompt.ids)
         if largest >= self.embedding_size:  # a token that was added without a row
             token = self.tokenizer.convert_ids_to_tokens(largest)
@@ -156,11 +169,19 @@ class LanguageModelPolicy(nn.Module):
             )
         prompts = [encoded[key] for key in keys]
         choices = tuple(observation.get("choices") for observation in observations)
-        rows = [torch.tensor(prompt.ids) for prompt in prompts]
-        ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
+        tensors = [torch.tensor(prompt.ids) for prompt in prompts]
+        ids = pad_sequence(tensors, batch_first=True, padding_value=-1, padding_side="left")
         mask, rests = ids >= 0, tuple(prompt.rest for prompt in prompts)
         dropped = sum(prompt.dropped for prompt in prompts)
         return PromptBatch(ids.where(mask, self.pad_id), mask, dropped, rests, choices)
+
+    def _prompt(self, observation: TextObservation, turn: Turn | None) -> Prompt:
+        """Extend the last turn's prompt, or encode the observation alone."""
+        inputs, limit = (self.tokenizer, observation), self.max_prompt_tokens
+        extended = None
+        if turn is not None:
+            extended = self.prompt.extend(*inputs, turn, self.stop_ids, limit)
+        return self.prompt.encode(*inputs, limit) if extended is None else extended
 
     def decode(self, ids: Sequence[int], rest: str = "") -> str:
         """Return the text that an action [l] adds to its prompt, up to its stop token or string.

@@ -1,15 +1,14 @@
 """Stop tokens and stop strings: where an action ends."""
 
 import contextlib
-import re
 from collections.abc import Sequence
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from etpo.errors import ConfigError
+from etpo.escapes import unescaped
+from etpo.models.gguf_file import is_gguf
 from etpo.models.token_text import added_text, continued_ids
-
-ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
 
 
 def stop_ids(
@@ -50,7 +49,12 @@ def end_token(
 
 
 def model_eos_ids(name_or_path: str) -> list[int]:
-    """Return the EOS ids of generation_config.json or, if it has none, of config.json."""
+    """Return the EOS ids of generation_config.json or, if it has none, of config.json.
+
+    A GGUF file has no others than its tokenizer's.
+    """
+    if is_gguf(name_or_path):
+        return []
     eos = None
     with contextlib.suppress(OSError):  # most likely there is no such file
         eos = GenerationConfig.from_pretrained(name_or_path).eos_token_id
@@ -66,7 +70,7 @@ def parse_stop_strings(values: str | Sequence[str] | None) -> list[str]:
     A shell passes these escapes as two characters.
     """
     texts = as_texts("model.stop_strings", values)
-    return [re.sub(r"\\([nrt\\])", lambda match: ESCAPES[match[1]], text) for text in texts]
+    return list(map(unescaped, texts))
 
 
 def as_texts(key: str, values: str | Sequence[str] | None) -> list[str]:

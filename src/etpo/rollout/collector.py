@@ -14,7 +14,7 @@ from etpo.environments.threads import DaemonThread
 from etpo.generation.grammar import check_grammar
 from etpo.generation.sampler import Sample, decode_actions, first_decisions, generate
 from etpo.models.policy import LanguageModelPolicy
-from etpo.models.prompting import PromptBatch
+from etpo.models.prompting import PromptBatch, Turn
 from etpo.rollout.types import Actions, Decisions, Record, Rollout, pad_stack
 
 OnProgress = Callable[[str, int, int], None]
@@ -25,16 +25,26 @@ class GroupStep(NamedTuple):
 
     actions: Actions
     next_observations: list[TextObservation]  # true next observations of the truncated actions
+    turns: list[Turn | None]  # the truncated actions
     records: list[Record]
     dropped_prompt_tokens: int
 
 
 class EnvGroup:
-    """Environments that step together, with their observations and results."""
+    """Environments that step together, with their observations and results.
 
-    def __init__(self, envs: np.ndarray, observations: Sequence[TextObservation]) -> None:
+    turns: the last turn of each environment's episode, None before the first.
+    """
+
+    def __init__(
+        self,
+        envs: np.ndarray,
+        observations: Sequence[TextObservation],
+        turns: Sequence[Turn | None] | None = None,
+    ) -> None:
         self.envs = envs
         self.observations = [observations[env] for env in envs]
+        self.turns = [None if turns is None else turns[env] for env in envs]
         self.step = torch.zeros(len(envs), dtype=torch.long)
         self.results: list[GroupStep] = []
         self.prompts: PromptBatch
@@ -49,9 +59,20 @@ class EnvGroup:
         grammar: Mapping[str, str] | None,
     ) -> list[str]:
         """Generate one action per environment and return the texts."""
-        self.prompts = policy.encode(self.observations)
+        self.prompts = policy.encode(self.observations, self.turns)
         self.sample = generate(policy, self.prompts, max_new_tokens, generator, grammar)
         self.texts = decode_actions(policy, self.prompts, self.sample)
+        prompts, (ids, mask) = self.prompts, (x.cpu() for x in self.sample[:2])
+        self.turns = [
+            Turn(
+                observation,
+                prompts.ids[row][prompts.mask[row]].tolist(),
+                prompts.rests[row],
+                ids[row][mask[row]].tolist(),
+                self.texts[row],
+            )
+            for row, observation in enumerate(self.observations)
+        ]
         return self.texts
 
     def record_step(
@@ -60,10 +81,11 @@ class EnvGroup:
         """Store the outcome of the actions; `last` truncates running episodes."""
         terminated = torch.tensor(answer.terminated)
         truncated = ~terminated if last else torch.tensor(answer.truncated) & ~terminated
-        following = []
+        following, turns = [], []
         for row in truncated.nonzero().flatten().tolist():
             final = answer.final_obs[row]
             following.append(answer.observations[row] if final is None else final)
+            turns.append(self.turns[row])
         prompts, sample = self.prompts, Sample(*(x.cpu() for x in self.sample))
         actions = Actions(
             prompts.ids,
@@ -80,8 +102,10 @@ class EnvGroup:
             self.step,
         )
         records = self.to_records(policy, answer)
-        self.results.append(GroupStep(actions, following, records, prompts.dropped))
-        self.step = torch.where(terminated | truncated, 0, self.step + 1)
+        self.results.append(GroupStep(actions, following, turns, records, prompts.dropped))
+        ended = terminated | truncated
+        self.step = torch.where(ended, 0, self.step + 1)
+        self.turns = [None if end else turn for end, turn in zip(ended, self.turns, strict=True)]
         self.observations = answer.observations
 
     def to_records(
@@ -160,9 +184,11 @@ def collect(
         thread.stop()
     steps = [group.results[number] for number in range(rounds) for group in groups]
     following = [observation for step in steps for observation in step.next_observations]
+    turns = [turn for step in steps for turn in step.turns]
     decisions = None
     if following:
-        decisions = first_decisions(policy, policy.encode(following), max_new_tokens, options[-1])
+        prompts = policy.encode(following, turns)
+        decisions = first_decisions(policy, prompts, max_new_tokens, options[-1])
     return to_rollout(
         policy, steps, decisions, environment.num_envs, generate_seconds, score_seconds
     )

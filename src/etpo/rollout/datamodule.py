@@ -8,6 +8,7 @@ import torch
 from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
+from etpo.environments.conversation import has_messages
 from etpo.environments.text_env import TextVectorEnv
 from etpo.errors import ConfigError, check_integer
 from etpo.rollout.buffer import OnPolicyBuffer
@@ -85,7 +86,8 @@ class RolloutDataModule(LightningDataModule):
                 f"{self.environment.num_envs}"
             )
         check_integer("rollout.pipeline_groups", self.pipeline_groups, 1, self.num_envs)
-        step_part = getattr(type(self.environment), "step_part", TextVectorEnv.step_part)
+        unwrapped = getattr(self.environment, "unwrapped", self.environment)
+        step_part = getattr(type(unwrapped), "step_part", TextVectorEnv.step_part)
         if self.pipeline_groups > 1 and step_part is TextVectorEnv.step_part:
             raise ConfigError(
                 f"rollout.pipeline_groups={self.pipeline_groups}: allowed is 1, because "
@@ -116,6 +118,8 @@ class RolloutDataModule(LightningDataModule):
                 "bfloat16"
             )
         policy = self.algorithm.policy
+        if has_messages(self.environment):
+            policy.prompt.check_conversations(policy.tokenizer)
         if policy.max_prompt_tokens + self.max_new_tokens > policy.context_size:
             raise ConfigError(
                 f"rollout.max_new_tokens={self.max_new_tokens} and model.max_prompt_tokens="
