@@ -35,13 +35,13 @@ ACTIONS = actions_of(
     step=torch.tensor([0, 0, 1, 0]),
 )
 TREE = ACTIONS.tree()
-# values on padding must not matter
-LOG_PI = torch.tensor([[-1.0, -1.0], [-1.0, 7.0], [-1.0, 7.0], [-1.0, -1.0]])
+# log-probabilities are 0 on padding; values there must not matter
+LOG_PI = torch.tensor([[-1.0, -1.0], [-1.0, 0.0], [-1.0, 0.0], [-1.0, -1.0]])
 EVALUATION = TokenEvaluation(
     tree=TREE,
     states=states_of(torch.zeros(len(TREE.node), 32)),
     log_pi=LOG_PI,
-    log_ref=LOG_PI - torch.tensor([[0.1, 0.2], [0.3, 9.0], [-0.1, 9.0], [0.2, 0.4]]),
+    log_ref=LOG_PI - torch.tensor([[0.1, 0.2], [0.3, 0.0], [-0.1, 0.0], [0.2, 0.4]]),
     kl=torch.zeros(4, 2),
     entropy=torch.zeros(4, 2),
     value=torch.tensor([[0.1, 0.2], [0.4, 9.0], [0.6, 9.0], [0.5, 0.7]]),

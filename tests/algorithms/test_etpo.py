@@ -100,10 +100,10 @@ def test_the_truncation_penalty_keeps_what_min_p_cut_off_unlikely(build_etpo, le
 
 def loop_returns(module, rollout, values, q_taken):
     """G [B, L] of V and of Q of the taken tokens, token by token from the ends backwards."""
-    actions, num_envs = rollout.actions, rollout.num_envs
-    gamma, lambda_ = module.settings.gamma, module.lambda_
     tree = rollout.bootstrap.tree()
     bootstrap = iter(module.evaluate(tree, any_token(len(tree.node))).value[:, 0].tolist())
+    actions, num_envs = rollout.actions, rollout.num_envs
+    gamma, lambda_ = module.settings.gamma, module.lambda_
     at_end = [next(bootstrap) if cut else 0.0 for cut in actions.truncated.tolist()]
     expected = torch.zeros_like(values)
     for env in range(num_envs):
