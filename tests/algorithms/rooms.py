@@ -8,16 +8,16 @@ from etpo.environments.text_env import TextVectorEnv
 from ..restricted import next_tokens
 
 # any text; a first step; one action; forced tokens before, between and after the steps
-SPACES = (None, ("up", "down", ""), ("wait",), ("go north", "go now", "go on up"))
+SPACES = (None, ("up", "down", ""), ("stay",), ("go north", "go now", "go on up"))
 
 
 class Rooms(TextVectorEnv):
-    """Observations with SPACES[n] as choices start with n; episodes last three actions."""
+    """Observations with `spaces[n]` as choices start with n; episodes last three actions."""
 
     task_name = "rooms"
 
-    def __init__(self, num_envs):
-        self.num_envs = num_envs
+    def __init__(self, num_envs, spaces=SPACES):
+        self.num_envs, self.spaces = num_envs, spaces
         self.last = [None] * num_envs  # observations after the last step
 
     def reset(self, *, seed=None, options=None):
@@ -25,9 +25,11 @@ class Rooms(TextVectorEnv):
         return [self.observation(env, "") for env in range(self.num_envs)], {}
 
     def observation(self, env, text):
-        number = (env + self.attempts[env]) % len(SPACES)
-        made = {"instruction": "", "prefix": f"{number}{text}", "suffix": ""}
-        return made if SPACES[number] is None else made | {"choices": SPACES[number]}
+        number = (env + self.attempts[env]) % len(self.spaces)
+        made, choices = {"instruction": "", "prefix": f"{number}{text}", "suffix": ""}, {}
+        if self.spaces[number] is not None:
+            choices = {"choices": self.spaces[number]}
+        return made | choices
 
     def step_part(self, actions, envs):
         rewards = np.array([sum(map(ord, action)) % 7 / 7 for action in actions])
@@ -50,12 +52,12 @@ class Rooms(TextVectorEnv):
         return following, rewards, done, np.zeros(len(envs), dtype=bool), infos
 
 
-def allowed_of(policy, batch):
+def allowed_of(policy, batch, spaces=SPACES):
     """Return the allowed tokens at the steps of actions or a batch: bool [B, L, V], else all."""
     allowed = torch.ones(*batch.action_ids.shape, policy.vocabulary_size, dtype=torch.bool)
     for row, place in batch.step_mask.nonzero().tolist():
         prompt = batch.prompt_ids[row][batch.prompt_mask[row]]
-        choices = SPACES[int(policy.tokenizer.decode(prompt)[0])]
+        choices = spaces[int(policy.tokenizer.decode(prompt)[0])]
         if choices is not None:
             options = next_tokens(policy, choices, batch.action_ids[row, :place].tolist())
             allowed[row, place] = False
