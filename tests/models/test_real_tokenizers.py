@@ -23,6 +23,8 @@ from etpo_tasks.data_science import prompts
 from etpo_tasks.data_science.env import DataScienceEnv
 from etpo_tasks.sokoban import SokobanEnv
 
+from ..by_token import any_token
+
 NAMES = ("llama2", "llama3_1", "gemma3", "qwen3", "deepseek_v3", "gptoss", "smollm2")
 CONTROL = ("<PRE>", "<SUF>", "<MID>")
 CACHE = Path(os.environ.get("ETPO_TOKENIZERS", Path(__file__).parents[2] / ".cache/tokenizers"))
@@ -324,7 +326,8 @@ def test_a_right_program_that_is_sampled_is_scored_as_right(policy, environment,
     for row, action in enumerate(actions):
         ids[row, : len(action)] = torch.tensor(action)
         mask[row, : len(action) + 1] = True
-    taken = sampler.Sample(ids, mask, mask[..., None].float(), ~mask.any(1))
+    sets = any_token(*ids.shape)
+    taken = sampler.Sample(ids, mask, mask, mask[..., None].float(), sets, sets, ~mask.any(1))
     texts = sampler.decode_actions(policy, policy.encode(observations), taken)
     _, rewards, _, _, infos = environment.step(texts)
     assert [e for e in infos["error"] if e is not None] == []
