@@ -183,8 +183,9 @@ def both(built, fit):
         data = fit(module, Rooms(4), 2, **BUDGET)
         if module.critic is not None:
             torch.nn.init.normal_(module.critic.head.value.weight, std=0.3)
-        rollouts = data.collect_targets()[0], data.rollout
-        return module, rollouts[0], module.compute_targets(counted(module.policy, rollouts[1]))
+        data.collect_targets()
+        rollouts = data.rollout, counted(module.policy, data.rollout)
+        return module, *(module.compute_targets(rollout) for rollout in rollouts)
 
     return make
 
@@ -216,7 +217,11 @@ def test_forced_tokens_are_no_targets_of_the_critic(both):
     module, batch, wrong = both("poad")
     values = by_token.critic_outputs(module.critic, module.policy, *batch[:3])
     errors = (values - batch.returns)[batch.step_mask].abs()
-    loss, other = (module.critic_loss(each)[0].item() for each in (batch, wrong))
+    losses = []
+    for each in (batch, wrong):
+        module.mean_length = float(each.step_mask.sum(1).float().mean())
+        losses.append(module.critic_loss(each)[0].item())
+    loss, other = losses
     expected = torch.where(errors < 1, errors.square() / 2, errors - 0.5).mean()
     assert loss == pytest.approx(float(expected), rel=1e-4)
     assert abs(other - loss) > 0.05 * loss

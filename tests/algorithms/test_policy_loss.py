@@ -7,7 +7,7 @@ import torch
 
 from etpo.models.critics import TrunkCritic
 
-from .rooms import Rooms, allowed_of
+from .rooms import SPACES, Rooms, allowed_of
 
 BETA, ETA, CLIP, PENALTY, MIN_P, RARE = 0.3, 0.2, 0.1, 0.7, 0.3, 0.4
 
@@ -119,15 +119,16 @@ def test_sums_over_shared_prefixes_equal_the_loss_of_single_tokens(
 
 
 @pytest.mark.parametrize("chunk", [4096, 7])
-@pytest.mark.parametrize("penalty", [PENALTY, 0.0])
+@pytest.mark.parametrize(("spaces", "penalty"), [(SPACES, PENALTY), (SPACES[1:], 0.0)])
 def test_the_loss_is_over_the_allowed_tokens_of_the_steps(
-    penalty, chunk, shared, assert_same_gradient
+    spaces, penalty, chunk, shared, assert_same_gradient
 ):
-    """Some observations have choices; the penalty's mass is of the allowed tokens."""
-    module, batch, old = shared(Rooms(8), truncation_kl_coef=penalty, logits_chunk_size=chunk)
-    allowed = allowed_of(module.policy, batch)
-    inside = allowed[batch.step_mask].sum(1)
-    assert {1, 2, 3, module.policy.vocabulary_size} == set(inside.tolist())
+    """All or some observations have choices; the penalty's mass is of the allowed tokens."""
+    env, settings = Rooms(8, spaces), {"truncation_kl_coef": penalty, "logits_chunk_size": chunk}
+    module, batch, old = shared(env, **settings)
+    allowed = allowed_of(module.policy, batch, spaces)
+    inside = set(allowed[batch.step_mask].sum(1).tolist())
+    assert inside == {1, 2, 3} | ({module.policy.vocabulary_size} if None in spaces else set())
     expected, ratios, kl = written_out(module, batch, old, allowed)
     assert_equal(module, batch, expected, ratios, kl, assert_same_gradient)
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from etpo.errors import ConfigError
 from etpo.generation.sampler import decode_actions, first_decisions, generate
+from etpo.models.causal_lm import trunk_of
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 from etpo.models.token_columns import unpack
@@ -94,8 +95,8 @@ def assert_recorded(policy, prompts, taken, model):
         if choices is not None:
             assert text in choices
             assert not taken.length_limited[row]
-        plain = model(torch.tensor([prompt + ids]), output_hidden_states=True, use_cache=False)
-        states = plain.hidden_states[-1][0, len(prompt) - 1 :]
+        plain = trunk_of(model)(input_ids=torch.tensor([prompt + ids]), use_cache=False)
+        states = plain.last_hidden_state[0, len(prompt) - 1 :]
         for place in range(len(ids)):
             if not steps[place]:
                 assert not taken.hidden_states[row, place].any()
@@ -197,7 +198,7 @@ def test_support_is_what_min_p_keeps_of_the_allowed_tokens(build):
     assert cut > 10
     # without choices in the batch there is no set of allowed tokens
     taken = generate(policy, policy.encode([observation("go")]), 3, generator())
-    assert taken.allowed.shape == (1, 3, 0)
+    assert taken.allowed.shape[-1] == 0
     assert taken.support.shape[-1] == 9
 
 
