@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from etpo.algorithms import losses, returns
-from etpo.algorithms.returns import gather_tokens
 from etpo.models.chunked_logits import in_chunks, project_to_vocabulary, reduce_in_chunks
 
 MIB = 2**20
@@ -48,6 +47,10 @@ class Heads:
 
 def log_probs(x: Tensor, head: nn.Module) -> Tensor:
     return project_to_vocabulary(head, x).log_softmax(-1)
+
+
+def gather_tokens(values: Tensor, taken: Tensor) -> Tensor:
+    return values.gather(-1, taken[:, None])[:, 0]
 
 
 def expected_q(heads: Heads, x: Tensor, taken: Tensor) -> Tensor:
@@ -112,9 +115,9 @@ def turn(
     cuda = given.device.startswith("cuda")
     heads = Heads(vocabulary, given.size, trained, given.device)
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(1, given.tokens, given.size, generator=generator).to(given.device)
+    x = torch.randn(given.tokens, given.size, generator=generator).to(given.device)
     x.requires_grad_()
-    taken = torch.randint(vocabulary, (1, given.tokens), generator=generator).to(given.device)
+    taken = torch.randint(vocabulary, (given.tokens,), generator=generator).to(given.device)
 
     def function(*read: Tensor) -> tuple[Tensor]:
         return (operator(heads, *read),)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +17,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
+    Gemma3TextConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+    SmolLM3Config,
     Starcoder2Config,
 )
 
@@ -46,6 +51,22 @@ FAMILIES = {
         ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>", "<|file_sep|>"],
     ),
     "qwen-instruct": (Qwen2Config, ["<|im_start|>", "<|im_end|>"]),
+    "qwen3": (Qwen3Config, ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]),
+    "qwen3.5": (
+        partial(
+            Qwen3_5TextConfig,
+            layer_types=["linear_attention", "full_attention"],
+            linear_num_key_heads=2,
+            linear_num_value_heads=2,
+            linear_key_head_dim=16,
+            linear_value_head_dim=16,
+        ),
+        ["<|im_start|>", "<|im_end|>", "<|endoftext|>"],
+    ),
+    "smollm2": (LlamaConfig, ["<|im_start|>", "<|im_end|>"]),
+    "smollm3": (SmolLM3Config, ["<|im_start|>", "<|im_end|>"]),
+    "gemma3": (Gemma3TextConfig, ["<|im_start|>", "<|im_end|>", "<end_of_turn>"]),
+    "llama3": (LlamaConfig, ["<|im_start|>", "<|im_end|>", "<|eot_id|>"]),
     "deepseek": (LlamaConfig, ["<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"]),
     "cohere": (CohereConfig, []),  # multiplies its output layer's logits by `logit_scale`
     "starcoder": (
@@ -54,8 +75,10 @@ FAMILIES = {
     ),
 }
 CHAT_TEMPLATE = (
+    "{{ date_string }}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think></think>{% endif %}{% endif %}"
 )
 
 

@@ -41,6 +41,8 @@ FAMILY = {
     "Qwen/Qwen2.5-Coder-0.5B": "qwen",
     "Qwen/Qwen2.5-Coder-1.5B": "qwen",
     "Qwen/Qwen2.5-Coder-7B": "qwen",
+    "${pretrained:smollm2-135m}": "smollm2",
+    "FILE.gguf": "qwen-instruct",  # tests/models/test_gguf.py
 }
 
 

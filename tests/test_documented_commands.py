@@ -57,6 +57,10 @@ NOT_RUN = {
     "make test-all": INSTALLS,
     "make attacks": INSTALLS,
     "make tokenizers": "needs the network",
+    "make pretrained": "needs the network; tests/test_pretrained.py",
+    "etpo-train trainer=gpu model=qwen3-4b model.quantization=nf4": (
+        "needs a GPU; tests/models/test_quantization.py"
+    ),
     "pytest -m slow tests/models/test_architectures.py": "make test-all runs it",
     "kill -KILL PID": "test_study.py kills such a study",
     "tensorboard --logdir logs": "a server that stays",

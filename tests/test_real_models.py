@@ -14,13 +14,15 @@ from omegaconf import DictConfig
 from transformers import AutoModel
 
 from etpo import evaluate, train
-from etpo.algorithms.returns import gather_tokens
 from etpo.config import CONF
 from etpo.generation.sampler import generate
 from etpo_tasks.data_science.scoring import ProgramScorer, Score
 
+from .by_token import gather_tokens, hidden_states
+
 FAMILY = {
     "causal_lm": "llama",
+    "chat_lm": "qwen-instruct",
     "codellama-7b": "codellama",
     "deepseek-coder-1.3b": "deepseek",
     "qwen2.5-coder-0.5b": "qwen",
@@ -30,6 +32,21 @@ FAMILY = {
     "qwen2.5-coder-7b": "qwen",
     "qwen2.5-coder-7b-instruct": "qwen-instruct",
     "starcoder2-3b": "starcoder",
+    "gemma-3-270m": "gemma3",
+    "llama-3.2-1b": "llama3",
+    "qwen3-0.6b": "qwen3",
+    "qwen3.5-0.8b": "qwen3.5",
+    "smollm2-135m": "smollm2",
+    "smollm3-3b": "smollm3",
+}
+# differ from a smaller one by the hub id, and by bfloat16, which the loop below replaces
+LARGER = {
+    "gemma-3-1b": "gemma-3-270m",
+    "llama-3.2-3b": "llama-3.2-1b",
+    "qwen3-1.7b": "qwen3-0.6b",
+    "qwen3-4b": "qwen3-0.6b",
+    "qwen3.5-2b": "qwen3.5-0.8b",
+    "qwen3.5-4b": "qwen3.5-0.8b",
 }
 TINY_BUDGET = (
     "trainer.max_epochs=2",
@@ -76,7 +93,18 @@ def trained(folder, option: str, checkpoint, *overrides: str) -> Trainer:
 def test_every_model_of_the_configuration_is_tested():
     # the last two by tests/test_convergence.py and tests/test_documented_commands.py
     made_here = {"tiny", "token_mdp", "game_lm"}
-    assert {path.stem for path in (CONF / "model").glob("*.yaml")} == {*FAMILY, *made_here}
+    names = {path.stem for path in (CONF / "model").glob("*.yaml")}
+    assert names == {*FAMILY, *LARGER, *made_here}
+
+
+@pytest.mark.parametrize("option", LARGER)
+def test_a_larger_model_differs_by_its_weights_alone(option, tmp_path):
+    larger, smaller = (composed(tmp_path, f"model={n}") for n in (option, LARGER[option]))
+    assert larger.model.name_or_path != smaller.model.name_or_path
+    assert larger.model.dtype == "bfloat16"
+    for cfg in (larger, smaller):
+        cfg.model.name_or_path = cfg.model.dtype = ""
+    assert larger == smaller
 
 
 @pytest.mark.parametrize("option", [*FAMILY, "tiny"])
@@ -162,12 +190,13 @@ def test_what_is_sampled_is_what_is_trained(
     inputs = prompts.ids, prompts.mask, taken.ids
 
     def log_probs(hidden, **side):
-        return gather_tokens(policy.log_probs(hidden, taken.ids, **side).log_probs, taken.ids)
+        found = policy.log_probs(hidden, taken=taken.ids[..., None], **side).log_probs
+        return gather_tokens(found, taken.ids)
 
-    recomputed = log_probs(policy.hidden_states(*inputs))
+    recomputed = log_probs(hidden_states(policy, *inputs))
     sampled = log_probs(taken.hidden_states)
     torch.testing.assert_close(recomputed[taken.mask], sampled[taken.mask])
-    reference = log_probs(policy.hidden_states(*inputs, reference=True), reference=True)
+    reference = log_probs(hidden_states(policy, *inputs, reference=True), reference=True)
     assert (reference - recomputed)[taken.mask].abs().max() > 1e-3
 
 

@@ -12,6 +12,7 @@ from omegaconf.errors import MissingMandatoryValue
 
 from etpo.algorithms.settings import Settings, check_value
 from etpo.errors import MAX_SEED, ConfigError, check_integer
+from etpo.pretrained import pretrained
 
 _PACKAGED = Path(__file__).parent / "conf"
 CONF = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "conf"
@@ -29,6 +30,7 @@ IGNORED_KEYS = (
     "environment.sandbox.workers",
 )
 
+_SPLIT = "not needed: forwards without gradient are split by their number of tokens"
 # Keys and options of version 0.1 and their names now.
 RENAMED = {
     "algorithm.leak": "algorithm.truncation_kl_coef",
@@ -39,7 +41,8 @@ RENAMED = {
     "algorithm.beta_iters": "algorithm.beta_anneal_iters",
     "algorithm.lambda_iters": "algorithm.lambda_anneal_iters",
     "algorithm.vocabulary_chunk": "algorithm.logits_chunk_size",
-    "algorithm.annotation_batch": "algorithm.forward_batch_size",
+    "algorithm.annotation_batch": _SPLIT,
+    "algorithm.forward_batch_size": _SPLIT,
     "algorithm.clip_low": "algorithm.clip",
     "algorithm.clip_high": "algorithm.clip",
     "rollout.groups": "rollout.pipeline_groups",
@@ -103,7 +106,7 @@ def run_name(algorithm: DictConfig, environment: DictConfig, model: DictConfig, 
 
 
 OmegaConf.register_new_resolver("ignored_keys", lambda: list(IGNORED_KEYS), replace=True)
-for _resolver in (tiny_checkpoint, short_hash, environment_name, model_name, run_name):
+for _resolver in (tiny_checkpoint, pretrained, short_hash, environment_name, model_name, run_name):
     OmegaConf.register_new_resolver(_resolver.__name__, _resolver, replace=True)
 
 
@@ -126,6 +129,12 @@ def check_config(cfg: DictConfig) -> None:
         )
     check_integer("seed", cfg.seed, 0, MAX_SEED)
     check_integer("trainer.max_epochs", cfg.trainer.max_epochs, 1)
+    quantization, accelerator = cfg.model.get("quantization"), cfg.trainer.get("accelerator")
+    if quantization is not None and accelerator == "cpu":
+        raise ConfigError(
+            f"model.quantization={quantization}: allowed with trainer.accelerator=cpu is null; nf4 "
+            "needs trainer=gpu"
+        )
     hints = get_type_hints(Settings)
     for each in fields(Settings):  # again in the constructor, after PyTorch was loaded
         if each.name in cfg.algorithm and not OmegaConf.is_interpolation(cfg.algorithm, each.name):

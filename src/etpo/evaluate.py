@@ -17,6 +17,7 @@ from rich.table import Table
 from etpo.config import check_missing
 from etpo.console import console_script
 from etpo.environments import validation
+from etpo.environments.conversation import make_environment
 from etpo.environments.text_env import TextVectorEnv
 from etpo.errors import MAX_SEED, ConfigError, check_integer
 from etpo.files import write_text
@@ -27,6 +28,7 @@ if TYPE_CHECKING:  # PyTorch is imported late, so that bad input is refused at o
     import torch
 
     from etpo.models.policy import LanguageModelPolicy
+    from etpo.models.prompting import Turn
     from etpo.rollout.types import Record
 
     Episodes = list[list[Record]]
@@ -47,27 +49,31 @@ def play(
     Each copy of the environment plays one episode after a `reset`, so that short episodes are not
     counted more often. Raises ConfigError for invalid values from an environment.
     """
+    from etpo.generation.grammar import check_grammar
     from etpo.rollout.collector import EnvGroup
 
+    grammar = check_grammar(environment.grammar)
     episodes: Episodes = []
-    together = type(environment).step_part is TextVectorEnv.step_part
+    together = type(environment.unwrapped).step_part is TextVectorEnv.step_part
     while len(episodes) < count:
         size = min(environment.num_envs, count - len(episodes))
         wave: Episodes = [[] for _ in range(size)]
         observations = validation.reset(environment, seed + len(episodes), evaluation=True)
+        turns: list[Turn | None] = [None] * environment.num_envs
         playing = np.arange(environment.num_envs) < size
         while playing.any():
-            group = EnvGroup(np.flatnonzero(playing | together), observations)
-            texts = group.act(policy, max_new_tokens, generator)
+            group = EnvGroup(np.flatnonzero(playing | together), observations, turns)
+            texts = group.act(policy, max_new_tokens, generator, grammar)
             step = environment.step(texts) if together else environment.step_part(texts, group.envs)
             answer = validation.step_result(environment, step, len(texts))
             for row, record in enumerate(group.to_records(policy, answer)):
                 env = record.env
                 observations[env] = answer.observations[row]
+                over = answer.terminated[row] or answer.truncated[row]
+                turns[env] = None if over else group.turns[row]
                 if playing[env]:
                     wave[env].append(record._replace(attempt=len(wave[env]) + 1))
-                    ended = answer.terminated[row] or answer.truncated[row]
-                    playing[env] = not ended and len(wave[env]) < max_actions
+                    playing[env] = not over and len(wave[env]) < max_actions
         episodes += wave
     return episodes
 
@@ -125,7 +131,7 @@ def evaluate(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, Episodes]]:
     run.rollout.num_envs = min(run.rollout.num_envs, cfg.samples)
     if "max_attempts" in run.environment:
         run.environment.max_attempts = 1
-    environment = instantiate(run.environment)
+    environment = make_environment(run.environment)
     module = instantiate(run.algorithm, policy=instantiate(run.model))
     load_weights(module, state, cfg.ckpt_path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

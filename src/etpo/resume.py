@@ -14,6 +14,7 @@ FIXED = (
     *("seed", "algorithm._target_", "critic._target_", "environment._target_"),
     *("algorithm.unit", "algorithm.token_discount", "algorithm.baseline"),
     *("model._target_", "model.name_or_path", "model.lora", "model.init_seed"),
+    "model.quantization",
 )
 
 

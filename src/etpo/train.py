@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from etpo.config import check_config
 from etpo.console import console_script
+from etpo.environments.conversation import make_environment
 from etpo.resume import resume_arguments
 from etpo.run_folder import held
 from etpo.runtime import INTERRUPTED, TERMINATED, silence_libraries
@@ -70,7 +71,7 @@ def train(cfg: DictConfig) -> tuple[dict[str, Any], "Trainer"]:
     check_config(cfg)
     random.seed(cfg.seed)
     np.random.seed(cfg.seed)
-    environment = instantiate(cfg.environment)  # checks its input before Lightning is loaded
+    environment = make_environment(cfg.environment)  # checks its input before Lightning is loaded
     try:
         trainer, arguments = build(cfg, environment)
         from etpo.callbacks.summary import close

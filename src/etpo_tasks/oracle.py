@@ -6,9 +6,15 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from etpo.algorithms.evaluation import prefix_states
 from etpo.algorithms.returns import kl_divergence
+from etpo.environments.text_env import TextObservation
+from etpo.models.prefix_tree import prefix_tree
+from etpo.models.token_columns import TokenColumns, pack
 from etpo_tasks.token_mdp import TokenMDP
-from etpo_tasks.token_mdp_env import TokenMDPEnv
+from etpo_tasks.token_mdp_env import TokenMDPEnv, action_texts
+
+NEVER = -1e4  # log-probability of an inadmissible token; its probability is 0 in float64
 
 
 class OracleDistance(Callback):
@@ -55,18 +61,46 @@ def tables(environment: TokenMDPEnv, module: LightningModule) -> tuple[Tensor, T
         prompts.mask.repeat_interleave(len(prefixes), 0).to(module.device),
         actions.repeat(states, 1).to(module.device),
     ]
-    policy, action_ids = module.policy, inputs[2]
-    ref_hidden = policy.hidden_states(*inputs, reference=True)
-    log_pi, _ = policy.log_probs(policy.hidden_states(*inputs), action_ids)
-    log_ref, _ = policy.log_probs(ref_hidden, action_ids, reference=True)
-    value = module.token_values(*inputs, ref_hidden, log_pi, log_ref).value
+    policy, tree = module.policy, prefix_tree(*inputs, torch.ones_like(inputs[2]).bool())
     rows = torch.arange(len(inputs[0]))
     last = torch.tensor([len(p) for p in prefixes]).repeat(states)
+    at = tree.prefix[rows, last].view(states, len(prefixes)).cpu()  # each of the N prefixes once
+    admissible = torch.stack([admissible_tokens(mdp, o) for o in environment.observations])
+    by_prefix = torch.empty_like(admissible.flatten(0, 1))
+    by_prefix[at.flatten()] = admissible.flatten(0, 1)
+    mask = by_prefix.to(module.device)
+    allowed = pack(mask, None, policy.vocabulary_size)
+    columns, hidden = TokenColumns(None, mask), prefix_states(policy, tree, len(mask), allowed)
+    log_pi, _ = policy.log_probs(hidden.old, columns, taken=tree.taken)
+    log_ref, _ = policy.log_probs(hidden.ref, columns, reference=True)
+    value = module.loss_values(tree, hidden, columns, log_pi, log_ref).value.double().cpu()
     log_pi, log_ref = (
-        log_probs[rows, last].double().log_softmax(-1).view(states, len(prefixes), -1).cpu()
-        for log_probs in (log_pi, log_ref)
+        x.double().cpu()[at].where(admissible, NEVER).log_softmax(-1) for x in (log_pi, log_ref)
     )
-    return log_pi, log_ref, value.view(states, len(prefixes), -1)[:, 0, 0].double().cpu()
+    first = [first_step(mdp, tokens) for tokens in admissible]
+    return log_pi, log_ref, value[at[range(states), first]]
+
+
+def first_step(mdp: TokenMDP, admissible: Tensor) -> int:
+    """Return the first prefix at which several tokens of bool [P, V] are admissible, else 0."""
+    prefix = 0
+    while admissible[prefix].sum() == 1:
+        prefix = int(mdp.tree.child[prefix, admissible[prefix]])
+        if prefix < 0:
+            return 0
+    return prefix
+
+
+def admissible_tokens(mdp: TokenMDP, observation: TextObservation) -> Tensor:
+    """Return which tokens start or continue a choice: bool [P, V], all tokens without choices."""
+    choices = observation.get("choices")
+    admissible = torch.full(mdp.tree.child.shape, choices is None)
+    for text, path in zip(action_texts(mdp), mdp.tree.paths, strict=True):
+        if choices is not None and text in choices:
+            for prefix, token in path:
+                admissible[prefix, token] = True
+    admissible[~admissible.any(1)] = True  # prefixes that are never reached
+    return admissible
 
 
 def prefix_tokens(mdp: TokenMDP) -> list[list[int]]:

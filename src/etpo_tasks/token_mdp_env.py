@@ -98,19 +98,37 @@ class TokenMDPEnv(TextVectorEnv):
     receives the lowest reward of the MDP and ends the episode. A language model with the vocabulary
     of the MDP (`model=token_mdp`) cannot generate such a text. `reset(seed=...)` seeds all draws.
 
-    `time_limit`: number of actions until truncation; observations do not show it.
+    Args:
+        time_limit: number of actions until truncation; observations do not show it.
+        num_choices: number of admissible texts of each state, drawn with the seed 0; observations
+            have them as `choices`. None: all texts, without choices.
     """
 
     task_name = "token_mdp"
 
-    def __init__(self, *, mdp: TokenMDP, num_envs: int = 1, time_limit: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        mdp: TokenMDP,
+        num_envs: int = 1,
+        time_limit: int | None = None,
+        num_choices: int | None = None,
+    ) -> None:
         check_integer("environment.num_envs", num_envs, 1)
+        texts = action_texts(mdp)
+        if num_choices is not None:
+            check_integer("environment.num_choices", num_choices, 1, len(texts))
         if time_limit is not None:
             check_integer("environment.time_limit", time_limit, 1)
         self.mdp, self.num_envs, self.time_limit = mdp, num_envs, time_limit
         self.alphabet = letters(mdp.vocabulary_size)
-        self.actions = {text: action for action, text in enumerate(action_texts(mdp))}
+        self.actions = {text: action for action, text in enumerate(texts)}
         self.observations = [self.observe(text) for text in state_texts(mdp)]
+        if num_choices is not None:
+            draw = np.random.default_rng(0).permutation
+            for observation in self.observations:
+                chosen = sorted(draw(len(texts))[:num_choices])
+                observation["choices"] = tuple(texts[action] for action in chosen)
         self.rewards, self.termination = mdp.rewards.numpy(), mdp.termination.numpy()
         # cumulative sums to draw states by inversion
         self.start, self.following = mdp.start.cumsum(0).numpy(), mdp.transitions.cumsum(-1).numpy()

@@ -19,7 +19,7 @@ from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 from etpo.rollout.datamodule import RolloutDataModule
 
-SHARED = {"beta_final_factor": 1.0, "policy_lr": 3e-3, "critic_lr": 3e-3, "forward_batch_size": 8}
+SHARED = {"beta_final_factor": 1.0, "policy_lr": 3e-3, "critic_lr": 3e-3}
 ETPO_SETTINGS = SHARED | {
     "beta": 0.01,
     "gamma": 0.9,

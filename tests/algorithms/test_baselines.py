@@ -16,34 +16,38 @@ from lightning import Callback
 from etpo.algorithms import archer, ppo
 from etpo.algorithms.evaluation import TokenEvaluation
 from etpo.algorithms.policy_gradient import standardized
-from etpo.rollout.types import Actions, Record, Rollout, TokenBatch
+from etpo.rollout.types import Record, Rollout, TokenBatch
+
+from .. import by_token
+from ..by_token import actions_of, decisions_of, gather_tokens, states_of
 
 MASK = torch.tensor([[1, 1], [1, 0], [1, 0], [1, 1]]).bool()
 PROMPTS = torch.tensor([[5, 6], [5, 6], [5, 7], [5, 6]])
-ACTIONS = Actions(
-    prompt_ids=PROMPTS,
-    prompt_mask=torch.ones_like(PROMPTS).bool(),
-    action_ids=torch.full((4, 2), 9),
-    action_mask=MASK,
+ACTIONS = actions_of(
+    PROMPTS,
+    torch.ones_like(PROMPTS).bool(),
+    torch.full((4, 2), 9),
+    MASK,
     hidden_states=torch.zeros(4, 2, 32),
     rewards=torch.tensor([-1.0, 0.8, 0.5, -1.0]),
     terminated=torch.tensor([False, True, True, False]),
     truncated=torch.tensor([False, False, False, True]),
     step=torch.tensor([0, 0, 1, 0]),
 )
-# values on padding must not matter
-LOG_PI = torch.tensor([[-1.0, -1.0], [-1.0, 7.0], [-1.0, 7.0], [-1.0, -1.0]])
+TREE = ACTIONS.tree()
+# log-probabilities are 0 on padding; values there must not matter
+LOG_PI = torch.tensor([[-1.0, -1.0], [-1.0, 0.0], [-1.0, 0.0], [-1.0, -1.0]])
 EVALUATION = TokenEvaluation(
-    old_hidden=torch.zeros(4, 2, 32),
-    ref_hidden=torch.zeros(4, 2, 32),
+    tree=TREE,
+    states=states_of(torch.zeros(len(TREE.node), 32)),
     log_pi=LOG_PI,
-    log_ref=LOG_PI - torch.tensor([[0.1, 0.2], [0.3, 9.0], [-0.1, 9.0], [0.2, 0.4]]),
+    log_ref=LOG_PI - torch.tensor([[0.1, 0.2], [0.3, 0.0], [-0.1, 0.0], [0.2, 0.4]]),
     kl=torch.zeros(4, 2),
     entropy=torch.zeros(4, 2),
     value=torch.tensor([[0.1, 0.2], [0.4, 9.0], [0.6, 9.0], [0.5, 0.7]]),
 )
 RECORDS = [Record(0, 1, "", "", 0.0, None, False)]
-ROLLOUT = Rollout(ACTIONS, torch.zeros(1, 1), torch.ones(1, 1), RECORDS, 2, 0, 1.0, 1.0)
+ROLLOUT = Rollout(ACTIONS, None, RECORDS, 2, 0, 1.0, 1.0)
 
 
 @pytest.fixture
@@ -72,9 +76,7 @@ def near(rows):
 
 
 def log_probs_taken(module, batch, **side):
-    hidden = module.policy.hidden_states(*batch[:3], **side)
-    log_probs = module.policy.log_probs(hidden, batch.action_ids, **side).log_probs
-    return log_probs.gather(-1, batch.action_ids.unsqueeze(-1)).squeeze(-1)
+    return gather_tokens(by_token.log_probs(module.policy, *batch[:3], **side), batch.action_ids)
 
 
 def test_poad(credit):
@@ -112,25 +114,24 @@ def test_archer_targets(credit):
 class LastToken(torch.nn.Module):
     """V of a prefix is a tenth of its last token, A of a token w after it is w^2 / 100."""
 
-    def hidden_states(self, prompt_ids, prompt_mask, action_ids, ref_hidden):
-        return torch.cat([prompt_ids[:, -1:], action_ids[:, :-1]], dim=1)[..., None].float()
+    def hidden_states(self, tree, ref_hidden):
+        return tree.token[tree.node, None].float()
 
-    def head(self, hidden):
+    def head(self, hidden, ids=None):
         return hidden[..., 0] / 10, (torch.arange(200) ** 2 / 100).expand(*hidden.shape[:-1], -1)
 
 
 def test_archer_credits_q_less_v(build_baseline, monkeypatch):
     """A(o, a) = Q(o, a) - V(o), arXiv 2402.19446, of the target critic; then standardised."""
-    module = build_baseline("archer", forward_batch_size=3)
+    module = build_baseline("archer")
     module.target_critic = LastToken()
     monkeypatch.setattr(module, "all_gather", lambda value: value)
     actions = ACTIONS._replace(action_ids=torch.tensor([[3, 8], [5, 9], [9, 3], [4, 2]]))
-    hidden = module.policy.hidden_states(*actions[:3]).detach()
+    hidden = by_token.hidden_states(module.policy, *actions[:3]).detach()
     batch = module.compute_targets(
         ROLLOUT._replace(
             actions=actions._replace(hidden_states=hidden),
-            bootstrap_ids=torch.tensor([[8]]),
-            bootstrap_mask=torch.tensor([[True]]),
+            bootstrap=decisions_of(torch.tensor([[8]]), torch.tensor([[True]])),
         )
     )
     v = torch.tensor([0.6, 0.6, 0.7, 0.6])
@@ -167,23 +168,23 @@ def test_grpo(credit):
 
 def test_truncated_actions_are_bootstrapped_at_their_next_prompts(build_baseline):
     """Rows 1 and 2, by environment the other way round."""
-    module = build_baseline("poad", forward_batch_size=1)
+    module = build_baseline("poad")
     random = torch.Generator().manual_seed(0)
     torch.nn.init.normal_(module.critic.head.value.weight, generator=random)
     cut = torch.tensor([False, True, True, False])
     values = module.bootstrap_values(
         ROLLOUT._replace(
             actions=ACTIONS._replace(terminated=~cut, truncated=cut),
-            bootstrap_ids=torch.tensor([[5, 6, 7], [0, 0, 8]]),
-            bootstrap_mask=torch.tensor([[1, 1, 1], [0, 0, 1]]).bool(),
+            bootstrap=decisions_of(
+                torch.tensor([[5, 6, 7], [0, 0, 8]]), torch.tensor([[1, 1, 1], [0, 0, 1]]).bool()
+            ),
         ),
     )
 
     def plain(prompt):
         ids = torch.tensor([prompt])
         inputs = ids, torch.ones_like(ids).bool(), torch.tensor([[9]])
-        ref_hidden = module.policy.hidden_states(*inputs, reference=True)
-        return module.critic(*inputs, ref_hidden).item()
+        return by_token.critic_outputs(module.critic, module.policy, *inputs).item()
 
     assert abs(plain([5, 6, 7]) - plain([8])) > 0.1
     assert values.tolist() == pytest.approx([0, plain([5, 6, 7]), plain([8]), 0], abs=1e-5)
@@ -245,8 +246,8 @@ def test_credited_tokens_become_likelier(algorithm, min_p, build_baseline, odd_l
     assert 0 < rollout.actions.rewards.mean() < 1
     with torch.no_grad():
         taken = log_probs_taken(module, batch)
-    gain = (taken - batch.old_log_probs)[batch.action_mask]
-    credited = batch.advantages[batch.action_mask]
+    gain = (taken - batch.old_log_probs)[batch.step_mask]
+    credited = batch.advantages[batch.step_mask]
     assert gain[credited > 0].mean() > gain[credited < 0].mean() + 0.01
 
 
@@ -259,7 +260,7 @@ def test_paid_actions_become_likelier(algorithm, build_baseline, odd_letters, tr
     rewards = rollout.actions.rewards
     with torch.no_grad():
         taken = log_probs_taken(module, batch)
-    gain = ((taken - batch.old_log_probs) * batch.action_mask).sum(1)
+    gain = ((taken - batch.old_log_probs) * batch.step_mask).sum(1)
     assert gain[rewards == 1].mean() > gain[rewards == 0].mean() + 0.5
 
 
@@ -301,17 +302,18 @@ def test_the_step_is_the_policy_gradient(
     fresh.trainer = module.trainer
     batch = fresh.compute_targets(data.rollout)
     lengths = torch.arange(len(batch.weights)) % 5 + 1
-    mask = torch.arange(batch.action_mask.shape[1]) < lengths[:, None]
+    mask = batch.step_mask & (torch.arange(batch.step_mask.shape[1]) < lengths[:, None])
     old_log_probs = log_probs_taken(fresh, batch).detach() * mask
     advantages = torch.randn(mask.shape)
-    batch = batch._replace(action_mask=mask, old_log_probs=old_log_probs, advantages=advantages)
+    batch = batch._replace(step_mask=mask, old_log_probs=old_log_probs, advantages=advantages)
+    batch = batch.select(torch.arange(len(mask)))  # with the tree of the shorter actions
     if algorithm == "ppo_kl":  # one advantage per action
         batch = batch._replace(advantages=batch.advantages[:, :1].expand_as(mask))
     loss, metrics = fresh.policy_loss(batch)
     assert metrics["train/kl_to_old"][0].item() == pytest.approx(0, abs=1e-6)
     expected = -(batch.advantages * log_probs_taken(fresh, batch) * mask).sum(1)
     if algorithm == "grpo":
-        expected = expected / lengths
+        expected = expected / mask.sum(1)
     assert_same_gradient(loss, expected.mean(), fresh.policy.trainable_parameters(), 1e-4, 1e-5)
 
 
@@ -327,16 +329,17 @@ def test_the_step_of_grpo_away_from_the_reference(build_baseline, assert_same_gr
     log_pi = log_probs_taken(module, actions)
     log_ref = log_probs_taken(module, actions, reference=True)
     advantages = torch.randn(MASK.shape, generator=random)
-    none = torch.zeros(4, 2, 0)
+    tree = actions.tree()
     loss, _ = module.policy_loss(
         TokenBatch(
-            *actions[:4],
-            old_hidden=none,
-            ref_hidden=none,
+            *actions[:3],
+            actions.step_mask,
+            tree=tree,
+            states=states_of(torch.zeros(len(tree.node), 0)),
             old_log_probs=log_pi.detach(),
             ref_log_probs=log_ref,
             advantages=advantages,
-            returns=none,
+            returns=torch.zeros(MASK.shape),
             weights=torch.ones(4),
         )
     )

@@ -6,10 +6,11 @@ from lightning import Callback
 
 from etpo.algorithms import returns
 from etpo.algorithms.etpo import ETPO
-from etpo.algorithms.returns import gather_tokens
 from etpo.errors import ConfigError
 from etpo.models.critics import HeadCritic, TrunkCritic
-from etpo.rollout.buffer import select_rows
+
+from .. import by_token
+from ..by_token import any_token, gather_tokens, whole_columns
 
 
 class Rewards(Callback):
@@ -50,9 +51,9 @@ def test_it_learns(build_etpo, letter_env, fit):
 def old_distributions(module, batch):
     """log pi_old, log pi_ref and Q [B, L, V] of a training batch."""
     with torch.no_grad():
-        return module.old_distributions(
-            batch.action_ids, batch.old_hidden, batch.ref_hidden, batch.critic_hidden
-        )
+        columns = whole_columns(module.policy, batch.states)
+        found = module.old_distributions(batch.states, columns)
+    return tuple(batch.tree.of_tokens(each) for each in found)
 
 
 def change(module, **settings):
@@ -62,7 +63,7 @@ def change(module, **settings):
 def test_tokens_below_min_p_have_no_gradient_and_no_nan(build_etpo, letter_env, fit):
     module = build_etpo(TrunkCritic, min_p=0.3)
     batch, _ = fit(module, letter_env(8), 3).collect_targets()
-    valid = batch.action_mask
+    valid = batch.step_mask
     log_old, _, q = old_distributions(module, batch)
     support = log_old.isfinite()
     assert not support[valid].all()
@@ -81,7 +82,7 @@ def test_the_truncation_penalty_keeps_what_min_p_cut_off_unlikely(build_etpo, le
     module = build_etpo(min_p=0.3, truncation_kl_coef=0.0)
     data = fit(module, letter_env(8), 1)
     batch = module.compute_targets(data.rollout)
-    support, mask = old_distributions(module, batch)[0].isfinite(), batch.action_mask
+    support, mask = old_distributions(module, batch)[0].isfinite(), batch.step_mask
     parameters = module.policy.trainable_parameters()
 
     def gradient(loss):
@@ -91,8 +92,7 @@ def test_the_truncation_penalty_keeps_what_min_p_cut_off_unlikely(build_etpo, le
     without = gradient(module.policy_loss(batch)[0])
     change(module, truncation_kl_coef=0.7)
     added = gradient(module.policy_loss(batch)[0]) - without
-    hidden = module.policy.hidden_states(*batch[:3])
-    log_mass = module.policy.log_probs(hidden, support=support).log_support_mass
+    log_mass = by_token.distribution(module.policy, *batch[:3], support=support).log_support_mass
     expected = gradient(-0.7 * ((log_mass * mask).sum(1) * batch.weights).mean())
     assert expected.norm() > 1e-3
     torch.testing.assert_close(added, expected, rtol=1e-3, atol=1e-5)
@@ -100,10 +100,10 @@ def test_the_truncation_penalty_keeps_what_min_p_cut_off_unlikely(build_etpo, le
 
 def loop_returns(module, rollout, values, q_taken):
     """G [B, L] of V and of Q of the taken tokens, token by token from the ends backwards."""
+    tree = rollout.bootstrap.tree()
+    bootstrap = iter(module.evaluate(tree, any_token(len(tree.node))).value[:, 0].tolist())
     actions, num_envs = rollout.actions, rollout.num_envs
     gamma, lambda_ = module.settings.gamma, module.lambda_
-    prompts = rollout.bootstrap_ids, rollout.bootstrap_mask
-    bootstrap = iter(module.evaluate(*prompts, prompts[0][:, :1]).value[:, 0].tolist())
     at_end = [next(bootstrap) if cut else 0.0 for cut in actions.truncated.tolist()]
     expected = torch.zeros_like(values)
     for env in range(num_envs):
@@ -143,11 +143,6 @@ def test_lambda_returns_equal_a_loop_over_episodes(build_etpo, letter_env, fit, 
     assert bootstrap[actions.truncated].all()
 
 
-def log_probs(module, inputs, reference=False):
-    hidden = module.policy.hidden_states(*inputs, reference=reference)
-    return module.policy.log_probs(hidden, inputs[2], reference=reference).log_probs
-
-
 def test_the_step_is_the_doubly_robust_gradient_of_the_rollout(
     build_etpo, letter_env, fit, assert_same_gradient
 ):
@@ -165,10 +160,9 @@ def test_the_step_is_the_doubly_robust_gradient_of_the_rollout(
     actions, mask = rollout.actions, rollout.actions.action_mask
     inputs = actions.prompt_ids, actions.prompt_mask, actions.action_ids
     with torch.no_grad():
-        log_old = log_probs(module, inputs)
-        log_ref = log_probs(module, inputs, reference=True)
-        ref_hidden = module.policy.hidden_states(*inputs, reference=True)
-        value, scores = module.target_critic(*inputs, ref_hidden)
+        log_old = by_token.log_probs(module.policy, *inputs)
+        log_ref = by_token.log_probs(module.policy, *inputs, reference=True)
+        value, scores = by_token.critic_outputs(module.target_critic, module.policy, *inputs)
         raw = value[..., None] + scores - (log_old.exp() * scores).sum(-1, keepdim=True)
         q = torch.minimum(raw, value[..., None])  # pessimism_threshold=1: of all tokens
         soft = (log_old.exp() * (q - module.beta * (log_old - log_ref))).sum(-1)
@@ -183,7 +177,7 @@ def test_the_step_is_the_doubly_robust_gradient_of_the_rollout(
         generator = torch.Generator().manual_seed(0)
         for parameter in module.policy.trainable_parameters():  # pi is no longer pi_old
             parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
-    log_pi = log_probs(module, inputs)
+    log_pi = by_token.log_probs(module.policy, *inputs)
     cost = module.beta * (log_pi - log_ref) + 0.2 * (log_pi - log_old) - q
     ratio = (taken(log_pi) - taken(log_old)).exp()
     correction = torch.minimum(ratio * advantages, ratio.clamp(0.95, 1.05) * advantages)
@@ -196,7 +190,7 @@ def test_the_step_is_the_doubly_robust_gradient_of_the_rollout(
     loss, _ = module.policy_loss(batch)
     assert_same_gradient(loss, expected, module.policy.trainable_parameters(), 1e-3, 1e-6)
 
-    value, scores = module.critic(*inputs, ref_hidden)
+    value, scores = by_token.critic_outputs(module.critic, module.policy, *inputs)
     q_taken = taken(value[..., None] + scores) - (log_old.exp() * scores).sum(-1)
     size = (q_taken - batch.returns)[mask].abs()
     expected = torch.where(size < 1, size.square() / 2, size - 0.5).mean()
@@ -219,39 +213,37 @@ def test_scaling_keeps_the_direction_of_the_whole_objective(build_etpo, letter_e
 
     plain, batch = gradient(False)
     scaled, _ = gradient(True)
-    rms = batch.advantages[batch.action_mask].square().mean().sqrt()
+    rms = batch.advantages[batch.step_mask].square().mean().sqrt()
     assert 0.01 < rms < 0.9
     torch.testing.assert_close(scaled, plain / rms, rtol=1e-3, atol=1e-5)
 
 
-def test_grouping_actions_by_length_changes_nothing(
-    build_etpo, letter_env, fit, assert_same_gradient, monkeypatch
+@pytest.mark.parametrize("critic", [HeadCritic, TrunkCritic])
+def test_a_batch_has_the_losses_of_its_selected_rows(
+    build_etpo, letter_env, fit, assert_same_gradient, critic
 ):
-    module = build_etpo(critic=TrunkCritic, max_kl=None)  # else the policy may rest already
+    """Shared prefixes, orders and numbers of rows change nothing."""
+    module = build_etpo(critic=critic, min_p=0.01, max_kl=None)
     data = fit(module, letter_env(6), 1, actions_per_iteration=42, minibatch_size=14)
-    # 41 actions, of which the parts have 21 and 20
-    batch = select_rows(module.compute_targets(data.rollout), torch.arange(41))
-    lengths = torch.arange(41) % 5 + 1
-    batch = batch._replace(action_mask=torch.arange(5) < lengths[:, None])
-    logged = []
-    monkeypatch.setattr(module, "log_metrics", logged.append)
-    module.kl_stopped = False
-    loss = module.training_step(batch, batch_idx=1)
-    (kl,) = module.step_kls
-    critic_loss, expected = module.critic_loss(batch)
-    policy_loss, policy_metrics = module.policy_loss(batch)
-    expected |= policy_metrics
-    assert len(logged) == 2
-    for name, (value, count) in expected.items():
-        means, counts = zip(*(metrics[name] for metrics in logged), strict=True)
-        assert sum(counts) == count, name
-        mean = sum(float(m.detach()) * c for m, c in zip(means, counts, strict=True)) / count
-        assert mean == pytest.approx(float(value.detach()), rel=1e-4, abs=1e-6), name
-    expected_loss = critic_loss + policy_loss
-    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(kl, expected["train/kl_to_old"][0], rtol=1e-5, atol=1e-7)
+    batch, _ = data.collect_targets()
+    with torch.no_grad():
+        for parameter in module.policy.trainable_parameters():
+            parameter += 0.01 * torch.randn(parameter.shape)
+    order = torch.randperm(42, generator=torch.Generator().manual_seed(0))
+    parts = [batch.select(rows) for rows in order.split([1, 20, 21])]
+    assert len(batch.tree.node) < sum(len(part.tree.node) for part in parts)
     parameters = [p for p in module.parameters() if p.requires_grad]
-    assert_same_gradient(loss, expected_loss, parameters, 1e-4, 1e-6)
+    for step in (module.policy_loss, module.critic_loss):
+        loss, metrics = step(batch)
+        losses, others = zip(*map(step, parts), strict=True)
+        mean = sum(each * len(part.weights) / 42 for each, part in zip(losses, parts, strict=True))
+        torch.testing.assert_close(loss, mean, rtol=1e-5, atol=1e-6)
+        assert_same_gradient(loss, mean, parameters, 1e-3, 1e-6)
+        for name, (value, count) in metrics.items():
+            means, counts = zip(*(other[name] for other in others), strict=True)
+            assert sum(counts) == count, name
+            total = sum(float(m.detach()) * c for m, c in zip(means, counts, strict=True))
+            assert total / count == pytest.approx(float(value.detach()), rel=1e-4, abs=1e-6), name
 
 
 def test_trust_region_leaves_a_stopped_policy_without_gradient(build_etpo, letter_env, fit):
@@ -349,15 +341,17 @@ def test_recorded_hidden_states_equal_a_forward_of_the_policy(build_etpo, letter
     data = fit(module, letter_env(6), 2)
     data.collect_targets()
     actions = data.rollout.actions
-    inputs = actions.prompt_ids, actions.prompt_mask, actions.action_ids
-    runs = []
+    tree, runs = actions.tree(), []
     module.policy.model.model.register_forward_hook(lambda *_: runs.append(1))
     with torch.no_grad():
-        given = module.evaluate(*inputs, actions.hidden_states)
+        fields = actions.allowed, actions.support, actions.hidden_states
+        recorded = [x.flatten(0, 1)[tree.first] for x in fields]
+        given = module.evaluate(tree, *recorded)
         assert not runs
-        computed = module.evaluate(*inputs)
+        computed = module.evaluate(tree, recorded[0])
         assert runs
-    for name in ("old_hidden", "log_pi", "q_taken", "value", "kl"):
+    torch.testing.assert_close(given.states.old, computed.states.old, rtol=1e-3, atol=1e-4)
+    for name in ("log_pi", "q_taken", "value", "kl"):
         one, other = (getattr(a, name)[actions.action_mask] for a in (given, computed))
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 

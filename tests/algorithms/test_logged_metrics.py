@@ -7,8 +7,11 @@ import torch
 from lightning import Callback
 
 from etpo.algorithms.losses import is_clipped
-from etpo.algorithms.returns import entropy, gather_tokens
+from etpo.algorithms.returns import entropy
 from etpo.models.critics import HeadCritic
+
+from .. import by_token
+from ..by_token import gather_tokens
 
 ALGORITHMS = ["etpo", "poad", "ppo_kl", "archer", "grpo"]
 
@@ -32,9 +35,9 @@ def test_clipped_ratios_by_hand():
 def log_ratios(module, batch):
     """log(pi/pi_old) of the taken tokens [B, L], with the support of pi_old."""
     policy, ids = module.policy, batch.action_ids
-    log_old = policy.log_probs(batch.old_hidden, ids, lm_head=module.old_lm_head).log_probs
-    hidden = policy.hidden_states(*batch[:3])
-    log_pi = policy.log_probs(hidden, ids, support=log_old.isfinite()).log_probs
+    old_hidden, taken = batch.tree.of_tokens(batch.states.old), ids[..., None]
+    log_old = policy.log_probs(old_hidden, taken=taken, lm_head=module.old_lm_head).log_probs
+    log_pi = by_token.log_probs(policy, *batch[:3], support=log_old.isfinite())
     return gather_tokens(log_pi, ids) - gather_tokens(log_old, ids)
 
 
@@ -63,7 +66,7 @@ def test_logged_metrics_are_means_over_the_iteration(
 
     def record(batch):
         """Clipped steps and steps of a minibatch, by the policy's ratios."""
-        mask = batch.action_mask
+        mask = batch.step_mask
         difference = log_ratios(module, batch) * mask
         if algorithm == "ppo_kl":
             difference, mask = difference.sum(1, keepdim=True), mask[:, :1]
@@ -76,8 +79,7 @@ def test_logged_metrics_are_means_over_the_iteration(
 
     @torch.no_grad()
     def computed(rollout, batch):
-        hidden = module.policy.hidden_states(*batch[:3])
-        log_pi = module.policy.log_probs(hidden, batch.action_ids).log_probs[batch.action_mask]
+        log_pi = by_token.log_probs(module.policy, *batch[:3])[batch.step_mask]
         entropies.append(float(-(log_pi.exp() * log_pi.nan_to_num(neginf=0.0)).sum(-1).mean()))
 
     def watch(trainer, pl_module):

@@ -9,6 +9,7 @@ from etpo.models.critics import HeadCritic, LanguageModelCritic, LoraCritic, Tru
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 
+from ..by_token import any_token, tree_of
 from ..models.architectures import ARCHITECTURES, save_architecture
 
 LORA = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
@@ -82,7 +83,7 @@ def gradients(module, loss):
 def test_targets_losses_and_gradients_are_the_same(kind, pair):
     whole, chunked, rollout = pair(kind)
     batches = [module.compute_targets(rollout) for module in (whole, chunked)]
-    for name in ("returns", "advantages", "old_log_probs", "ref_hidden"):
+    for name in ("returns", "advantages", "old_log_probs", "ref_log_probs"):
         expected, found = (getattr(batch, name) for batch in batches)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert batches[0].advantages.abs().max() > 0.01
@@ -159,7 +160,8 @@ def test_scaled_and_capped_logits_equal_a_forward_of_the_model(
         parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
     ids = torch.randint(3, 200, (3, 10), generator=generator)
     prompts, actions = ids[:, :4], ids[:, 4:]
-    evaluation = module.evaluate(prompts, torch.ones_like(prompts).bool(), actions)
+    tree = tree_of(prompts, torch.ones_like(prompts).bool(), actions)
+    evaluation = module.evaluate(tree, any_token(len(tree.node)))
 
     def plain(model):
         return model(ids).logits[:, 3:-1, : module.policy.vocabulary_size]
@@ -174,5 +176,6 @@ def test_scaled_and_capped_logits_equal_a_forward_of_the_model(
     }
     for field, expected in pairs.items():
         torch.testing.assert_close(getattr(evaluation, field), expected, rtol=0, atol=1e-4)
-    unscaled = taken(module.policy.lm_head(evaluation.old_hidden).log_softmax(-1))
+    old_hidden = evaluation.tree.of_tokens(evaluation.states.old)
+    unscaled = taken(module.policy.lm_head(old_hidden).log_softmax(-1))
     assert (unscaled - pairs["log_pi"]).abs().max() > 0.1

@@ -9,7 +9,6 @@ from etpo.algorithms.losses import (
     action_weights,
     clipped_surrogate,
     critic_loss,
-    doubly_robust_objective,
     dueling_baseline,
     dueling_q,
     inverse_rms,
@@ -27,6 +26,7 @@ from etpo.algorithms.returns import (
 )
 
 from ..token_mdp_oracle import TokenMDP
+from .doubly_robust import doubly_robust_objective
 from .kl_returns import kl_lambda_returns
 
 BETA = 0.3

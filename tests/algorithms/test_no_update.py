@@ -9,12 +9,14 @@ from hydra import compose, initialize_config_dir
 
 from etpo import evaluate, train
 from etpo.algorithms.no_update import NoUpdate
-from etpo.algorithms.returns import gather_tokens
 from etpo.callbacks.metrics_csv import MetricsCSV
 from etpo.callbacks.summary import RunSummary
 from etpo.config import CONF
 from etpo_tasks.data_science.prompts import HEADER
 from etpo_tasks.data_science.scoring import ProgramScorer, Score
+
+from .. import by_token
+from ..by_token import gather_tokens
 
 FIRST_PROMPT = f"# iris: 45 training rows, 4 features, 3 classes\n{HEADER}"
 BUDGET = (
@@ -152,8 +154,7 @@ def test_reflexion_names_the_environment_that_it_needs(command, tmp_path):
 def test_no_weight_moves_and_the_kl_comes_from_min_p(
     chunk, min_p, make_policy, letter_env, fit, paid
 ):
-    sizes = {"forward_batch_size": 8, "logits_chunk_size": chunk}
-    module = NoUpdate.from_config(make_policy(min_p=min_p), **sizes)
+    module = NoUpdate.from_config(make_policy(min_p=min_p), logits_chunk_size=chunk)
     before = {name: p.clone() for name, p in module.state_dict().items()}
     data = fit(module, paid(letter_env(4), len), 2)
     assert module.state_dict().keys() == before.keys()
@@ -162,11 +163,7 @@ def test_no_weight_moves_and_the_kl_comes_from_min_p(
     with torch.no_grad():
         log_pi, log_ref = (
             gather_tokens(
-                module.policy.log_probs(
-                    module.policy.hidden_states(*actions[:3], reference=reference),
-                    actions.action_ids,
-                    reference=reference,
-                ).log_probs,
+                by_token.log_probs(module.policy, *actions[:3], reference=reference),
                 actions.action_ids,
             )
             for reference in (False, True)
@@ -181,7 +178,7 @@ def test_no_weight_moves_and_the_kl_comes_from_min_p(
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp_fork_find_unused_parameters_true", "ddp_fork"])
 def test_two_processes(strategy, make_policy, letter_env, fit, tmp_path):
-    module = NoUpdate.from_config(make_policy(), forward_batch_size=8)
+    module = NoUpdate.from_config(make_policy())
     fit(
         module,
         letter_env(4),

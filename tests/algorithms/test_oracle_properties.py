@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etpo.algorithms.losses import action_weights, doubly_robust_objective, policy_objective
+from etpo.algorithms.losses import action_weights, policy_objective
 from etpo.algorithms.returns import (
     expectation,
     kl_divergence,
@@ -19,6 +19,7 @@ from etpo.algorithms.returns import (
 )
 
 from ..token_mdp_oracle import Episodes, TokenMDP
+from .doubly_robust import doubly_robust_objective
 
 EXACT = 1e-9  # float64, values of about 1
 WRONG = 1e-2

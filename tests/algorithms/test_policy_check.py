@@ -7,8 +7,9 @@ import torch
 from lightning import Callback
 
 from etpo.errors import ConfigError
-from etpo.models import shared_prompt
 from etpo.models.critics import HeadCritic
+from etpo.models.prefix_tree import prefix_tree
+from etpo.rollout import types
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
@@ -56,10 +57,14 @@ def drop_a_tenth(policy):
     policy.model.get_input_embeddings().register_forward_hook(drop)
 
 
-def count_padding(policy, monkeypatch):
-    """Let padding count as positions in a training step."""
-    positions = shared_prompt.position_ids
-    monkeypatch.setattr(shared_prompt, "position_ids", lambda mask: 3 * positions(mask))
+def triple_positions(policy, monkeypatch):
+    """Let a training step read other positions."""
+
+    def wrong(*inputs):
+        tree = prefix_tree(*inputs)
+        return tree._replace(depth=3 * tree.depth)
+
+    monkeypatch.setattr(types, "prefix_tree", wrong)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -71,7 +76,7 @@ def test_dropout_is_found(chunk, dtype, one_iteration):
 
 def test_other_positions_are_found(one_iteration, monkeypatch):
     with pytest.raises(ConfigError, match=r"^model\.name_or_path: logits of llama differ"):
-        one_iteration(broken=functools.partial(count_padding, monkeypatch=monkeypatch))
+        one_iteration(broken=functools.partial(triple_positions, monkeypatch=monkeypatch))
 
 
 def move_the_reference(policy):

@@ -13,6 +13,10 @@ from etpo.callbacks.credit import TokenCredit
 from etpo.errors import ConfigError
 from etpo.models.critics import TrunkCritic
 
+from .. import by_token
+from ..by_token import unpadded, whole_columns
+from .rooms import SPACES, Rooms, allowed_of
+
 ACTIONS = 10  # of 2 environments with 8 each: all of the first and two of the second
 
 
@@ -32,24 +36,14 @@ class Kept(Callback):
             alone.append(distributions(module, *unpadded(rollout.actions, row)))
         batch, q = module.compute_targets(rollout), None
         if isinstance(module, ETPO):
-            hidden = batch.old_hidden, batch.ref_hidden, batch.critic_hidden
-            q = module.old_distributions(batch.action_ids, *hidden)[2]
+            columns = whole_columns(module.policy, batch.states)
+            q = batch.tree.of_tokens(module.old_distributions(batch.states, columns)[2])
         self.seen.append((rollout, batch, alone, module.beta, q))
-
-
-def unpadded(actions, row):
-    prompt = actions.prompt_ids[row][actions.prompt_mask[row]][None]
-    action = actions.action_ids[row][actions.action_mask[row]][None]
-    return prompt, torch.ones_like(prompt).bool(), action
 
 
 def distributions(module, *inputs):
     """log pi and log pi_ref [l, V] of one action."""
-    hidden = [module.policy.hidden_states(*inputs, reference=r) for r in (False, True)]
-    return tuple(
-        module.policy.log_probs(states, inputs[2], reference=r).log_probs[0]
-        for states, r in zip(hidden, (False, True), strict=True)
-    )
+    return tuple(by_token.log_probs(module.policy, *inputs, reference=r)[0] for r in (False, True))
 
 
 def rows_of(folder):
@@ -147,7 +141,13 @@ def test_etpo(recorded, build_etpo, settings):
 def test_baselines_show_what_they_have(algorithm, recorded, build_baseline):
     module = build_baseline(algorithm)
     parts, followed, seen = recorded(module)
+    ids_of = {
+        record.prompt: tuple(unpadded(rollout.actions, row)[0][0].tolist())
+        for rollout, *_ in seen
+        for row, record in enumerate(rollout.records)
+    }
     for lines, (rollout, batch, alone, *_) in zip(parts, seen, strict=True):
+        prompts = {ids_of[line["prompt"]] for line in [*lines, followed[0]]}
         for line, row in zip(lines, [0, 2, 4, 6, 8, 10, 12, 14, 1, 3], strict=True):
             ids = rollout.actions.action_ids[row][rollout.actions.action_mask[row]].tolist()
             assert_policy_numbers(line, *alone[row], ids)
@@ -157,10 +157,52 @@ def test_baselines_show_what_they_have(algorithm, recorded, build_baseline):
                 assert "value" not in line
             elif algorithm == "poad":
                 assert None not in line["value"]
-            else:  # of the prompt alone
+            else:  # of prompts alone; a prefix of one action may be another's prompt
+                read = [(*ids_of[line["prompt"]], *ids[:place]) for place in range(len(ids))]
+                assert [x is not None for x in line["value"]] == [p in prompts for p in read]
                 assert line["value"][0] is not None
-                assert line["value"][1:] == [None] * (len(ids) - 1)
     assert all("advantage" not in line for line in followed)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "spaces"),
+    [("etpo", SPACES), ("poad", SPACES[1:]), ("etpo", SPACES[1:]), ("grpo", SPACES[2:3])],
+)
+def test_forced_tokens_have_probability_one_and_no_value(
+    algorithm, spaces, tmp_path, build_algorithm, make_policy, fit
+):
+    """Also where no column of the distributions is theirs."""
+    module = build_algorithm(algorithm, make_policy(), TrunkCritic)
+    kept, credit = Kept(), TokenCredit(tmp_path, "rooms", 1, 16)
+    fit(module, Rooms(4, spaces), 2, [credit, kept], minibatch_size=16, max_new_tokens=9)
+    lines, rollout = rows_of(tmp_path)[0][16:], kept.seen[1][0]
+    actions, alone = rollout.actions, kept.seen[1][2]
+    allowed = allowed_of(module.policy, actions, spaces)
+    rows = [row for env in range(4) for row in range(env, 32, 4)][:16]
+    numbers = [n for n in ("value", "q", "advantage", "critic_advantage") if n in lines[0]]
+    assert ("value" in numbers) == (algorithm != "grpo")
+    forced = 0
+    for line, row in zip(lines, rows, strict=True):
+        assert "".join(line["text"]) == rollout.records[row].action
+        for place, step in enumerate(actions.step_mask[row][actions.action_mask[row]].tolist()):
+            others = line["alternatives"][place]
+            if not step:
+                forced += 1
+                assert line["probability"][place] == 1
+                assert [line[n][place] for n in ("log_ratio", "entropy", "kl")] == [0, 0, 0]
+                assert {line[n][place] for n in ("value", "q") if n in line} <= {None}
+                assert others == []
+                continue
+            inside, token = allowed[row, place], int(actions.action_ids[row, place])
+            log_pi, log_ref = (
+                x[place].where(inside, -torch.inf).log_softmax(-1) for x in alone[row]
+            )
+            assert line["probability"][place] == near(float(log_pi[token].exp()))
+            assert line["log_ratio"][place] == near(float(log_pi[token] - log_ref[token]))
+            assert line["entropy"][place] == near(float(-(log_pi.exp() * log_pi)[inside].sum()))
+            assert len(others) == min(5, int(inside.sum()) - 1)
+            assert None not in [line[n][place] for n in numbers]
+    assert forced > 20
 
 
 def test_values_are_computed_before_the_update(recorded, build_baseline):
@@ -171,7 +213,7 @@ def test_values_are_computed_before_the_update(recorded, build_baseline):
 
 
 def test_a_frozen_model_has_no_advantage(tmp_path, fit, letter_env, make_policy):
-    module = NoUpdate(make_policy(min_p=0.02)(), NoUpdateSettings(forward_batch_size=4))
+    module = NoUpdate(make_policy(min_p=0.02)(), NoUpdateSettings())
     fit(module, letter_env(2), 1, [TokenCredit(tmp_path, "letters", 1, 4)], update_epochs=1)
     sampled, _ = rows_of(tmp_path)
     for line in sampled:

@@ -7,13 +7,11 @@ from etpo.models.causal_lm import trunk_of
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 
+from ..by_token import hidden_states, log_probs
+
 OBSERVATIONS = [
     {"instruction": "", "prefix": p, "suffix": ""} for p in ("go", "a longer prompt", "x")
 ]
-
-
-def log_probs(policy, *inputs):
-    return policy.log_probs(policy.hidden_states(*inputs), inputs[-1]).log_probs
 
 
 def generator(seed=0):
@@ -28,7 +26,7 @@ def test_sampled_hidden_states_are_those_of_the_training_forward(checkpoint, fam
     )
     prompts = policy.encode(OBSERVATIONS)
     taken = generate(policy, prompts, 12, generator())
-    hidden = policy.hidden_states(prompts.ids, prompts.mask, taken.ids)
+    hidden = hidden_states(policy, prompts.ids, prompts.mask, taken.ids)
     torch.testing.assert_close(
         taken.hidden_states, hidden * taken.mask.unsqueeze(-1), rtol=1e-3, atol=1e-4
     )

@@ -16,13 +16,18 @@ from etpo.errors import ConfigError
 from etpo.generation.sampler import generate
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
-from etpo.models.shared_prompt import is_recurrent
+from etpo.models.tree_forward import is_recurrent
 
+from .. import by_token
 from .architectures import ARCHITECTURES, save_architecture
 
 FAST = ("GPT-2", "OPT-350m", "MPT", "Gemma 2", "Mistral", "Qwen3-Next", "LFM2", "Llama 4", "RWKV")
 SHARED = ("Llama", "GPT-2", "GPT-NeoX", "OPT", "Phi-3", "Gemma 2", "Gemma 3", "Qwen2", "Qwen3")
 SHARED += ("Mistral", "Mixtral", "OLMo 2", "Granite", "Cohere", "SmolLM3", "StarCoder2", "Llama 4")
+# positions in the mask, or recurrent states
+ONE_ROW_PER_PATH = ("BLOOM", "Falcon, alibi", "MPT", "Qwen3-Next", "Qwen3.5", "Granite 4 hybrid")
+ONE_ROW_PER_PATH += ("Jamba", "Bamba", "LFM2", "Mamba 2")
+WORKING = [name for name, architecture in ARCHITECTURES.items() if architecture.refused is None]
 PER_ROW = ("BLOOM", "Falcon, rotary", "GPT-OSS", "DeepSeek-V3", "LFM2")
 CRITICS = ("full", "lora", "frozen_trunk", "lm_copy")
 COLUMNS = ("Architecture", "`model_type`", "Prompt in the cache", "Padded = alone", *CRITICS)
@@ -88,8 +93,7 @@ def agrees(policy, folder, name):
     policy.stop_ids = list(range(3, 30))  # so that some actions end before others
     taken = generate(policy, prompts, 8, torch.Generator().manual_seed(0))
     assert taken.mask.any(1).all()
-    hidden = policy.hidden_states(prompts.ids, prompts.mask, taken.ids)
-    log_probs = policy.log_probs(hidden, taken.ids).log_probs
+    log_probs = by_token.log_probs(policy, prompts.ids, prompts.mask, taken.ids)
     for row in range(len(texts)):
         prompt, action = prompts.ids[row, prompts.mask[row]], taken.ids[row, taken.mask[row]]
         ids = torch.cat([prompt, action])[None]
@@ -133,6 +137,26 @@ def test_tokens_are_those_of_plain_decoding_with_the_same_noise(name, small):
             cdf = logits[0, -1, : policy.vocabulary_size].softmax(-1).double().cumsum(0)
             expected.append(int((cdf / cdf[-1] <= noise[len(expected)][row]).sum()))
         assert taken.ids[row, taken.mask[row]].tolist() == expected
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", WORKING)
+def test_states_of_a_tree_are_those_of_separate_rows(name, small):
+    """With one forward of a packed row, and with several stages, or with one row for each path."""
+    folder = small(name)
+    policy, implementation = build(folder, name), ARCHITECTURES[name].attn_implementation
+    assert policy.packs_prefixes == (name not in ONE_ROW_PER_PATH)
+    alone = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=implementation)
+    ids = torch.randint(3, 200, (6, 22), generator=torch.Generator().manual_seed(0))
+    ids[1, :16], ids[2, :19], ids[3, :9] = ids[0, :16], ids[1, :19], ids[0, :9]
+    expected = torch.stack([alone(row[None], use_cache=False).logits[0, 11:-1] for row in ids])
+    expected = expected[..., : policy.vocabulary_size]
+    prompts, actions = ids.split([12, 10], dim=1)
+    for limit, stages in ((256, 1), (20, 2), (3, 4)):
+        tree = by_token.tree_of(prompts, torch.ones_like(prompts).bool(), actions, limit=limit)
+        assert len(tree.stages) == stages
+        logits = policy.logits(tree.of_tokens(policy.hidden_states(tree)))
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def exported(command, run, out):

@@ -7,11 +7,13 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from etpo.algorithms import losses, returns
-from etpo.algorithms.returns import gather_tokens
 from etpo.models import chunked_logits
 from etpo.models.chunked_logits import in_chunks, reduce_in_chunks
 
-BATCH, LENGTH, SIZE, VOCABULARY = 2, 3, 3, 5
+from ..algorithms.doubly_robust import doubly_robust_objective as objective_of_tokens
+from ..by_token import gather_tokens
+
+TOKENS, SIZE, VOCABULARY = 6, 3, 5
 BETA, ETA = 0.3, 0.2
 
 
@@ -65,7 +67,7 @@ def doubly_robust_objective(x, given, taken, policy, *heads):
     log_ref, log_old, q = held(given, *heads)
     advantages = q.mean(-1) + 0.7 - gather_tokens(q, taken)
     log_pi = log_probs(x, policy)
-    objective = losses.doubly_robust_objective(
+    objective = objective_of_tokens(
         log_pi, log_ref, log_old, q, taken, advantages, BETA, ETA, clip=0.3
     )
     return objective, returns.expectation(log_pi, linear(x, policy))
@@ -84,16 +86,16 @@ OPERATORS = {
 OF_THE_POLICY_ALONE = ("policy objective", "doubly robust")
 
 
-def inputs(batch=BATCH):
-    """Features and fixed ones [B, L, D], taken tokens [B, L], four heads [V, D]; float64."""
+def inputs(tokens=TOKENS):
+    """Features and fixed ones [N, D], taken tokens [N], four heads [V, D]; float64."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
 
     # never the masked token 1
-    taken = torch.randint(2, VOCABULARY, (batch, LENGTH), generator=generator)
-    features, given = (draw(batch, LENGTH, SIZE) for _ in range(2))
+    taken = torch.randint(2, VOCABULARY, (tokens,), generator=generator)
+    features, given = (draw(tokens, SIZE) for _ in range(2))
     return features, given.detach(), taken, *(draw(VOCABULARY, SIZE) for _ in range(4))
 
 
@@ -140,7 +142,7 @@ def test_values_and_gradients_are_those_of_all_tokens_at_once(name, form):
     expected = weighted(*OPERATORS[name](features, *read, *heads))
     gradients = torch.autograd.grad(expected, leaves, **options)
     assert gradients[0].abs().max() > 1e-3
-    for chunk in (1, 4, 6, 100):  # 6 tokens in all
+    for chunk in (1, 4, 6, 100):
         value = form(chunk, name, features, *read, *heads)
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
         # as if more of the loss followed
@@ -170,7 +172,7 @@ def test_gradients_are_those_of_the_values(name, form):
 def test_layers_with_a_bias_and_in_mixed_precision(form, dtype):
     layers = torch.nn.Sequential(torch.nn.Linear(SIZE, 8), torch.nn.Linear(8, VOCABULARY))
     parameters = list(layers.parameters())
-    features = torch.randn(BATCH, LENGTH, SIZE, requires_grad=True)
+    features = torch.randn(TOKENS, SIZE, requires_grad=True)
     found, seen = [], set()
 
     def first_log_prob(x):
@@ -197,7 +199,7 @@ def test_layers_with_a_bias_and_in_mixed_precision(form, dtype):
 
 @pytest.mark.parametrize("form", [recomputed, reduced])
 def test_no_tokens(form):
-    features, *rest = inputs(batch=0)
+    features, *rest = inputs(tokens=0)
     value = form(2, "KL(pi || pi_ref)", features, *rest)
     assert value == 0
     value.backward()
@@ -225,13 +227,13 @@ def test_no_more_than_a_chunk_goes_through_the_vocabulary(form, chunk):
     read = inputs()
     with MostTokens() as most:
         form(chunk, "doubly robust", *read).backward()
-    assert most.tokens == min(chunk, BATCH * LENGTH)
+    assert most.tokens == min(chunk, TOKENS)
 
 
 @pytest.mark.parametrize("form", ["recomputed", "reduced"])
 def test_layers_over_the_vocabulary_hold_one_gradient_of_their_weight(form, monkeypatch):
     layer = torch.nn.Linear(SIZE, VOCABULARY)
-    hidden = torch.randn(BATCH, LENGTH, SIZE, requires_grad=True)
+    hidden = torch.randn(TOKENS, SIZE, requires_grad=True)
     leaves = [hidden, *layer.parameters()]
     found, calls = [], []
     summed = chunked_logits.LinearIntoSum.backward

@@ -21,6 +21,8 @@ from etpo.models.critics import (
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 
+from ..by_token import tree_of
+
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 ADAPTED = functools.partial(LoraCritic, lora=LORA)
 WITH_HEADS = [HeadCritic, TrunkCritic, ADAPTED]
@@ -37,12 +39,12 @@ def policy(checkpoint, request):
 def inputs_of(policy):
     texts = [{"instruction": "", "prefix": p, "suffix": ""} for p in ("hello", "a longer prompt")]
     prompts = policy.encode(texts)
-    inputs = prompts.ids, prompts.mask, torch.tensor([[5, 6, 7], [8, 9, 10]])
-    return *inputs, policy.hidden_states(*inputs, reference=True)
+    tree = tree_of(prompts.ids, prompts.mask, torch.tensor([[5, 6, 7], [8, 9, 10]]))
+    return tree, policy.hidden_states(tree, reference=True)
 
 
 def log_probs(policy, inputs, reference=True):
-    hidden = policy.hidden_states(*inputs[:3], reference=reference)
+    hidden = policy.hidden_states(inputs[0], reference=reference)
     return policy.log_probs(hidden, reference=reference).log_probs
 
 
@@ -54,8 +56,8 @@ def ids(parameters):
 def test_a_dueling_critic_starts_at_zero_and_trains_nothing_of_the_policy(policy, critic_class):
     critic = critic_class(policy, hidden_size=16)
     value, advantage = critic(*inputs_of(policy))
-    assert value.shape == (2, 3)
-    assert advantage.shape == (2, 3, policy.vocabulary_size)
+    assert value.shape == (6,)
+    assert advantage.shape == (6, policy.vocabulary_size)
     assert not value.any()
     assert not advantage.any()
     trained = ids(p for p in critic.parameters() if p.requires_grad)

@@ -8,7 +8,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Gemma2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+)
 
 from etpo.errors import ConfigError
 from etpo.models.loading import load_model, load_tokenizer
@@ -184,3 +189,23 @@ def test_a_model_without_sdpa_names_eager(folder):
     assert "eager" in line
     assert line.endswith("28005)")  # the reason is whole
     assert load(folder, "eager").config.model_type == "gemma2"
+
+
+def test_the_language_model_of_a_multimodal_checkpoint_is_taken_without_a_warning(folder, recwarn):
+    """Qwen3.5 is published with a vision tower."""
+    text = {"vocab_size": 266, "hidden_size": 32, "intermediate_size": 64, "eos_token_id": 1}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    text |= {"layer_types": ["linear_attention", "full_attention"], "head_dim": 16}
+    text |= {f"linear_num_{part}_heads": 2 for part in ("key", "value")}
+    text |= {f"linear_{part}_head_dim": 16 for part in ("key", "value")}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
+    config = Qwen3_5Config(text_config=text, vision_config=vision | {"out_hidden_size": 32})
+    whole = Qwen3_5ForConditionalGeneration(config)
+    whole.save_pretrained(folder)
+    policy = LanguageModelPolicy(str(folder), CompletionTemplate())
+    assert not [w for w in recwarn if "leaves out" in str(w.message)]
+    assert policy.model.config.model_type == "qwen3_5_text"
+    expected = whole.model.language_model.state_dict()
+    loaded = policy.model.model.state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(weight, expected[name]) for name, weight in loaded.items())

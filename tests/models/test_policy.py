@@ -10,6 +10,8 @@ from etpo.models.critics import polyak_update
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 
+from ..by_token import distribution
+
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
 
@@ -24,11 +26,6 @@ def build(folder, **settings):
 def after_prompt(policy, prompts, **options):
     """The distribution of the first token after each prompt."""
     return distribution(policy, prompts.ids, prompts.mask, prompts.ids[:, :1], **options)
-
-
-def distribution(policy, prompt_ids, prompt_mask, action_ids, reference=False, **options):
-    hidden = policy.hidden_states(prompt_ids, prompt_mask, action_ids, reference=reference)
-    return policy.log_probs(hidden, action_ids, reference=reference, **options)
 
 
 @pytest.mark.parametrize("lora", [None, LORA])

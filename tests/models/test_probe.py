@@ -51,6 +51,31 @@ def test_wrong_forwards_are_refused(checkpoint, monkeypatch, dtype, change, faul
         probe.check_forwards(policy, "x")
 
 
+def unread(inputs):
+    return inputs | {"attention_mask": torch.zeros_like(inputs["attention_mask"])}
+
+
+def refused(inputs):
+    raise ValueError("a mask of two dimensions is needed")
+
+
+@pytest.mark.parametrize("change", [unread, refused])
+def test_a_model_that_does_not_read_the_mask_of_a_tree_is_not_packed(
+    checkpoint, monkeypatch, change
+):
+    policy = build(checkpoint("llama"))
+    assert policy.packs_prefixes
+
+    def in_trees(inputs):
+        mask = inputs["attention_mask"]  # None while prompts are shared
+        return change(inputs) if mask is not None and mask.ndim == 4 else inputs
+
+    broken(monkeypatch, policy, in_trees)
+    shares_prefixes, packs_prefixes = probe.check_forwards(policy, "x")
+    assert shares_prefixes
+    assert not packs_prefixes
+
+
 def test_weights_that_are_not_finite_are_refused(checkpoint):
     policy = build(checkpoint("llama"))
     with torch.no_grad():

@@ -3,7 +3,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from etpo.errors import ConfigError
-from etpo.models.prompting import ChatTemplate, CompletionTemplate, InfillingTemplate
+from etpo.models.chat_template import ChatTemplate
+from etpo.models.prompting import CompletionTemplate, InfillingTemplate
 
 OBSERVATION = {"instruction": "write code", "prefix": "def f():\n", "suffix": "\nf()"}
 

@@ -10,15 +10,20 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from etpo.environments.conversation import Conversation
 from etpo.generation import sampler
+from etpo.models.chat_template import ChatTemplate
 from etpo.models.policy import LanguageModelPolicy
-from etpo.models.prompting import ChatTemplate, CompletionTemplate, InfillingTemplate
+from etpo.models.prompting import CompletionTemplate, InfillingTemplate, Turn
 from etpo.models.stopping import completes_stop_string
 from etpo.models.token_text import added_text, continued_ids
+from etpo.rollout.collector import collect
 from etpo_sandbox import Sandbox
 from etpo_tasks.data_science import prompts
 from etpo_tasks.data_science.env import DataScienceEnv
 from etpo_tasks.sokoban import SokobanEnv
+
+from ..by_token import any_token
 
 NAMES = ("llama2", "llama3_1", "gemma3", "qwen3", "deepseek_v3", "gptoss", "smollm2")
 CONTROL = ("<PRE>", "<SUF>", "<MID>")
@@ -165,6 +170,106 @@ def test_a_chat_prompt_that_is_too_long_loses_its_oldest_words(tokenizer):
     assert kept in shown  # nothing is missing in the middle
 
 
+def message(role, text):
+    return {"role": role, "content": text}
+
+
+def turn_after(tokenizer, template, first, action, text):
+    """The first turn of a conversation, and its prompt."""
+    prompt = template.encode(tokenizer, first, 10**6)
+    return Turn(first, prompt.ids, prompt.rest, action, text), prompt.ids
+
+
+SETTINGS = ({}, {"system": "Be brief."}, {"template_kwargs": {"enable_thinking": False}})
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=["plain", "system", "no thinking"])
+def test_a_template_continues_a_prompt_with_the_sampled_tokens(tokenizer, settings):
+    """Its own tokens of two turns, if the action is spelled as it would spell it."""
+    if tokenizer.chat_template is None:
+        pytest.skip("the tokenizer has no chat template")
+    if "enable_thinking" not in tokenizer.chat_template and "template_kwargs" in settings:
+        pytest.skip("the template has no such variable")
+    template, end = ChatTemplate(**settings), tokenizer.eos_token_id
+    first = {"instruction": "What is 7+6?", "prefix": "", "suffix": ""}
+    turns = message("user", first["instruction"]), message("assistant", "It is 13.")
+    second = first | {"instruction": "And 2+2?", "messages": turns}
+    whole = template.encode(tokenizer, second, 10**6).ids
+    spelled, other = ids_of(tokenizer, "It is 13."), ids_of(tokenizer, "It is 1")
+    other += ids_of(tokenizer, "It is 13.")[len(ids_of(tokenizer, "It is ")) :][-1:]
+    for action in (spelled, [*spelled, end]):
+        turn, before = turn_after(tokenizer, template, first, action, "It is 13.")
+        found = template.extend(tokenizer, second, turn, [end], 10**6).ids
+        assert found[: len(before) + len(spelled) + 1] == [*before, *spelled, end]
+        if "template_kwargs" not in settings:
+            assert found == whole
+        else:  # Qwen3 shows the empty thinking block of the last turn only
+            assert added_text(tokenizer, whole).count("<think>") == 1
+            assert added_text(tokenizer, found).count("<think>") == 2
+    letters = [i for c in "It is 13." for i in continued_ids(tokenizer, c)]
+    thought = "<think>\nno\n</think>\n\n  It is 13.\n"
+    for action, text in ((letters, "It is 13."), (ids_of(tokenizer, "x" + thought)[1:], thought)):
+        later = second | {"messages": (turns[0], message("assistant", text))}
+        turn, before = turn_after(tokenizer, template, first, [*action, end], text)
+        found = template.extend(tokenizer, later, turn, [end], 10**6).ids
+        assert found[: len(before) + len(action) + 1] == [*before, *action, end]
+        shown = added_text(tokenizer, found[len(before) + len(action) :])
+        assert whole[-5:] == found[-5:]
+        assert "And 2+2?" in shown
+    assert spelled != letters
+
+
+@pytest.mark.parametrize("end", ["", "\n", "eos"])
+def test_a_completion_continues_with_the_sampled_tokens(tokenizer, end):
+    template, question = CompletionTemplate(), "2+2 = 4\n7+6 = "
+    first = OBSERVATION | {"prefix": question}
+    rest = template.encode(tokenizer, first, 10**6).rest
+    action = [i for c in f"{rest}13" for i in continued_ids(tokenizer, c)]
+    ending = [tokenizer.eos_token_id] if end == "eos" else continued_ids(tokenizer, end)
+    turn, before = turn_after(tokenizer, template, first, [*action, *ending], "13")
+    prefix = f"{question}13\n8+9 = "
+    prompt = template.extend(tokenizer, first | {"prefix": prefix}, turn, [], 10**6)
+    assert prompt.ids[: len(before) + len(action)] == [*before, *action]
+    alone = template.encode(tokenizer, first | {"prefix": prefix}, 10**6)
+    assert (tokenizer.decode(prompt.ids), prompt.rest) == (tokenizer.decode(alone.ids), alone.rest)
+    if not rest:
+        return
+    # without the blank that the prompt leaves to the action, the action is tokenized anew
+    turn, before = turn_after(tokenizer, template, first, continued_ids(tokenizer, "13"), "13")
+    prompt = template.extend(tokenizer, first | {"prefix": prefix}, turn, [], 10**6)
+    assert tokenizer.decode(prompt.ids) == tokenizer.decode(alone.ids)
+
+
+@pytest.mark.parametrize("form", ["completion", "chat"])
+def test_every_prompt_begins_with_the_last_prompt_and_the_sampled_tokens(
+    policy, form, letter_env, monkeypatch
+):
+    """Random tokens: parts of characters, control tokens, hardly any as a text would be split."""
+
+    class Asking(letter_env):
+        """Its prefix never ends with a blank, which a prompt would leave to the action."""
+
+        def step_part(self, actions, envs):
+            following, *results = super().step_part(actions, envs)
+            return [o | {"prefix": "go"} for o in following], *results
+
+    template = {"completion": CompletionTemplate(), "chat": ChatTemplate()}[form]
+    if form == "chat" and policy.tokenizer.chat_template is None:
+        pytest.skip("the tokenizer has no chat template")
+    monkeypatch.setattr(policy, "prompt", template)
+    environment = Conversation(Asking(4), history="all", turn_format=r"{question}{answer}\n")
+    played = collect(policy, environment, 3, 8, torch.Generator().manual_seed(0), seed=0)
+    actions = played.actions
+    for row in range(4, 12):
+        last = row - 4
+        spoken = actions.action_ids[last][actions.action_mask[last]].tolist()
+        spoken = [i for i in spoken if i not in policy.stop_ids]
+        before = actions.prompt_ids[last][actions.prompt_mask[last]].tolist()
+        prompt = actions.prompt_ids[row][actions.prompt_mask[row]].tolist()
+        assert prompt[: len(before) + len(spoken)] == before + spoken
+        assert len(prompt) > len(before) + len(spoken)
+
+
 @pytest.mark.parametrize("stop", ["\ndef ", "\n", "END", "正", "é 正", "</answer>"])
 def test_a_stop_string_ends_an_action_with_the_token_that_completes_it(policy, stop, monkeypatch):
     monkeypatch.setattr(policy, "stop_strings", [stop])
@@ -221,7 +326,8 @@ def test_a_right_program_that_is_sampled_is_scored_as_right(policy, environment,
     for row, action in enumerate(actions):
         ids[row, : len(action)] = torch.tensor(action)
         mask[row, : len(action) + 1] = True
-    taken = sampler.Sample(ids, mask, mask[..., None].float(), ~mask.any(1))
+    sets = any_token(*ids.shape)
+    taken = sampler.Sample(ids, mask, mask, mask[..., None].float(), sets, sets, ~mask.any(1))
     texts = sampler.decode_actions(policy, policy.encode(observations), taken)
     _, rewards, _, _, infos = environment.step(texts)
     assert [e for e in infos["error"] if e is not None] == []

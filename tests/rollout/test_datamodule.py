@@ -24,6 +24,9 @@ class Batch(NamedTuple):
     row: torch.Tensor
     double: torch.Tensor
 
+    def select(self, rows):
+        return Batch(self.row[rows], self.double[rows])
+
 
 def test_buffer_serves_every_action_once_per_epoch_and_refills():
     fills = []

@@ -9,6 +9,8 @@ from etpo.errors import ConfigError
 from etpo.models.prompting import CompletionTemplate
 from etpo_tasks.game_lm import build_game_lm, line_tokenizer, random_play
 
+from .. import by_token
+
 MOVES = ("<left>", "<right>")
 RULES = "Walk along the line.\nThe goal is at its right end.\n"
 
@@ -67,8 +69,7 @@ def test_it_plays_every_move_alike_and_ends_after_one(made):
     prompts = made.encode(observations)
     for number, move in enumerate(MOVES):
         ids = torch.tensor([[made.tokenizer.convert_tokens_to_ids(move), made.stop_ids[0]]] * 4)
-        hidden = made.hidden_states(prompts.ids, prompts.mask, ids)
-        log_probs = made.log_probs(hidden).log_probs.detach()
+        log_probs = by_token.log_probs(made, prompts.ids, prompts.mask, ids).detach()
         taken = log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1).exp()
         assert taken[:, 0] == pytest.approx(0.5, abs=0.15), number
         assert (taken[:, 1] > 0.9).all()

@@ -1,27 +1,29 @@
 """ArCHer: a critic of whole actions and a policy gradient of tokens (arXiv 2402.19446)."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from etpo.algorithms import losses, returns
 from etpo.algorithms.base import Metrics, OnPolicyAlgorithm
-from etpo.algorithms.evaluation import TokenValues
+from etpo.algorithms.evaluation import PrefixValues, values_of_first
 from etpo.algorithms.policy_gradient import policy_gradient_batch, standardized, surrogate_loss
 from etpo.algorithms.settings import PolicyGradientSettings, bounded
 from etpo.errors import ConfigError
 from etpo.models.chunked_logits import in_chunks
 from etpo.models.critics import WITH_HEAD, Critic, DuelingHead, LanguageModelCritic
 from etpo.models.policy import LanguageModelPolicy
+from etpo.models.prefix_tree import PrefixTree, first_step
+from etpo.models.token_columns import TokenColumns
 from etpo.rollout.trajectories import (
     from_trajectories,
     next_values,
     to_trajectories,
     trajectory_steps,
 )
-from etpo.rollout.types import Rollout, TokenBatch
+from etpo.rollout.types import PrefixStates, Rollout, TokenBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +35,6 @@ class ArCHerSettings(PolicyGradientSettings):
     """
 
     tau: float = bounded(1.0, 0, 1, above=True)
-
-
-class ActionValues(NamedTuple):
-    """V(o) and Q(o, a) of whole actions: [B] each."""
-
-    value: Tensor
-    q: Tensor
 
 
 class ArCHer(OnPolicyAlgorithm):
@@ -67,65 +62,53 @@ class ArCHer(OnPolicyAlgorithm):
     @torch.no_grad()
     def compute_targets(self, rollout: Rollout) -> TokenBatch:
         actions, old = self.start_iteration(rollout)
-        mask, whole = actions.action_mask, actions.action_mask[:, :1]  # every action has a token
+        mask, whole = actions.step_mask, actions.action_mask[:, :1]  # every action has a token
         steps = trajectory_steps(actions, whole, rollout.num_envs, self.settings.gamma)
         log_pi, log_ref = (
-            to_trajectories((x * mask).sum(1, keepdim=True), steps.layout)
-            for x in (old.log_pi, old.log_ref)
+            to_trajectories(x.sum(1, keepdim=True), steps.layout) for x in (old.log_pi, old.log_ref)
         )
-        values = to_trajectories(old.value[:, :1], steps.layout)
+        first = old.value.gather(1, first_step(mask))
+        values = to_trajectories(first, steps.layout)
         following = next_values(steps, values, self.bootstrap_values(rollout))
         rewards = returns.kl_penalized_rewards(
             steps.rewards, log_pi, log_ref, self.beta, steps.layout.valid
         )
-        targets = from_trajectories(
-            rewards + steps.discounts * following, steps.layout, like=old.value[:, :1]
-        )
-        value, q = self.map_microbatches(
-            lambda *inputs: self.action_values(self.target_critic, *inputs),
-            *actions[:4],
-            old.ref_hidden,
-        )
+        targets = from_trajectories(rewards + steps.discounts * following, steps.layout, like=first)
+        value, q = self.action_values(self.target_critic, old.tree, old.states)
         advantages = standardized(self, (q - value)[:, None], whole)
         batch = policy_gradient_batch(self, rollout, actions, old, advantages, targets, mask)
         return batch._replace(action_values=q)
 
     def scores(
-        self, critic: Critic, critic_hidden: Tensor, action_ids: Tensor
+        self, critic: Critic, tree: PrefixTree, states: PrefixStates
     ) -> tuple[Tensor, Tensor]:
-        """Compute the values of the prefixes and advantages of the taken tokens: [B, L] each."""
+        """Compute values of the prefixes [N] and advantages of the taken tokens [N, C]."""
 
-        def of_hidden(hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-            value, advantage = critic.head(hidden)
-            return value, returns.gather_tokens(advantage, ids)
+        def of_hidden(hidden: Tensor, taken: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
+            columns = TokenColumns.of(self.policy.vocabulary_size, support)
+            value, advantage = critic.head(hidden, columns.ids)
+            return value, advantage.gather(-1, columns.places(taken))
 
-        chunk = self.settings.logits_chunk_size
-        value, advantage = in_chunks(of_hidden, chunk, critic_hidden, action_ids)
+        inputs = critic.hidden_states(tree, states.ref), tree.taken, states.support
+        value, advantage = in_chunks(of_hidden, self.settings.logits_chunk_size, *inputs)
         return value, advantage
 
-    def prefix_values(self, *inputs: Tensor) -> Tensor:
-        critic_hidden = self.target_critic.hidden_states(*inputs)
-        return self.scores(self.target_critic, critic_hidden, inputs[2])[0]
+    def prefix_values(self, tree: PrefixTree, states: PrefixStates) -> Tensor:
+        return self.scores(self.target_critic, tree, states)[0]
 
     def action_values(
-        self,
-        critic: Critic,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        action_ids: Tensor,
-        action_mask: Tensor,
-        ref_hidden: Tensor,
-    ) -> ActionValues:
-        """Evaluate V(o) and Q(o, a) of a critic."""
-        hidden = critic.hidden_states(prompt_ids, prompt_mask, action_ids, ref_hidden)
-        value, advantage = self.scores(critic, hidden, action_ids)
-        last = action_mask.sum(1, keepdim=True) - 1
-        return ActionValues(value[:, 0], (value + advantage).gather(1, last).squeeze(1))
+        self, critic: Critic, tree: PrefixTree, states: PrefixStates
+    ) -> tuple[Tensor, Tensor]:
+        """Evaluate V(o) and Q(o, a) of a critic: [B] each."""
+        value, advantage = self.scores(critic, tree, states)
+        q = tree.of_tokens(value) + tree.of_taken(advantage)
+        last = tree.mask.shape[1] - 1 - first_step(tree.mask.flip(1))
+        return tree.of_first(value), q.gather(1, last).squeeze(1)
 
     def critic_loss(self, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """Average the regression losses of Q(o, a) and V(o) over actions."""
         assert batch.action_values is not None
-        value, q = self.action_values(self.critic, *batch[:4], batch.ref_hidden)
+        value, q = self.action_values(self.critic, batch.tree, batch.states)
         every = torch.ones_like(q, dtype=torch.bool)
         each = losses.critic_loss(q, batch.returns[:, 0], every, "huber")
         each = each + losses.critic_loss(value, batch.action_values, every, "huber")
@@ -139,7 +122,6 @@ class ArCHer(OnPolicyAlgorithm):
         clipped = losses.is_clipped(log_pi, old, s.clip)
         return surrogate_loss(batch, log_pi, log_mass, surrogate, clipped, s.truncation_kl_coef)
 
-    def token_values(self, *inputs: Tensor) -> TokenValues:
-        values = self.prefix_values(*inputs[:4])
-        values[:, 1:] = float("nan")  # V is trained at the prompt only
-        return TokenValues(values)
+    def loss_values(self, tree: PrefixTree, states: PrefixStates, *_: Any) -> PrefixValues:
+        # V is trained before the first step only
+        return PrefixValues(values_of_first(tree, self.prefix_values(tree, states)))

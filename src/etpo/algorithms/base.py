@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from lightning import LightningModule
@@ -17,11 +17,12 @@ from etpo.algorithms.settings import Settings, build_settings
 from etpo.errors import ConfigError
 from etpo.models import critics
 from etpo.models.policy import LanguageModelPolicy
-from etpo.rollout.buffer import split_by_length
-from etpo.rollout.types import Actions, Rollout, TokenBatch
+from etpo.models.prefix_tree import PrefixTree
+from etpo.models.token_columns import TokenColumns
+from etpo.rollout.metrics import first_episode_reward
+from etpo.rollout.types import Actions, Decisions, PrefixStates, Rollout, TokenBatch
 from etpo.sharding import configure_strategy
 
-LENGTH_GROUPS = 2  # parts of a minibatch with similar action lengths, computed separately
 PARAMETER_GROUPS = ("policy", "critic")
 Metrics = dict[str, tuple[Tensor | float, int]]  # mean and its number of samples
 
@@ -112,56 +113,48 @@ class OnPolicyAlgorithm(LightningModule):
         actions = Actions(*(x.to(self.device) for x in rollout.actions))
         # copies trained parameters only; not a submodule, so checkpoints do not contain it
         object.__setattr__(self, "old_lm_head", critics.snapshot(self.policy.lm_head))
-        inputs = [actions.prompt_ids, actions.prompt_mask, actions.action_ids]
+        tree = actions.tree()
         # recompute in bfloat16: rounding of generation and training differs, ratios would not be 1
         autocast = torch.is_autocast_enabled(self.device.type)
-        if actions.hidden_states.dtype == torch.float32 and not autocast:
-            inputs.append(actions.hidden_states)
-        self.mean_length = float(self.mean_over_ranks(actions.action_mask.float().sum(1).mean()))
-        return actions, self.map_microbatches(self.evaluate, *inputs)
+        recorded = actions.hidden_states.dtype == torch.float32 and not autocast
+        hidden, allowed, support = (
+            x.flatten(0, 1)[tree.first]
+            for x in (actions.hidden_states, actions.allowed, actions.support)
+        )
+        self.mean_length = float(self.mean_over_ranks(actions.step_mask.float().sum(1).mean()))
+        return actions, self.evaluate(tree, allowed, support, hidden if recorded else None)
 
-    def evaluate(
-        self,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        action_ids: Tensor,
-        old_hidden: Tensor | None = None,
-    ) -> evaluation.TokenEvaluation:
-        """Evaluate policy, reference and critic at the L taken tokens of action_ids [B, L].
+    def evaluate(self, tree: PrefixTree, *recorded: Tensor | None) -> evaluation.TokenEvaluation:
+        """Evaluate policy, reference and critic at the taken tokens.
 
-        Args:
-            old_hidden: [B, L, D], hidden states of the policy recorded during generation.
+        recorded: action space, support and hidden states, as for `evaluation.prefix_states`.
         """
-        inputs = prompt_ids, prompt_mask, action_ids
+        states = self.prefix_states(tree, *recorded)
         size = self.settings.logits_chunk_size
-        taken = evaluation.evaluate_tokens(self.policy, *inputs, old_hidden, size)
+        taken = evaluation.evaluate_tokens(self.policy, tree, states, size)
         if self.critic is None:
             return taken
-        return taken._replace(value=self.prefix_values(*inputs, taken.ref_hidden))
+        values = self.prefix_values(tree, states)
+        return taken._replace(value=tree.of_tokens(values))
 
-    def prefix_values(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor, ref_hidden: Tensor
-    ) -> Tensor:
-        """Return the critic's values [B, L] of the L prefixes."""
+    def prefix_states(self, tree: PrefixTree, *recorded: Tensor | None) -> PrefixStates:
+        """Compute what is not recorded; arguments as of `evaluate`."""
+        size = self.settings.logits_chunk_size
+        return evaluation.prefix_states(self.policy, tree, size, *recorded)
+
+    def prefix_values(self, tree: PrefixTree, states: PrefixStates) -> Tensor:
+        """Return the critic's values [N] of the prefixes."""
         assert self.critic is not None
-        return torch.as_tensor(self.critic(prompt_ids, prompt_mask, action_ids, ref_hidden))
-
-    def map_microbatches(self, function: Callable[..., NamedTuple], *inputs: Tensor) -> Any:
-        """Apply `function` to `forward_batch_size` rows at a time and concatenate its outputs."""
-        return evaluation.map_rows(function, self.settings.forward_batch_size, *inputs)
+        return torch.as_tensor(self.critic(tree, states.ref))
 
     def bootstrap_values(self, rollout: Rollout) -> Tensor:
-        """Return the value of the true next prompt of truncated actions, 0 for others: [B].
-
-        Token 0 is a placeholder for the taken token, which `min_p` never masks. If its probability
-        is below the threshold of `min_p`, V changes by less than min_p |Q(0) - V|.
-        """
+        """Return the value of the true next prompt of truncated actions, 0 for others: [B]."""
         values = torch.zeros_like(rollout.actions.rewards, device=self.device)
-        if len(rollout.bootstrap_ids):
-            prompts = [x.to(self.device) for x in (rollout.bootstrap_ids, rollout.bootstrap_mask)]
-            action_ids = torch.zeros_like(prompts[0][:, :1])
-            after = self.map_microbatches(self.evaluate, *prompts, action_ids)
-            values[rollout.actions.truncated.to(self.device)] = after.value[:, 0]
+        if rollout.bootstrap is not None:
+            following = Decisions(*(x.to(self.device) for x in rollout.bootstrap))
+            tree = following.tree()
+            after = self.evaluate(tree, following.allowed.flatten(0, 1)[tree.first])
+            values[rollout.actions.truncated.to(self.device)] = after.value.sum(1)
         return values
 
     def check_rollout(self, rollout: Rollout) -> None:
@@ -178,24 +171,20 @@ class OnPolicyAlgorithm(LightningModule):
 
     def taken_log_probs(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """Compute log pi of the taken tokens and the log mass of the support: [B, L] each."""
-        size = self.settings.logits_chunk_size
-        return evaluation.taken_log_probs(self.policy, self.old_lm_head, batch, size)
+        s = self.settings
+        with_mass = s.truncation_kl_coef > 0
+        return evaluation.taken_log_probs(self.policy, batch, s.logits_chunk_size, with_mass)
 
-    def token_values(
+    def loss_values(
         self,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        action_ids: Tensor,
-        ref_hidden: Tensor,
+        tree: PrefixTree,
+        states: PrefixStates,
+        columns: TokenColumns,
         log_pi: Tensor,
         log_ref: Tensor,
-    ) -> evaluation.TokenValues:
-        """Return V and Q of the policy loss at the L prefixes of action_ids [B, L].
-
-        Args:
-            ref_hidden: [B, L, D], of the reference. log_pi, log_ref: [B, L, V].
-        """
-        return evaluation.TokenValues()
+    ) -> evaluation.PrefixValues:
+        """Return V [N] and Q [N, U] of the policy loss; log_pi, log_ref: [N, U] of the columns."""
+        return evaluation.PrefixValues()
 
     def sampled_advantages(self, batch: TokenBatch) -> Tensor | None:
         """Return the factor [B, L] of the probability ratio in the loss, None if there is none."""
@@ -227,19 +216,15 @@ class OnPolicyAlgorithm(LightningModule):
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         if batch_idx == 0:
             self.log_iteration()
-        loss = kl = torch.zeros((), device=self.device)
-        for part in split_by_length(batch, LENGTH_GROUPS):
-            share = len(part.weights) / len(batch.weights)
-            part_loss, metrics = self.critic_loss(part)
-            if not self.kl_stopped:
-                policy_loss, policy_metrics = self.policy_loss(part)
-                kl = kl + share * torch.as_tensor(policy_metrics["train/kl_to_old"][0])
-                part_loss, metrics = part_loss + policy_loss, metrics | policy_metrics
-            loss = loss + share * part_loss
-            self.log_metrics(metrics)
+        loss, metrics = self.critic_loss(batch)
         if not self.kl_stopped:
-            self.step_kls.append(kl)
-        elif self.critic is None:  # backward needs a graph; the gradient is removed below
+            policy_loss, policy_metrics = self.policy_loss(batch)
+            loss, metrics = loss + policy_loss, metrics | policy_metrics
+            self.step_kls.append(torch.as_tensor(policy_metrics["train/kl_to_old"][0]))
+        self.log_metrics(metrics)
+        if (
+            self.kl_stopped and self.critic is None
+        ):  # backward needs a graph; the gradient is removed below
             loss = 0.0 * self.policy.trainable_parameters()[0].sum()
         return loss
 
@@ -269,8 +254,8 @@ class OnPolicyAlgorithm(LightningModule):
             critics.polyak_update(self.target_critic, self.critic, self.settings.tau)
 
     def validation_step(self, batch: Rollout, batch_idx: int) -> None:
-        reward = batch.actions.rewards.mean()
-        self.log("val/reward", reward, sync_dist=True, batch_size=len(batch.actions.rewards))
+        reward = first_episode_reward(batch)
+        self.log("val/reward", reward, sync_dist=True, batch_size=batch.num_envs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["lr_schedulers"] = []  # `on_train_start` sets the learning rates

@@ -27,12 +27,18 @@ from torch.nn.functional import pad
 
 from etpo.algorithms import losses, returns
 from etpo.algorithms.base import Metrics, OnPolicyAlgorithm
-from etpo.algorithms.evaluation import TokenEvaluation, TokenValues
-from etpo.algorithms.returns import gather_tokens
+from etpo.algorithms.evaluation import (
+    PrefixValues,
+    TokenEvaluation,
+    loss_columns,
+    reference_log_probs,
+    support_columns,
+)
 from etpo.algorithms.settings import Settings, bounded, one_of
 from etpo.models.chunked_logits import in_chunks, reduce_in_chunks
 from etpo.models.critics import Critic, DuelingHead
-from etpo.rollout.buffer import distinct_rows
+from etpo.models.prefix_tree import PrefixTree, first_step
+from etpo.models.token_columns import TokenColumns
 from etpo.rollout.metrics import rollout_metrics
 from etpo.rollout.trajectories import (
     from_trajectories,
@@ -41,7 +47,7 @@ from etpo.rollout.trajectories import (
     to_trajectories,
     trajectory_steps,
 )
-from etpo.rollout.types import Rollout, TokenBatch
+from etpo.rollout.types import PrefixStates, Rollout, TokenBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +106,7 @@ class ETPO(OnPolicyAlgorithm):
     def compute_targets(self, rollout: Rollout) -> TokenBatch:
         actions, old = self.start_iteration(rollout)
         assert old.q_taken is not None
-        mask = actions.action_mask
+        mask = actions.step_mask
         steps = trajectory_steps(actions, mask, rollout.num_envs, self.settings.gamma)
         values, q_taken = (to_trajectories(x, steps.layout) for x in (old.value, old.q_taken))
         targets = returns.lambda_returns(
@@ -122,68 +128,63 @@ class ETPO(OnPolicyAlgorithm):
             self.scale = float(losses.inverse_rms(square))
         self.iteration_metrics = rollout_metrics(rollout) | {
             "rollout/kl_to_reference": float((old.kl * mask).sum(1).mean()),
-            "rollout/value": float(old.value[:, 0].mean()),
+            "rollout/value": float(old.value.gather(1, first_step(mask)).mean()),
             "rollout/explained_variance": returns.explained_variance(
                 q_taken[valid], targets[valid]
             ),
             "train/entropy": float(self.mean_over_tokens(old.entropy, mask)),
         }
         return TokenBatch(
-            *actions[:4],
-            old_hidden=old.old_hidden,
-            ref_hidden=old.ref_hidden,
+            *actions[:3],
+            actions.step_mask,
             old_log_probs=old.log_pi,
             ref_log_probs=old.log_ref,
             advantages=advantages,
             returns=from_trajectories(targets, steps.layout, like=old.value),
             weights=losses.action_weights(self.settings.gamma, actions.step).float(),
-            critic_hidden=old.critic_hidden,
+            tree=old.tree,
+            states=old.states,
         )
 
-    def evaluate(
-        self,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        action_ids: Tensor,
-        old_hidden: Tensor | None = None,
-    ) -> TokenEvaluation:
-        inputs = prompt_ids, prompt_mask, action_ids
-        if old_hidden is None:
-            old_hidden = self.policy.hidden_states(*inputs)
-        ref_hidden = self.policy.hidden_states(*inputs, reference=True)
-        critic_hidden = self.target_critic.hidden_states(*inputs, ref_hidden)
+    def evaluate(self, tree: PrefixTree, *recorded: Tensor | None) -> TokenEvaluation:
+        states = self.prefix_states(tree, *recorded)
+        states = states._replace(critic=self.target_critic.hidden_states(tree, states.ref))
 
-        def quantities(ids: Tensor, *hidden: Tensor) -> tuple[Tensor, ...]:
-            log_old, log_ref, q = self.old_distributions(ids, *hidden)
-            taken = (gather_tokens(each, ids) for each in (log_old, log_ref, q))
+        def quantities(taken: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+            states = PrefixStates(*parts)
+            columns = support_columns(self.policy, states)
+            log_old, log_ref, q = self.old_distributions(states, columns)
+            places = columns.places(taken)
+            of_taken = (each.gather(-1, places) for each in (log_old, log_ref, q))
             kl = returns.kl_divergence(log_old, log_ref)
             value = returns.soft_value(log_old, log_ref, q, self.beta)
-            return *taken, kl, returns.entropy(log_old), value
+            return *of_taken, kl, returns.entropy(log_old), value
 
-        hidden = old_hidden, ref_hidden, critic_hidden
-        log_pi, log_ref, q_taken, kl, entropy, value = in_chunks(
-            quantities, self.settings.logits_chunk_size, action_ids, *hidden
+        outputs = in_chunks(quantities, self.settings.logits_chunk_size, tree.taken, *states)
+        log_pi, log_ref, q_taken = (tree.of_taken(each) for each in outputs[:3])
+        kl, entropy, value = (tree.of_tokens(each) for each in outputs[3:])
+        return TokenEvaluation(tree, states, log_pi, log_ref, kl, entropy, value, q_taken)
+
+    def old_log_probs(self, states: PrefixStates, columns: TokenColumns) -> Tensor:
+        """Compute log pi_old [n, U] of the columns' tokens."""
+        log_old, _ = self.policy.log_probs(
+            states.old, columns.supported(), lm_head=self.old_lm_head
         )
-        return TokenEvaluation(
-            *(old_hidden, ref_hidden, log_pi, log_ref, kl, entropy, value, q_taken, critic_hidden)
-        )
+        return log_old
 
     def old_distributions(
-        self, ids: Tensor, old_hidden: Tensor, ref_hidden: Tensor, critic_hidden: Tensor
+        self, states: PrefixStates, columns: TokenColumns
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute log pi_old, log pi_ref and the pessimistic Q of the target critic: [..., V] each.
+        """Compute log pi_old, log pi_ref and the target critic's pessimistic Q: [n, U] each."""
+        log_old = self.old_log_probs(states, columns)
+        log_ref = reference_log_probs(self.policy, states, columns)
+        return log_old, log_ref, self.pessimistic_q(states.critic, columns, log_old)
 
-        Args:
-            ids: taken tokens, [...].
-            old_hidden, ref_hidden, critic_hidden: hidden states, [..., D] or [..., C].
-        """
-        log_old, _ = self.policy.log_probs(old_hidden, ids, lm_head=self.old_lm_head)
-        log_ref, _ = self.policy.log_probs(ref_hidden, ids, reference=True)
-        return log_old, log_ref, self.pessimistic_q(critic_hidden, log_old)
-
-    def pessimistic_q(self, critic_hidden: Tensor, log_old: Tensor) -> Tensor:
-        """Compute the pessimistic Q [..., V] of the target critic."""
-        value, scores = self.target_critic.head(critic_hidden)
+    def pessimistic_q(
+        self, critic_hidden: Tensor, columns: TokenColumns, log_old: Tensor
+    ) -> Tensor:
+        """Compute the pessimistic Q [n, U] of the target critic."""
+        value, scores = self.target_critic.head(critic_hidden, columns.ids)
         if value is None:  # the critic's output is Q
             value, q = returns.expectation(log_old, scores), scores
         else:
@@ -192,78 +193,96 @@ class ETPO(OnPolicyAlgorithm):
 
     def critic_loss(self, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """Average the regression loss of Q(x, w) over the taken tokens."""
-        s = self.settings
+        s, tree, states = self.settings, batch.tree, batch.states
 
-        def q_of_tokens(hidden: Tensor, ids: Tensor, old: Tensor) -> tuple[Tensor]:
-            value, scores = self.critic.head(hidden)
-            q_taken = gather_tokens(scores, ids)
+        def q_of_taken(hidden: Tensor, taken: Tensor, *parts: Tensor) -> tuple[Tensor]:
+            states = PrefixStates(*parts)
+            columns = support_columns(self.policy, states)
+            value, scores = self.critic.head(hidden, columns.ids)
+            q_taken = scores.gather(-1, columns.places(taken))
             if value is not None:
                 with torch.no_grad():
-                    log_old, _ = self.policy.log_probs(old, ids, lm_head=self.old_lm_head)
-                q_taken = q_taken + losses.dueling_baseline(value, scores, log_old)
+                    log_old = self.old_log_probs(states, columns)
+                q_taken = q_taken + losses.dueling_baseline(value, scores, log_old)[:, None]
             return (q_taken,)
 
-        distinct, index = distinct_rows(batch)
-        hidden = self.critic.hidden_states(*distinct[:3], distinct.ref_hidden)
-        (q_taken,) = in_chunks(
-            q_of_tokens, s.logits_chunk_size, hidden, distinct.action_ids, distinct.old_hidden
-        )
+        hidden = self.critic.hidden_states(tree, states.ref)
+        (q_taken,) = in_chunks(q_of_taken, s.logits_chunk_size, hidden, tree.taken, *states)
         each = losses.critic_loss(
-            q_taken[index], batch.returns, batch.action_mask, s.critic_loss, s.huber_delta
+            tree.of_taken(q_taken), batch.returns, batch.step_mask, s.critic_loss, s.huber_delta
         )
         loss = each.sum() / (len(each) * self.mean_length)
         return loss, {"train/critic_loss": (loss, len(batch.weights))}
 
     def policy_loss(self, batch: TokenBatch) -> tuple[Tensor, Metrics]:
-        """Sum the policy objective over tokens and average it over actions."""
-        s, mask = self.settings, batch.action_mask
-        assert batch.critic_hidden is not None
+        """Sum the policy objective over tokens and average it over actions.
 
-        def token_losses(
-            hidden: Tensor, ids: Tensor, advantages: Tensor, *old_hidden: Tensor
+        Steps with one prefix share the exact term, and those with one taken token its correction:
+        the clipped surrogate is linear in advantages of one sign.
+        """
+        s, tree = self.settings, batch.tree
+        weights = batch.weights[:, None] * batch.step_mask
+        advantages = weights * batch.advantages
+        correction = [tree.sum_to_taken(advantages.clamp(min=0))]
+        correction += [tree.sum_to_taken(advantages.clamp(max=0))]
+        with_mass = s.truncation_kl_coef > 0
+
+        def prefix_losses(
+            hidden: Tensor,
+            taken: Tensor,
+            weight: Tensor,
+            positive: Tensor,
+            negative: Tensor,
+            *parts: Tensor,
         ) -> tuple[Tensor, Tensor, Tensor]:
+            states = PrefixStates(*parts)
+            columns = loss_columns(self.policy, states.allowed, states.support, with_mass=with_mass)
             with torch.no_grad():
-                log_old, log_ref, q = self.old_distributions(ids, *old_hidden)
-            log_pi, log_mass = self.policy.log_probs(hidden, ids, support=log_old.isfinite())
+                log_old, log_ref, q = self.old_distributions(states, columns)
+            log_pi, log_mass = self.policy.log_probs(hidden, columns)
+            loss = weight * (
+                losses.policy_objective(log_pi, log_ref, log_old, q, self.beta, s.eta)
+                - s.truncation_kl_coef * log_mass
+            )
+            places = columns.places(taken)
+            new, old = log_pi.gather(-1, places), log_old.gather(-1, places)
             if s.doubly_robust:
-                loss = losses.doubly_robust_objective(
-                    log_pi, log_ref, log_old, q, ids, advantages, self.beta, s.eta, s.clip
-                )
-            else:
-                loss = losses.policy_objective(log_pi, log_ref, log_old, q, self.beta, s.eta)
-            taken = gather_tokens(log_pi, ids), gather_tokens(log_old, ids)
+                for each in (positive, negative):
+                    loss = loss + losses.clipped_surrogate(new, old, each, s.clip).sum(-1)
             kl = returns.kl_divergence(log_old, log_pi.detach())
-            clipped = losses.is_clipped(*taken, s.clip).to(kl.dtype)
-            return loss - s.truncation_kl_coef * log_mass, kl, clipped
+            return loss, kl, losses.is_clipped(new, old, s.clip).to(kl.dtype)
 
         loss, (_, kl, clipped) = reduce_in_chunks(
-            token_losses,
-            lambda each, *_: self.scale * ((each * mask).sum(1) * batch.weights).mean(),
+            prefix_losses,
+            lambda each, *_: self.scale * each.sum() / len(weights),
             s.logits_chunk_size,
-            self.policy.hidden_states(*batch[:3]),
-            batch.action_ids,
-            batch.advantages,
-            batch.old_hidden,
-            batch.ref_hidden,
-            batch.critic_hidden,
+            self.policy.hidden_states(tree),
+            tree.taken,
+            tree.sum_to_prefixes(weights),
+            *correction,
+            *batch.states,
             parameters=self.policy.lm_head_parameters(),
         )
         metrics: Metrics = {
-            "train/policy_loss": (loss, len(mask)),
-            "train/kl_to_old": ((kl * mask).sum(1).mean(), len(mask)),
+            "train/policy_loss": (loss, len(weights)),
+            "train/kl_to_old": (tree.of_tokens(kl).sum(1).mean(), len(weights)),
         }
         if s.doubly_robust:
-            count = int(mask.sum())
-            metrics["train/clip_fraction"] = (clipped * mask).sum() / count, count
+            count = int(batch.step_mask.sum())
+            metrics["train/clip_fraction"] = tree.of_taken(clipped).sum() / count, count
         return loss, metrics
 
-    def token_values(self, *inputs: Tensor) -> TokenValues:
-        prompt_ids, prompt_mask, action_ids, ref_hidden, log_pi, log_ref = inputs
-        critic_hidden = self.target_critic.hidden_states(
-            prompt_ids, prompt_mask, action_ids, ref_hidden
-        )
-        q = self.pessimistic_q(critic_hidden, log_pi)
-        return TokenValues(returns.soft_value(log_pi, log_ref, q, self.beta), q)
+    def loss_values(
+        self,
+        tree: PrefixTree,
+        states: PrefixStates,
+        columns: TokenColumns,
+        log_pi: Tensor,
+        log_ref: Tensor,
+    ) -> PrefixValues:
+        critic_hidden = self.target_critic.hidden_states(tree, states.ref)
+        q = self.pessimistic_q(critic_hidden, columns, log_pi)
+        return PrefixValues(returns.soft_value(log_pi, log_ref, q, self.beta), q)
 
     def all_gather_padded(self, rows: Tensor) -> Tensor:
         """Gather [N, K] of every rank, padded with 0 to the widest: [ranks * N, K], by rank."""

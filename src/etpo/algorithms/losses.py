@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from etpo.algorithms.returns import expectation, gather_tokens
+from etpo.algorithms.returns import expectation
 
 
 def policy_objective(
@@ -65,36 +65,6 @@ def is_clipped(log_pi_taken: Tensor, log_old_taken: Tensor, clip: float | None) 
         return torch.zeros_like(log_pi_taken, dtype=torch.bool)
     ratio = (log_pi_taken.detach() - log_old_taken.detach()).exp()
     return (ratio - 1).abs() > clip
-
-
-def doubly_robust_objective(
-    log_pi: Tensor,
-    log_ref: Tensor,
-    log_old: Tensor,
-    q: Tensor,
-    taken: Tensor,
-    advantages: Tensor,
-    beta: float,
-    eta: float = 0.0,
-    clip: float | None = None,
-) -> Tensor:
-    """Add the sampled correction of the critic's error to `policy_objective`: -> [...].
-
-    The exact term is a control variate of the sampled term: both must use the SAME, possibly
-    pessimistic, Q. At pi = pi_old and lambda = 1 the gradient is unbiased for every critic that
-    does not depend on the batch. Related: Q-Prop, arXiv 1611.02247; interpolated policy gradients,
-    arXiv 1706.00387.
-
-    Args:
-        log_pi, log_ref, log_old, q: [..., V].
-        taken: int64 [...], the sampled tokens.
-        advantages: [...], lambda-returns minus Q(x, w_taken) minus an independent baseline.
-        clip: clip range of the correction's ratio, as in `clipped_surrogate`.
-    """
-    correction = clipped_surrogate(
-        gather_tokens(log_pi, taken), gather_tokens(log_old, taken), advantages, clip
-    )
-    return policy_objective(log_pi, log_ref, log_old, q, beta, eta) + correction
 
 
 def pessimistic_q(q: Tensor, value: Tensor, log_old: Tensor, threshold: float) -> Tensor:

@@ -18,7 +18,8 @@ from etpo.algorithms.policy_check import check_policy
 from etpo.algorithms.settings import BatchSettings, build_settings
 from etpo.models.chunked_logits import in_chunks
 from etpo.models.policy import LanguageModelPolicy
-from etpo.rollout.metrics import rollout_metrics
+from etpo.models.token_columns import TokenColumns
+from etpo.rollout.metrics import first_episode_reward, rollout_metrics
 from etpo.rollout.types import Actions, Rollout
 
 
@@ -76,20 +77,16 @@ class NoUpdate(LightningModule):
         """
         if self.policy.min_p == 0:
             return 0.0
-        total, s = 0.0, self.settings
-        for rows in torch.split(torch.arange(len(actions.rewards)), s.forward_batch_size):
-            ids, mask, hidden = (
-                x[rows].to(self.device)
-                for x in (actions.action_ids, actions.action_mask, actions.hidden_states)
-            )
-            (log_mass,) = in_chunks(
-                lambda h, i: (self.policy.log_probs(h, i).log_support_mass,),
-                s.logits_chunk_size,
-                hidden,
-                ids,
-            )
-            total -= float((log_mass * mask).sum())
-        return total / len(actions.rewards)
+        tree = actions.tree()
+        recorded = (actions.hidden_states, actions.allowed, actions.support)
+        inputs = (x.flatten(0, 1)[tree.first].to(self.device) for x in recorded)
+
+        def mass(hidden: Tensor, *sets: Tensor) -> tuple[Tensor]:
+            columns = TokenColumns.of(self.policy.vocabulary_size, *sets)
+            return (self.policy.log_probs(hidden, columns).log_support_mass,)
+
+        (log_mass,) = in_chunks(mass, self.settings.logits_chunk_size, *inputs)
+        return -float(tree.of_tokens(log_mass.cpu()).sum(1).mean())
 
     def training_step(self, batch: Actions, batch_idx: int) -> Tensor:
         """Log the metrics and return a zero loss; DDP does not accept None."""
@@ -100,8 +97,8 @@ class NoUpdate(LightningModule):
         return torch.zeros((), device=self.device, requires_grad=True)
 
     def validation_step(self, batch: Rollout, batch_idx: int) -> None:
-        reward = batch.actions.rewards.mean()
-        self.log("val/reward", reward, sync_dist=True, batch_size=len(batch.actions.rewards))
+        reward = first_episode_reward(batch)
+        self.log("val/reward", reward, sync_dist=True, batch_size=batch.num_envs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {}  # the weights are loaded from `model.name_or_path` again

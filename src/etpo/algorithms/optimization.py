@@ -42,7 +42,8 @@ def trained_state(module: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
     }
     if "optimizer_states" not in checkpoint:
         dropped |= {name for name in state if not name.startswith("policy.")}
-    state = {name: weight for name, weight in state.items() if name not in dropped}
+    below = tuple(f"{name}." for name in dropped)  # scales of quantised weights
+    state = {n: w for n, w in state.items() if n not in dropped and not n.startswith(below)}
     for name, weight in state.items():  # after a Polyak step of 1 the target equals the critic
         other = state.get(name.removeprefix("target_"))
         if other is not None and other is not weight and torch.equal(other, weight):

@@ -1,11 +1,13 @@
 """Training batch, metrics and surrogate loss of PPO, REINFORCE and ArCHer."""
 
+import torch
 from torch import Tensor
 
 from etpo.algorithms import losses
 from etpo.algorithms.base import Metrics, OnPolicyAlgorithm
 from etpo.algorithms.evaluation import TokenEvaluation
 from etpo.algorithms.returns import explained_variance
+from etpo.models.prefix_tree import first_step
 from etpo.rollout.metrics import rollout_metrics
 from etpo.rollout.types import Actions, Rollout, TokenBatch
 
@@ -25,7 +27,7 @@ def policy_gradient_batch(
         advantages, returns: [B, L] or, for whole actions, [B, 1].
         trained_prefixes: bool [B, L], prefixes that train the critic; None without a critic.
     """
-    mask = actions.action_mask
+    mask = actions.step_mask
     advantages, returns = (x.expand_as(old.value) for x in (advantages, returns))
     module.iteration_metrics = rollout_metrics(rollout) | {
         "rollout/kl_to_reference": float((old.kl * mask).sum(1).mean()),
@@ -33,20 +35,21 @@ def policy_gradient_batch(
     }
     if trained_prefixes is not None:
         module.iteration_metrics |= {
-            "rollout/value": float(old.value[:, 0].mean()),
+            "rollout/value": float(old.value.gather(1, first_step(mask)).mean()),
             "rollout/explained_variance": explained_variance(
                 old.value[trained_prefixes], returns[trained_prefixes]
             ),
         }
     return TokenBatch(
-        *actions[:4],
-        old_hidden=old.old_hidden,
-        ref_hidden=old.ref_hidden,
-        old_log_probs=old.log_pi.where(mask, 0.0),
-        ref_log_probs=old.log_ref.where(mask, 0.0),
+        *actions[:3],
+        mask,
+        old_log_probs=old.log_pi,
+        ref_log_probs=old.log_ref,
         advantages=advantages,
         returns=returns,
         weights=actions.rewards.new_ones(len(mask)),
+        tree=old.tree,
+        states=old.states,
     )
 
 
@@ -75,9 +78,11 @@ def surrogate_loss(
         log_pi, log_mass: [B, L], outputs of `taken_log_probs`.
         surrogate, clipped: [B, K] of the steps; K = L for tokens, 1 for whole actions.
     """
-    mask = batch.action_mask[:, : surrogate.shape[1]]
+    mask = batch.step_mask
+    if surrogate.shape[1] < mask.shape[1]:  # every action is one step
+        mask = torch.ones_like(surrogate, dtype=torch.bool)
     loss = ((surrogate * mask).sum(1) - truncation_kl_coef * log_mass.sum(1)).mean()
-    kl = (losses.k3(batch.old_log_probs, log_pi.detach()) * batch.action_mask).sum(1).mean()
+    kl = (losses.k3(batch.old_log_probs, log_pi.detach()) * batch.step_mask).sum(1).mean()
     count = int(mask.sum())
     return loss, {
         "train/policy_loss": (loss, len(mask)),

@@ -1,23 +1,25 @@
 """PPO with a KL penalty in the reward, over tokens (POAD, NTPO) or whole actions (PPO-KL)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from etpo.algorithms import losses, returns
 from etpo.algorithms.base import Metrics, OnPolicyAlgorithm
-from etpo.algorithms.evaluation import TokenValues
+from etpo.algorithms.evaluation import PrefixValues, values_of_first
 from etpo.algorithms.policy_gradient import policy_gradient_batch, standardized, surrogate_loss
 from etpo.algorithms.settings import PolicyGradientSettings, bounded, one_of
 from etpo.models.critics import ValueHead
+from etpo.models.prefix_tree import PrefixTree, first_step
 from etpo.rollout.trajectories import (
     from_trajectories,
     next_values,
     to_trajectories,
     trajectory_steps,
 )
-from etpo.rollout.types import Rollout, TokenBatch
+from etpo.rollout.types import PrefixStates, Rollout, TokenBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +57,11 @@ class PPO(OnPolicyAlgorithm):
     def compute_targets(self, rollout: Rollout) -> TokenBatch:
         s = self.settings
         actions, old = self.start_iteration(rollout)
-        mask, values, log_pi, log_ref = actions.action_mask, old.value, old.log_pi, old.log_ref
+        mask, values, log_pi, log_ref = actions.step_mask, old.value, old.log_pi, old.log_ref
         if self.over_actions:
-            log_pi, log_ref = ((x * mask).sum(1, keepdim=True) for x in (log_pi, log_ref))
-            mask, values = mask[:, :1], values[:, :1]  # every action has a token
+            log_pi, log_ref = (x.sum(1, keepdim=True) for x in (log_pi, log_ref))
+            values = values.gather(1, first_step(mask))
+            mask = torch.ones_like(values, dtype=torch.bool)
         steps = trajectory_steps(actions, mask, rollout.num_envs, s.gamma, s.token_discount)
         layout = steps.layout
         value, log_pi, log_ref = (to_trajectories(x, layout) for x in (values, log_pi, log_ref))
@@ -74,18 +77,19 @@ class PPO(OnPolicyAlgorithm):
             from_trajectories(x, layout, like=values) for x in (errors, errors + value)
         )
         advantages = standardized(self, advantages, mask)
-        trained = self.trained_prefixes(actions.action_mask)
+        trained = self.trained_prefixes(actions.step_mask)
         return policy_gradient_batch(self, rollout, actions, old, advantages, targets, trained)
 
-    def trained_prefixes(self, action_mask: Tensor) -> Tensor:
+    def trained_prefixes(self, step_mask: Tensor) -> Tensor:
         """Return the mask [B, L] of the prefixes on which the critic is trained."""
-        first = torch.arange(action_mask.shape[1], device=self.device) == 0
-        return action_mask & first if self.over_actions else action_mask
+        if not self.over_actions:
+            return step_mask
+        return torch.zeros_like(step_mask).scatter(1, first_step(step_mask), True)
 
     def critic_loss(self, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """Average the Huber loss of the values over the steps."""
-        values = self.prefix_values(*batch[:3], batch.ref_hidden)
-        mask = self.trained_prefixes(batch.action_mask)
+        values = batch.tree.of_tokens(self.prefix_values(batch.tree, batch.states))
+        mask = self.trained_prefixes(batch.step_mask)
         steps_per_action = 1.0 if self.over_actions else self.mean_length
         each = losses.critic_loss(values, batch.returns, mask, "huber")
         loss = each.sum() / (len(each) * steps_per_action)
@@ -104,8 +108,8 @@ class PPO(OnPolicyAlgorithm):
         coef = self.settings.truncation_kl_coef
         return surrogate_loss(batch, log_pi, log_mass, surrogate, clipped, coef)
 
-    def token_values(self, *inputs: Tensor) -> TokenValues:
-        values = self.prefix_values(*inputs[:4])
-        if self.over_actions:  # the critic is trained at prompts only
-            values[:, 1:] = float("nan")
-        return TokenValues(values)
+    def loss_values(self, tree: PrefixTree, states: PrefixStates, *_: Any) -> PrefixValues:
+        values = self.prefix_values(tree, states)
+        if self.over_actions:  # the critic is trained before the first step only
+            values = values_of_first(tree, values)
+        return PrefixValues(values)

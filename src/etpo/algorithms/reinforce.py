@@ -48,8 +48,7 @@ class Reinforce(OnPolicyAlgorithm):
         steps = trajectory_steps(actions, whole, rollout.num_envs, s.gamma)
         layout = steps.layout
         log_pi, log_ref = (
-            to_trajectories((x * actions.action_mask).sum(1, keepdim=True), layout)
-            for x in (old.log_pi, old.log_ref)
+            to_trajectories(x.sum(1, keepdim=True), layout) for x in (old.log_pi, old.log_ref)
         )
         beta = 0.0 if s.kl_in_loss else self.beta
         rewards = returns.kl_penalized_rewards(steps.rewards, log_pi, log_ref, beta, layout.valid)
@@ -69,7 +68,7 @@ class Reinforce(OnPolicyAlgorithm):
 
     def policy_loss(self, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """Sum (or average) the clipped surrogate over tokens and average it over actions."""
-        s, mask = self.settings, batch.action_mask
+        s, mask = self.settings, batch.step_mask
         log_pi, log_mass = self.taken_log_probs(batch)
         old = batch.old_log_probs
         surrogate = losses.clipped_surrogate(log_pi, old, batch.advantages, s.clip)

@@ -13,11 +13,6 @@ import torch
 from torch import Tensor
 
 
-def gather_tokens(values: Tensor, token_ids: Tensor) -> Tensor:
-    """Select values(w) of the given tokens: [..., V], int64 [...] -> [...]."""
-    return values.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
-
-
 def expectation(log_p: Tensor, values: Tensor) -> Tensor:
     """Compute sum_w p(w) values(w): [..., V], [..., V] -> [...].
 

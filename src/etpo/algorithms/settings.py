@@ -20,17 +20,15 @@ def one_of(default: str, *others: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSettings:
-    """Sizes of forward passes; they affect memory and time only.
+    """Size of forward passes; it affects memory and time only.
 
     Args:
-        forward_batch_size: number of actions per forward when targets are computed.
-        logits_chunk_size: number of tokens whose logits are in memory at once.
+        logits_chunk_size: number of prefixes whose logits are in memory at once.
 
     Raises:
         ConfigError: a value is out of range.
     """
 
-    forward_batch_size: int = bounded(64, 1)
     logits_chunk_size: int = bounded(4096, 1)
 
     def __post_init__(self) -> None:

@@ -3,6 +3,8 @@
 import functools
 import json
 import math
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,18 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from etpo.algorithms.base import OnPolicyAlgorithm
-from etpo.algorithms.returns import expectation, gather_tokens, kl_divergence
+from etpo.algorithms.evaluation import PrefixValues, prefix_states
+from etpo.algorithms.returns import expectation, kl_divergence
 from etpo.callbacks.episodes import truncate_lines
 from etpo.errors import check_integer
 from etpo.files import append_lines
+from etpo.models.token_columns import TokenColumns
 from etpo.models.token_text import label, token_texts
-from etpo.rollout.types import Rollout
+from etpo.rollout.types import Decisions, Rollout
 from etpo.studies.pages.credit import write_page
 
 ALTERNATIVES = 5
+TOKEN_FIELDS = {"action_ids": "action_ids", "steps": "step_mask", "allowed": "allowed"}
 
 
 class TokenCredit(Callback):
@@ -67,12 +72,8 @@ class TokenCredit(Callback):
         sampled = [None if advantages is None else advantages[row] for row in selected]
         actions = [*selected.values(), self.followed]
         settings = getattr(module, "settings", None)  # a module of another kind may have none
-        size = getattr(settings, "forward_batch_size", len(actions))
-        numbers = [
-            each
-            for start in range(0, len(actions), size)
-            for each in token_numbers(module, actions[start : start + size])
-        ]
+        size = getattr(settings, "logits_chunk_size", sys.maxsize)
+        numbers = [n for part in parts(actions, size) for n in token_numbers(module, part)]
         for columns in zip(actions, numbers, [*sampled, None], strict=True):
             self.lines.append({"iteration": iteration} | credit_line(module, *columns))
         self.lines[-1]["followed"] = self.followed["iteration"]
@@ -94,7 +95,7 @@ class TokenCredit(Callback):
 
 
 def select(rollout: Rollout, row: int) -> dict[str, Any]:
-    """Return prompt_ids and action_ids, without padding, and record of a row of a rollout."""
+    """Return a row's prompt_ids, TOKEN_FIELDS, without padding, and record."""
     actions, record = rollout.actions, rollout.records[row]
     until_now = rollout.records[row % rollout.num_envs : row + 1 : rollout.num_envs]
     episode = sum(other.attempt == 1 for other in until_now)
@@ -102,9 +103,24 @@ def select(rollout: Rollout, row: int) -> dict[str, Any]:
     fields = {name: getattr(record, name) for name in names}
     return {
         "prompt_ids": actions.prompt_ids[row][actions.prompt_mask[row]].tolist(),
-        "action_ids": actions.action_ids[row][actions.action_mask[row]].tolist(),
+        **{
+            name: getattr(actions, field)[row][actions.action_mask[row]].tolist()
+            for name, field in TOKEN_FIELDS.items()
+        },
         "record": {"env": record.env, "episode": episode, **fields},
     }
+
+
+def parts(actions: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    """Split actions into lists of at most `size` tokens, but at least one action."""
+    part: list[dict[str, Any]] = []
+    for action in actions:
+        tokens = sum(len(each["action_ids"]) for each in [*part, action])
+        if part and tokens > size:
+            yield part
+            part = []
+        part.append(action)
+    yield part
 
 
 def token_numbers(
@@ -117,39 +133,69 @@ def token_numbers(
         critic_advantage, Q - beta log(pi/pi_ref) - V. [l, ALTERNATIVES] each, of the most likely
         other tokens: other_ids, other_probability, other_q.
     """
-    prompts, texts = (
-        [torch.tensor(action[name], device=module.device) for action in actions]
-        for name in ("prompt_ids", "action_ids")
+    rows = pad_actions(actions, module.device)
+    policy, tree = module.policy, rows.tree()
+    allowed = rows.allowed.flatten(0, 1)[tree.first]
+    columns = TokenColumns.of(policy.vocabulary_size, allowed)
+    states = prefix_states(policy, tree, len(tree.node), allowed)
+    log_pi, _ = policy.log_probs(states.old, columns, taken=columns.places(tree.taken))
+    log_ref, _ = policy.log_probs(states.ref, columns, reference=True)
+    values = PrefixValues()
+    if isinstance(module, OnPolicyAlgorithm):
+        values = module.loss_values(tree, states, columns, log_pi, log_ref)
+    # forced tokens need not have a column
+    places = columns.places(rows.action_ids).clamp(max=log_pi.shape[-1] - 1)[..., None]
+    kl, entropy = kl_divergence(log_pi, log_ref), expectation(log_pi, -log_pi)
+    count = min(ALTERNATIVES, log_pi.shape[-1] - 1)
+
+    def of_tokens(x: Tensor) -> Tensor:
+        return tree.of_tokens(x).gather(-1, places).squeeze(-1)
+
+    by_token = tree.of_tokens(log_pi)
+    without_taken = by_token.scatter(-1, places, float("-inf"))
+    without_taken[~tree.mask] = float("-inf")
+    others = without_taken.topk(count).indices
+    log_ratio = of_tokens(log_pi) - of_tokens(log_ref)
+    numbers = {
+        "probability": of_tokens(log_pi).exp(),  # 1 of forced tokens
+        "log_ratio": log_ratio,
+        "entropy": tree.of_tokens(entropy),
+        "kl": tree.of_tokens(kl),
+        "other_ids": others if columns.ids is None else columns.ids[others],
+        "other_probability": without_taken.gather(-1, others).exp(),
+    }
+    if values.value is not None:
+        numbers["value"] = untrained(tree.of_tokens(values.value), tree.mask)
+    if values.q is not None:
+        q = tree.of_tokens(values.q)
+        numbers |= {"q": untrained(of_tokens(values.q), tree.mask), "other_q": q.gather(-1, others)}
+        difference = numbers["q"] - module.beta * log_ratio - numbers["value"]
+        numbers["critic_advantage"] = difference.nan_to_num(0.0)
+    return [
+        {name: x[row, : len(action["action_ids"])].cpu() for name, x in numbers.items()}
+        for row, action in enumerate(actions)
+    ]
+
+
+def untrained(values: Tensor, step_mask: Tensor) -> Tensor:
+    """Set values [B, L] of forced tokens, which the critic is not trained on, to NaN."""
+    return torch.where(step_mask, values, float("nan"))
+
+
+def pad_actions(actions: list[dict[str, Any]], device: torch.device) -> Decisions:
+    """Return the output of `select` of some actions as padded tensors."""
+    prompts, ids, steps, sets = (
+        [torch.tensor(action[name], device=device) for action in actions]
+        for name in ("prompt_ids", "action_ids", "steps", "allowed")
     )
     left = functools.partial(pad_sequence, batch_first=True, padding_side="left")
-    prompt_ids, prompt_mask = left(prompts), left([torch.ones_like(p).bool() for p in prompts])
-    action_ids = pad_sequence(texts, batch_first=True)
-    inputs, policy = (prompt_ids, prompt_mask, action_ids), module.policy
-    ref_hidden = policy.hidden_states(*inputs, reference=True)
-    log_pi, _ = policy.log_probs(policy.hidden_states(*inputs), action_ids)
-    log_ref, _ = policy.log_probs(ref_hidden, action_ids, reference=True)
-    without_taken = log_pi.scatter(-1, action_ids.unsqueeze(-1), float("-inf"))
-    others = without_taken.topk(min(ALTERNATIVES, log_pi.shape[-1] - 1)).indices
-    log_ratio = gather_tokens(log_pi, action_ids) - gather_tokens(log_ref, action_ids)
-    numbers = {
-        "probability": gather_tokens(log_pi, action_ids).exp(),
-        "log_ratio": log_ratio,
-        "entropy": expectation(log_pi, -log_pi),
-        "kl": kl_divergence(log_pi, log_ref),
-        "other_ids": others,
-        "other_probability": log_pi.gather(-1, others).exp(),
-    }
-    if isinstance(module, OnPolicyAlgorithm):
-        value, q = module.token_values(*inputs, ref_hidden, log_pi, log_ref)
-        if value is not None:
-            numbers["value"] = value
-        if q is not None:
-            numbers |= {"q": gather_tokens(q, action_ids), "other_q": q.gather(-1, others)}
-            numbers["critic_advantage"] = numbers["q"] - module.beta * log_ratio - value
-    return [
-        {name: values[row, : len(ids)].cpu() for name, values in numbers.items()}
-        for row, ids in enumerate(texts)
-    ]
+    prompt_mask = left([torch.ones_like(p).bool() for p in prompts])
+    ids, steps = (pad_sequence(x, batch_first=True) for x in (ids, steps))
+    words = max(x.shape[-1] for x in sets)
+    whole = [x.new_full((len(x), words), -1) for x in sets]
+    pairs = zip(sets, whole, strict=True)
+    sets = [(x if x.shape[-1] == words else every).int() for x, every in pairs]
+    return Decisions(left(prompts), prompt_mask, ids, steps, pad_sequence(sets, batch_first=True))
 
 
 def credit_line(

@@ -35,6 +35,7 @@ class GymnasiumEnv(TextVectorEnv):
         id: as for `gymnasium.make`; `module:name-v0` imports the module, which registers it.
         kwargs: arguments of the environment.
         max_episode_steps: actions until truncation (`TimeLimit`); None: as registered.
+        grammar: of the actions, as in `TextVectorEnv`; None: the environment's own, if it has one.
         group_size: copies that start with the same seed, for several answers to one question (GRPO,
             RLOO); a divisor of `num_envs`. Evaluation has no groups.
 
@@ -49,6 +50,7 @@ class GymnasiumEnv(TextVectorEnv):
         num_envs: int = 1,
         kwargs: Mapping[str, Any] | None = None,
         max_episode_steps: int | None = None,
+        grammar: Mapping[str, Any] | None = None,
         group_size: int = 1,
     ) -> None:
         check_integer("environment.num_envs", num_envs, 1)
@@ -82,6 +84,7 @@ class GymnasiumEnv(TextVectorEnv):
             self.close()
             raise
         self.metadata = self.metadata | first.metadata
+        self.grammar = grammar or getattr(first.unwrapped, "grammar", None)
         self.set_spaces(action, observation)
 
     @property
@@ -119,6 +122,10 @@ class GymnasiumEnv(TextVectorEnv):
         }
         self.attempts[envs[terminated | truncated]] = 0
         return following, rewards, terminated, truncated, infos
+
+    def examples(self, count: int) -> list[tuple[Any, str]]:
+        """Return the worked examples of the environment's method `examples(count)`."""
+        return self.call_copies([0], "examples", [count])[0]
 
     def render(self) -> tuple[Any, ...]:
         """Render every copy in the `render_mode` of `kwargs`."""
@@ -198,6 +205,14 @@ class Copy:
         if terminated or truncated:
             following, final = self.reset(None, options), following
         return following, reward, terminated, truncated, final, error, cached
+
+    def examples(self, count: int) -> list[tuple[Any, str]]:
+        """Return worked examples; a question of a `Dict` space has all texts."""
+        method = getattr(self.env.unwrapped, "examples", None)
+        if method is None:
+            raise ConfigError(f"{self.name}: it has no method examples(count); allowed is 0")
+        with self.failures("examples() raised "):
+            return method(count)
 
     def closing(self) -> Future[None]:
         """Start to close the environment, in a new thread if a call has not returned."""

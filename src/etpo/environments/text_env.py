@@ -1,7 +1,7 @@
 """The interface of a text environment: a `gymnasium.vector.VectorEnv` of strings."""
 
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any, NotRequired, TypedDict
 
@@ -60,6 +60,9 @@ class TextVectorEnv(VectorEnv[Sequence[TextObservation], Sequence[str], np.ndarr
     """
 
     task_name: str
+    # of the actions of observations without choices: {regex: TEXT}, {json_schema: TEXT} or
+    # {ebnf: TEXT}; None: any text
+    grammar: Mapping[str, str] | None = None
     metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.SAME_STEP}
 
     def set_spaces(

@@ -1,4 +1,4 @@
-"""Decode one token per row at a time with a key-value cache, many rows on one prompt.
+"""Decode tokens of many rows with a key-value cache, many rows on one prompt.
 
 With `SharedPrefixCache` the prompt's part of attention is one matrix product for all rows on it,
 and a prompt is held once. `PerRowCache` holds it for every row, as keys and values or as recurrent
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from etpo.generation.prompt_cache import PromptCache
 from etpo.models.causal_lm import last_hidden_states
 from etpo.models.shared_prompt import Prefill, position_ids, prefill
 
@@ -44,6 +45,11 @@ class PreallocatedLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         length = self.keys.shape[-2]
         end = length + key_states.shape[-2]
+        if end > self.buffers[0].shape[-2]:  # padding of tokens that are read together
+            self.buffers = [
+                torch.cat([b, b.new_empty(*b.shape[:2], end, b.shape[-1])], -2)
+                for b in self.buffers
+            ]
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[..., length:end, :] = states
         self.set_length(end)
@@ -83,6 +89,7 @@ class SharedPrefixCache(DynamicCache):
     def __init__(self, prefilled: Prefill, max_new_tokens: int) -> None:
         super().__init__()
         self.mask = prefilled.mask
+        self.visible: Tensor | None = None
         self.prompts = [(layer.keys, layer.values) for layer in prefilled.cache.layers]
         self.order = self.regroup(prefilled.prompt_index)
         shape = len(self.order), -1, -1, -1
@@ -109,6 +116,18 @@ class SharedPrefixCache(DynamicCache):
             prompt, row = ends
         return order
 
+    def set_visible(self, mask: Tensor, length: int) -> None:
+        """Set which tokens of the actions the next `length` tokens attend to.
+
+        mask: bool [B, P + S], with the next tokens. `visible`: bool [B, length, S], None for all.
+        """
+        seen = mask[:, self.mask.shape[1] :]
+        self.visible = None
+        if length > 1 or not bool(seen.all()):
+            size = seen.shape[1]
+            key = torch.arange(size, device=mask.device)
+            self.visible = seen[:, None] & (key <= key[size - length :, None])
+
     def select_rows(self, rows: Tensor) -> Tensor:
         """Keep `rows` [b] only; return them in the cache's order."""
         rows = rows[self.regroup(self.prompt_index[rows])]
@@ -118,6 +137,8 @@ class SharedPrefixCache(DynamicCache):
 
 class Decoder:
     """Decode one action for each row of prompts [B, P], padded on the left.
+
+    `prompt_cache` has former prompts and keeps these; it is used if `shared`.
 
     rows: int64 [b], the rows that are decoded, in the cache's order. hidden_states: [b, 1, D], the
     last ones of each. shared: whether `cache` is a `SharedPrefixCache`, which `share_prefixes`
@@ -131,30 +152,35 @@ class Decoder:
         prompt_mask: Tensor,
         max_new_tokens: int,
         share_prefixes: bool,
+        prompt_cache: PromptCache | None = None,
     ) -> None:
         self.trunk = trunk
-        prefilled = prefill(trunk, prompt_ids, prompt_mask)
         size = prompt_ids.shape[1] + max_new_tokens
         self.shared = share_prefixes and all(
             type(layer) is DynamicLayer
             or (type(layer) is DynamicSlidingWindowLayer and size <= layer.sliding_window)
-            for layer in prefilled.cache.layers
+            for layer in DynamicCache(config=trunk.config).layers
         )
+        keep = self.shared and prompt_cache is not None
+        fill = prompt_cache.prefill if keep else prefill
+        prefilled = fill(trunk, prompt_ids, prompt_mask)
         self.cache = (SharedPrefixCache if self.shared else PerRowCache)(prefilled, max_new_tokens)
         self.rows = self.cache.order
         self.mask = prompt_mask[self.rows]
         self.hidden_states = prefilled.hidden_states[prefilled.prompt_index[self.rows]]
 
-    def step(self, token: Tensor, seen: Tensor) -> None:
-        """Append `token` [b] to the rows; `seen` [b] is false for a token that is not attended."""
-        self.mask = torch.cat([self.mask, seen[:, None]], dim=1)
+    def step(self, tokens: Tensor, seen: Tensor) -> None:
+        """Append `tokens` [b, s] to the rows; `seen` [b, s] is false for padding on the left."""
+        self.mask = torch.cat([self.mask, seen], dim=1)
+        if isinstance(self.cache, SharedPrefixCache):
+            self.cache.set_visible(self.mask, tokens.shape[1])
         with shared_attention(self.trunk.config, self.cache) as options:
             self.hidden_states = last_hidden_states(
                 self.trunk,
                 last=1,
-                input_ids=token[:, None],
+                input_ids=tokens,
                 attention_mask=self.mask.long(),
-                position_ids=position_ids(self.mask)[:, -1:],
+                position_ids=position_ids(self.mask)[:, -tokens.shape[1] :],
                 past_key_values=self.cache,
                 use_cache=True,
                 **options,
@@ -195,20 +221,20 @@ def shared_prefix_attention(
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attend from one token per row to its prompt and the S tokens of its action.
+    """Attend from T tokens per row to its prompt and the S tokens of its action.
 
-    query: [B, H, 1, D]; key, value: [B, K, S, D], H a multiple of K -> [B, 1, H, D]. The softmax is
+    query: [B, H, T, D]; key, value: [B, K, S, D], H a multiple of K -> [B, T, H, D]. The softmax is
     over both parts, in float32. Raises NotImplementedError for an argument of another attention.
     """
     unknown = {name for name, x in others.items() if x is not None} - NEUTRAL
     if unknown or attention_mask is not None:
         raise NotImplementedError(f"attention with {unknown or 'a mask'}")
     prompt_keys, prompt_values = shared_prefix.prompts[module.layer_idx]
-    batch, heads, _, size = query.shape
+    batch, heads, length, size = query.shape
     groups = key.shape[1]
-    query = query.view(batch, groups, heads // groups, size) * scaling
+    query = query.reshape(batch, groups, heads // groups * length, size) * scaling
     width = prompt_keys.shape[2]
-    scores = query.new_empty(*query.shape[:3], width + key.shape[2])  # [B, K, H / K, P + S]
+    scores = query.new_empty(*query.shape[:3], width + key.shape[2])  # [B, K, H / K * T, P + S]
     scores[..., width:] = query @ key.transpose(2, 3)
     for prompts, rows in shared_prefix.buckets:  # G prompts with n rows each
         keys = prompt_keys[prompts]
@@ -219,13 +245,17 @@ def shared_prefix_attention(
     if shared_prefix.padded:
         mask = shared_prefix.mask[shared_prefix.prompt_index]
         scores[..., :width].masked_fill_(~mask[:, None, None], float("-inf"))
+    if shared_prefix.visible is not None:
+        hidden = ~shared_prefix.visible[:, None, None]
+        per_head = scores[..., width:].unflatten(2, (heads // groups, length))
+        per_head.masked_fill_(hidden, float("-inf"))
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     output = weights[..., width:] @ value
     for prompts, rows in shared_prefix.buckets:
         values = prompt_values[prompts]
         grouped = weights[rows, ..., :width].unflatten(0, (len(values), -1))
         output[rows] += torch.einsum("gnkhp,gkpd->gnkhd", grouped, values).flatten(0, 1)
-    return output.view(batch, 1, heads, -1), None
+    return output.view(batch, heads, length, -1).transpose(1, 2), None
 
 
 AttentionInterface.register(ATTENTION, shared_prefix_attention)

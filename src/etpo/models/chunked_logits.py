@@ -1,7 +1,7 @@
 """Evaluate functions of distributions over the vocabulary, `chunk` tokens at a time.
 
-A function maps per-token inputs [..., D] over the vocabulary, [..., V], to numbers per token. It is
-evaluated on one chunk of tokens after the other. At most one chunk's [chunk, V] is held, in the
+A function maps inputs of prefixes [N, D] over the vocabulary, [N, V], to numbers per prefix. It is
+evaluated on one chunk of prefixes after the other. At most one chunk's [chunk, V] is held, in the
 backward pass too.
 """
 
@@ -16,81 +16,90 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-PerToken = Callable[..., tuple[Tensor, ...]]
+PerPrefix = Callable[..., tuple[Tensor, ...]]
 # by weight [V, D]: the tensor that stands for it in a chunk, and the sum of its gradients, if any
 Sums = dict[Tensor, tuple[Tensor, list[Tensor]]]
 
 _sums: ContextVar[Sums | None] = ContextVar("sums", default=None)
 
 
-def in_chunks(function: PerToken, chunk: int, *per_token: Tensor) -> tuple[Tensor, ...]:
-    """Compute `function(*per_token)`, `chunk` >= 1 tokens at a time.
+def in_chunks(function: PerPrefix, chunk: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Compute `function(*inputs)`, `chunk` >= 1 prefixes at a time.
 
     Args:
-        function: Maps `per_token`, or [n, ...] of n of the B L tokens, to a tuple of tensors with
-            the same leading dimensions, token by token. With more than one chunk it is evaluated
-            again in the backward pass.
-        per_token: [B, L, ...] each.
+        function: Maps [n, ...] each of n of the N prefixes to a tuple of tensors [n, ...], prefix
+            by prefix. With more than one chunk it is evaluated again in the backward pass.
+        inputs: [N, ...] each.
     """
-    if per_token[0].shape[:2].numel() <= chunk:
-        return function(*per_token)
+    if len(inputs[0]) <= chunk:
+        return function(*inputs)
     function = summing_gradients({})(function)
     parts = [
         checkpoint(function, *part, use_reentrant=False, preserve_rng_state=False)
-        for part in split(per_token, chunk)
+        for part in split(inputs, chunk)
     ]
-    return join(parts, per_token[0].shape[:2])
+    return join(parts)
 
 
 def reduce_in_chunks(
-    function: PerToken,
+    function: PerPrefix,
     reduce: Callable[..., Tensor],
     chunk: int,
-    *per_token: Tensor,
+    *inputs: Tensor,
     parameters: Sequence[Tensor],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return `reduce(*outputs)` [], and the detached outputs, of `function` as in `in_chunks`.
 
-    `reduce` must be linear in the outputs [B, L]. Its gradient is then a constant, so that each
+    `reduce` must be linear in the outputs [N, ...]. Its gradient is then a constant, so that each
     chunk's backward runs right after its forward and nothing is evaluated twice. One gradient of
-    each of `per_token` and of `parameters`, the trained tensors that `function` reads, is held
-    until the backward pass.
+    each of `inputs` and of `parameters`, the trained tensors that `function` reads, is held until
+    the backward pass.
     """
-    shape = per_token[0].shape[:2]
-    if shape.numel() <= chunk or not torch.is_grad_enabled():
-        outputs = in_chunks(function, chunk, *per_token)
+    size = len(inputs[0])
+    if size <= chunk or not torch.is_grad_enabled():
+        outputs = in_chunks(function, chunk, *inputs)
         return reduce(*outputs), tuple(output.detach() for output in outputs)
     sums: Sums = {parameter: (parameter, []) for parameter in parameters}
     function = summing_gradients(sums)(function)
-    trained = [place for place, tensor in enumerate(per_token) if tensor.requires_grad]
+    trained = [place for place, tensor in enumerate(inputs) if tensor.requires_grad]
     weights: list[tuple[Tensor, ...]] = []  # d reduce / d outputs, by chunk
     parts, gradients = [], []
-    for number, part in enumerate(split([tensor.detach() for tensor in per_token], chunk)):
+    for number, part in enumerate(split([tensor.detach() for tensor in inputs], chunk)):
         leaves = [part[place].requires_grad_() for place in trained]
         outputs = function(*part)
         if not weights:
-            zeros = [output.new_zeros(shape, requires_grad=True) for output in outputs]
+            shapes = [(size, *output.shape[1:]) for output in outputs]
+            zeros = [
+                output.new_zeros(shape, requires_grad=True)
+                for output, shape in zip(outputs, shapes, strict=True)
+            ]
             constant = torch.autograd.grad(reduce(*zeros), zeros, materialize_grads=True)
             weights = split(constant, chunk)
         gradients.append(backward(outputs, weights[number], leaves, sums))
         parts.append(tuple(output.detach() for output in outputs))
         del outputs
-    outputs = join(parts, shape)
+    outputs = join(parts)
     totals = [total[0] if total else torch.zeros_like(key) for key, (_, total) in sums.items()]
     value: Tensor = WithGradients.apply(  # type: ignore[no-untyped-call]
         reduce(*outputs),
-        [*join(gradients, shape), *totals],
-        *(per_token[place] for place in trained),
+        [*join(gradients), *totals],
+        *(inputs[place] for place in trained),
         *parameters,
     )
     return value, outputs
 
 
-def project_to_vocabulary(layer: nn.Module, x: Tensor) -> Tensor:
-    """Compute `layer(x)`; over chunks, sum the gradient of a linear layer's weight in place.
+def project_to_vocabulary(layer: nn.Module, x: Tensor, ids: Tensor | None = None) -> Tensor:
+    """Compute `layer(x)` [..., V], or its columns `ids` [..., U].
 
-    Otherwise each chunk would add a second gradient of the weight's size, [V, D].
+    Over chunks, the gradient of a linear layer's weight is summed in place. Otherwise each chunk
+    would add a second gradient of the weight's size, [V, D].
     """
+    if ids is not None:
+        if type(layer) is not nn.Linear:  # an adapter on the LM head
+            return layer(x)[..., ids]
+        bias = None if layer.bias is None else layer.bias[ids]
+        return linear(x, layer.weight.index_select(0, ids), bias)
     sums = _sums.get()
     if sums is None or type(layer) is not nn.Linear or not torch.is_grad_enabled():
         return layer(x)
@@ -126,16 +135,14 @@ def backward(
     return tuple(torch.zeros_like(x) if gradient is None else gradient for x, gradient in pairs)
 
 
-def split(per_token: Sequence[Tensor], chunk: int) -> list[tuple[Tensor, ...]]:
-    """Split [B, L, ...] each into chunks of [n, ...] each, at least one."""
-    chunks = (torch.split(tensor.flatten(0, 1), chunk) for tensor in per_token)
-    return list(zip(*chunks, strict=True))
+def split(inputs: Sequence[Tensor], chunk: int) -> list[tuple[Tensor, ...]]:
+    """Split [N, ...] each into chunks of [n, ...] each, at least one."""
+    return list(zip(*(torch.split(tensor, chunk) for tensor in inputs), strict=True))
 
 
-def join(parts: Sequence[tuple[Tensor, ...]], shape: torch.Size) -> tuple[Tensor, ...]:
-    """Join chunks of [n, ...] each to [B, L, ...] each; `shape` is (B, L)."""
-    columns = (torch.cat(column) for column in zip(*parts, strict=True))
-    return tuple(column.view(shape + column.shape[1:]) for column in columns)
+def join(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Join chunks of [n, ...] each to [N, ...] each."""
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 class LinearIntoSum(torch.autograd.Function):

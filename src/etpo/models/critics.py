@@ -13,7 +13,9 @@ from etpo.models.causal_lm import trunk_of
 from etpo.models.chunked_logits import project_to_vocabulary
 from etpo.models.distribution import scale_logits
 from etpo.models.policy import LanguageModelPolicy
-from etpo.models.shared_prompt import forward_actions
+from etpo.models.prefix_tree import PrefixTree
+from etpo.models.quantization import has_float_weights
+from etpo.models.tree_forward import forward_tree
 
 Copied = TypeVar("Copied", bound=nn.Module)
 Head = type[nn.Module]
@@ -33,73 +35,115 @@ class ValueHead(nn.Module):
     float32 in mixed precision too: bfloat16 values near 1 have steps of 0.004.
     """
 
-    def __init__(self, input_size: int, vocabulary_size: int, hidden_size: int) -> None:
+    def __init__(
+        self,
+        input_size: int,
+        vocabulary_size: int,
+        hidden_size: int,
+        embeddings: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.body = nn.Sequential(
             nn.LayerNorm(input_size), nn.Linear(input_size, hidden_size), nn.GELU()
         )
         self.value = zero_init(nn.Linear(hidden_size, 1))
 
-    def forward(self, hidden: Tensor) -> Any:
+    def forward(self, hidden: Tensor, ids: Tensor | None = None) -> Any:
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.outputs(self.body(hidden.float()))
+            return self.outputs(self.body(hidden.float()), ids)
 
-    def outputs(self, hidden: Tensor) -> Any:
+    def outputs(self, hidden: Tensor, ids: Tensor | None) -> Any:
         """Compute the outputs from outputs of the body [..., hidden_size]."""
         return self.value(hidden).squeeze(-1)
 
 
 class DuelingHead(ValueHead):
-    """Hidden states [..., D] -> (value [...], advantage [..., V]), both float32.
+    """Hidden states [..., D] -> (value [...], advantage [..., V] or of `ids` [U]), both float32.
 
     Q(x, w) = value + advantage(w) - E_pi[advantage] (Wang et al., arXiv 1511.06581). Both outputs
-    are initially zero, so that a token that is never sampled keeps advantage 0.
+    are initially zero.
+
+    embeddings: A frozen LM head [V, D]. The advantage of a token is the product of its row with a
+        trained query [..., D], so that no weights grow with the vocabulary and similar tokens have
+        similar values. None: trained rows [V, hidden_size]; the advantage of a token that is never
+        sampled stays 0.
     """
 
-    def __init__(self, input_size: int, vocabulary_size: int, hidden_size: int) -> None:
+    def __init__(
+        self,
+        input_size: int,
+        vocabulary_size: int,
+        hidden_size: int,
+        embeddings: nn.Module | None = None,
+    ) -> None:
         super().__init__(input_size, vocabulary_size, hidden_size)
-        self.advantage = zero_init(nn.Linear(hidden_size, vocabulary_size))
+        self.vocabulary_size, self.embeddings = vocabulary_size, embeddings
+        outputs = vocabulary_size if embeddings is None else embeddings.weight.shape[1]
+        self.advantage = zero_init(nn.Linear(hidden_size, outputs))
+        if embeddings is not None:  # a step of the query moves advantages as one of trained rows
+            weight = embeddings.weight
+            self.scale = 1 / (outputs * float(weight.float().square().mean().sqrt()))
 
-    def outputs(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        return super().outputs(hidden), project_to_vocabulary(self.advantage, hidden)
+    def outputs(self, hidden: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        value = super().outputs(hidden, ids)
+        if self.embeddings is None:
+            return value, project_to_vocabulary(self.advantage, hidden, ids)
+        query = self.scale * self.advantage(hidden)
+        weight = (
+            self.embeddings.weight[: self.vocabulary_size]
+            if ids is None
+            else self.embeddings.weight[ids]
+        )
+        return value, query @ weight.float().T
 
 
 class Critic(nn.Module):
-    """A head on hidden states at every prefix of an action."""
+    """A head on hidden states at every prefix of an action.
+
+    Args:
+        policy: The policy whose model the critic uses or copies.
+        hidden_size: Units of the head.
+        head: Type of the head.
+        tie_embeddings: Score tokens against the frozen LM head instead of weights of the head.
+    """
 
     trunk: nn.Module | None  # computes the hidden states; None: the frozen reference does
-    head: Callable[[Tensor], Any]  # hidden states [..., C] -> the outputs of `forward`
+    # hidden states [..., C], and tokens [U] or None for all -> the outputs of `forward`
+    head: Callable[..., Any]
 
     def __init__(
-        self, policy: LanguageModelPolicy, hidden_size: int = 512, head: Head = DuelingHead
+        self,
+        policy: LanguageModelPolicy,
+        hidden_size: int = 512,
+        head: Head = DuelingHead,
+        tie_embeddings: bool = False,
     ) -> None:
         super().__init__()
         self.trunk = self.make_trunk(policy)
-        self.checkpointed = policy.checkpointed
-        self.head = head(policy.hidden_size, policy.vocabulary_size, hidden_size)
+        self.packs_prefixes = policy.packs_prefixes
+        embeddings = base_model_of(policy).get_output_embeddings() if tie_embeddings else None
+        self.head = head(policy.hidden_size, policy.vocabulary_size, hidden_size, embeddings)
 
     def make_trunk(self, policy: LanguageModelPolicy) -> nn.Module | None:
         """Return the language model, without LM head, that the critic trains, if any."""
         return None
 
-    def hidden_states(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor, ref_hidden: Tensor
-    ) -> Tensor:
-        """Compute the critic's hidden states [B, L, C] at the L prefixes of action_ids [B, L].
+    def hidden_states(self, tree: PrefixTree, ref_hidden: Tensor) -> Tensor:
+        """Compute the critic's hidden states [N, C] of the prefixes of `tree`.
 
-        ref_hidden: the reference's hidden states [B, L, D] at the same prefixes.
+        ref_hidden: the reference's hidden states [N, D] of the same prefixes.
         """
         if self.trunk is None:
             return ref_hidden
-        return forward_actions(self.trunk, prompt_ids, prompt_mask, action_ids, self.checkpointed)
+        return forward_tree(self.trunk, tree, self.packs_prefixes)
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Return the trained parameters of `head`."""
         return [p for p in self.head.parameters() if p.requires_grad]
 
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, tree: PrefixTree, ref_hidden: Tensor) -> Any:
         """Return the outputs of `head` at the hidden states; arguments as of `hidden_states`."""
-        return self.head(self.hidden_states(*inputs))
+        return self.head(self.hidden_states(tree, ref_hidden))
 
     def train(self, mode: bool = True) -> "Critic":
         """Keep evaluation mode: dropout is off in every forward."""
@@ -114,7 +158,7 @@ class TrunkCritic(Critic):
     """A head on a trainable copy of the language model without its LM head."""
 
     def make_trunk(self, policy: LanguageModelPolicy) -> nn.Module:
-        return copy.deepcopy(trunk_of(base_model_of(policy))).requires_grad_(True).float()
+        return trainable_copy(trunk_of(base_model_of(policy)), "full")
 
 
 class LoraCritic(Critic):
@@ -128,11 +172,12 @@ class LoraCritic(Critic):
         policy: LanguageModelPolicy,
         hidden_size: int = 512,
         head: Head = DuelingHead,
+        tie_embeddings: bool = False,
         *,
         lora: dict[str, Any],
     ) -> None:
         self.lora = lora
-        super().__init__(policy, hidden_size, head)
+        super().__init__(policy, hidden_size, head, tie_embeddings)
 
     def make_trunk(self, policy: LanguageModelPolicy) -> nn.Module:
         trunk = inject_adapter(copy_sharing_frozen(trunk_of(base_model_of(policy))), self.lora)
@@ -150,7 +195,7 @@ class LoraCritic(Critic):
 class LanguageModelCritic(Critic):
     """A trainable copy of the whole language model whose logits are Q, as in the paper.
 
-    `forward` returns no value, and Q [B, L, V] instead of the advantage. Raises ConfigError if the
+    `forward` returns no value, and Q [N, V] instead of the advantage. Raises ConfigError if the
     algorithm's critic is not a Q-function.
     """
 
@@ -158,18 +203,21 @@ class LanguageModelCritic(Critic):
         nn.Module.__init__(self)
         if head is not DuelingHead:
             raise ConfigError(f"critic=lm_copy: allowed are {', '.join(WITH_HEAD)}")
-        self.model = copy.deepcopy(base_model_of(policy)).requires_grad_(True).float()
-        self.checkpointed = policy.checkpointed
+        self.model = trainable_copy(base_model_of(policy), "lm_copy")
+        self.packs_prefixes = policy.packs_prefixes
         self.vocabulary_size = policy.vocabulary_size
 
     @property
     def trunk(self) -> nn.Module:  # type: ignore[override]
         return trunk_of(self.model)
 
-    def head(self, hidden: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
-        """Return no value, and Q [..., V] of hidden states [..., D]."""
-        logits = project_to_vocabulary(self.model.get_output_embeddings(), hidden)
-        logits = logits[..., : self.vocabulary_size]
+    def head(  # type: ignore[override]
+        self, hidden: Tensor, ids: Tensor | None = None
+    ) -> tuple[None, Tensor]:
+        """Return no value, and Q [..., V], or of `ids` [U], of hidden states [..., D]."""
+        logits = project_to_vocabulary(self.model.get_output_embeddings(), hidden, ids)
+        if ids is None:
+            logits = logits[..., : self.vocabulary_size]
         return None, scale_logits(logits, self.model.config.get_text_config()).float()
 
     def head_parameters(self) -> list[nn.Parameter]:
@@ -180,6 +228,16 @@ def base_model_of(policy: LanguageModelPolicy) -> nn.Module:
     """Return the policy's frozen pretrained causal LM, without an adapter."""
     # with an adapter there is no separate reference: a copy of the policy is taken out of it
     return policy.reference_model or without_adapter(copy_sharing_frozen(policy.model))
+
+
+def trainable_copy(module: Copied, critic: str) -> Copied:
+    """Return a float32 copy that is trained; raise ConfigError if its weights are quantised."""
+    if not has_float_weights(module):
+        raise ConfigError(
+            f"critic={critic}: it trains a copy of the language model; allowed with "
+            "model.quantization are lora, frozen_trunk"
+        )
+    return copy.deepcopy(module).requires_grad_(True).float()
 
 
 def copy_sharing_frozen(module: Copied) -> Copied:

@@ -42,31 +42,34 @@ def token_distribution(
     temperature: float = 1.0,
     min_p: float = 0.0,
     *,
+    allowed: Tensor | None = None,
     support: Tensor | None = None,
-    action_ids: Tensor | None = None,
+    taken: Tensor | None = None,
 ) -> TokenDistribution:
-    """Compute softmax(logits / temperature) [..., V], restricted to the tokens that `min_p` keeps.
+    """Compute softmax(logits / temperature) [..., V] over `allowed`, restricted to a support.
 
     Args:
-        logits: Of all V tokens.
+        logits: Of V tokens, all that have a probability.
         temperature: Divides the logits.
         min_p: Tokens below this share of the likeliest token's probability get none
             (arXiv 2407.01082).
+        allowed: bool [..., V], the action space; None: all tokens.
         support: bool [..., V], the tokens to keep in place of those that `min_p` selects.
-        action_ids: int64 [...], tokens that are always kept: rounding may differ from that of
-            the sampler which drew them.
+        taken: int64 [..., C], tokens that are always kept: rounding may differ from that of the
+            sampler which drew them.
     """
     if temperature != 1:
         logits = logits.float() / temperature
+    nothing = logits.new_tensor(float("-inf"))  # `where` is several times as fast as masked_fill
+    if allowed is not None:
+        logits = torch.where(allowed, logits, nothing)
     log_probs = logits.log_softmax(-1, dtype=torch.float32)
-    if min_p == 0:
+    if min_p == 0 if support is None else support is allowed:
         return TokenDistribution(log_probs, torch.zeros_like(log_probs[..., 0]))
     if support is None:
         support = log_probs >= log_probs.amax(-1, keepdim=True) + math.log(min_p)
-        if action_ids is not None:
-            support = support.scatter(-1, action_ids.unsqueeze(-1), True)
+        if taken is not None:
+            support = support.scatter(-1, taken, True)
     log_mass = (log_probs.exp() * support).sum(-1).log()
-    # several times as fast as masked_fill
-    nothing = log_probs.new_tensor(float("-inf"))
-    kept = torch.where(support, log_probs - log_mass.unsqueeze(-1), nothing)
+    kept = torch.where(support, log_probs - log_mass.unsqueeze(-1), nothing.float())
     return TokenDistribution(kept, log_mass)

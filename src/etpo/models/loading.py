@@ -1,4 +1,4 @@
-"""Load tokenizer and causal LM of a hub id or folder, or raise a ConfigError with the reason."""
+"""Load tokenizer and causal LM, or raise a ConfigError with the reason."""
 
 import json
 import os
@@ -23,6 +23,9 @@ from transformers import (
 from transformers.utils import logging
 
 from etpo.errors import ConfigError, reason
+from etpo.models import gguf_file
+from etpo.models.quantization import quantization_settings
+from etpo.pretrained import HUB_IDS
 
 ALLOWED = {
     "dtype": ("float32", "bfloat16", "float16"),
@@ -45,12 +48,16 @@ def expanded(name_or_path: str) -> str:
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a causal LM."""
     check_model_path(name_or_path)
-    with refused(name_or_path):
-        return AutoTokenizer.from_pretrained(name_or_path, **TRUST)
+    with refused(name_or_path), gguf_file.location(name_or_path) as location:
+        tokenizer = AutoTokenizer.from_pretrained(**location, **TRUST)
+    tokenizer.name_or_path = name_or_path
+    return tokenizer
 
 
-def load_model(name_or_path: str, dtype: str, attn_implementation: str) -> PreTrainedModel:
-    """Load a causal LM with all its weights.
+def load_model(
+    name_or_path: str, dtype: str, attn_implementation: str, quantization: str | None = None
+) -> PreTrainedModel:
+    """Load a causal LM with all its weights, quantised by `model.quantization`.
 
     Raises:
         ConfigError: there is none, weights are missing, have other shapes or are quantised, or
@@ -61,24 +68,30 @@ def load_model(name_or_path: str, dtype: str, attn_implementation: str) -> PreTr
         if value not in ALLOWED[key]:
             raise ConfigError(f"model.{key}={value}: allowed are {', '.join(ALLOWED[key])}")
     check_attention(check_model_path(name_or_path), attn_implementation)
-    with refused(name_or_path):
+    with refused(name_or_path), gguf_file.location(name_or_path) as location:
         model, found = AutoModelForCausalLM.from_pretrained(
-            name_or_path,
+            **location,
             **settings,
+            **gguf_file.dequantisation(name_or_path),
+            **quantization_settings(quantization, dtype),
             ignore_mismatched_sizes=True,  # `check_weights` names them
             output_loading_info=True,
             **TRUST,
+        )
+    model.name_or_path = model.config.name_or_path = name_or_path  # of a GGUF file: its link
+    if getattr(model, "is_quantized", False) and quantization is None:
+        method = model.config.quantization_config.quant_method
+        raise ConfigError(
+            f"model.name_or_path={name_or_path}: its weights are quantised ({method}); allowed are "
+            "float weights"
         )
     check_weights(name_or_path, model, found)
     return model
 
 
 def check_weights(name_or_path: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
-    """Raise ConfigError unless the files hold all weights as floats; warn of unused ones."""
+    """Raise ConfigError unless the files hold all weights; warn of unused ones."""
     key = f"model.name_or_path={name_or_path}"
-    if getattr(model, "is_quantized", False):
-        method = model.config.quantization_config.quant_method
-        raise ConfigError(f"{key}: its weights are quantised ({method}); allowed are float weights")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ConfigError(f"{key}: {ADAPTER}")
     missing, unread = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
@@ -107,11 +120,12 @@ def check_model_path(name_or_path: str) -> PreTrainedConfig:
     """Return the configuration of a causal LM; raise ConfigError if there is none."""
     key = f"model.name_or_path={name_or_path}"
     if not isinstance(name_or_path, str) or not name_or_path:
-        raise ConfigError(f"{key}: allowed are a hub id or a folder")
+        raise ConfigError(f"{key}: allowed are a hub id, a folder or a GGUF file")
     if (Path(name_or_path) / ADAPTER_CONFIG).is_file():
         raise ConfigError(f"{key}: {ADAPTER}")
-    with refused(name_or_path):
-        config = AutoConfig.from_pretrained(name_or_path, **TRUST)
+    gguf_file.check_gguf(name_or_path)
+    with refused(name_or_path), gguf_file.location(name_or_path) as location:
+        config = AutoConfig.from_pretrained(**location, **TRUST)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
         raise ConfigError(
             f"{key}: a model of type {config.model_type} is no causal language model of "
@@ -155,18 +169,21 @@ def refused(name_or_path: str) -> Iterator[None]:
         with quiet():
             yield
     except Exception as error:  # of transformers, tokenizers, safetensors, torch, json, ...
+        hint = ""
+        if name_or_path in HUB_IDS.values():
+            hint = "; `make pretrained` (python -m etpo.pretrained) fetches it"
         raise ConfigError(
             f"model.name_or_path={name_or_path}: not a causal language model that can be loaded; "
-            "allowed are a hub id or a folder with config.json, weights and tokenizer "
-            f"({damage(Path(name_or_path)) or reason(error)})"
+            "allowed are a hub id or a folder with config.json, weights and tokenizer, or a GGUF "
+            f"file ({damage(Path(name_or_path)) or reason(error)}){hint}"
         ) from error
 
 
-def damage(folder: Path) -> str | None:
-    """Return the name and the fault of the first damaged file of a folder, or None."""
-    for file in sorted(folder.glob("*")):
-        if file.suffix not in (".safetensors", ".bin", ".json", ".model") or not file.is_file():
-            continue
+def damage(path: Path) -> str | None:
+    """Return the name and the fault of a damaged GGUF file or file of a folder, or None."""
+    read = (".safetensors", ".bin", ".json", ".model")
+    files = sorted(file for file in path.glob("*") if file.suffix in read)
+    for file in filter(Path.is_file, [path] if gguf_file.is_gguf(path) else files):
         with file.open("rb") as content:
             if content.read(len(LFS_POINTER)) == LFS_POINTER:
                 return f"{file.name} is a pointer of Git LFS: `git lfs pull` fetches the file"
@@ -175,6 +192,8 @@ def damage(folder: Path) -> str | None:
                 safe_open(file, "pt").__enter__()
             if file.suffix == ".json":
                 json.loads(file.read_bytes())
+            if gguf_file.is_gguf(file):
+                gguf_file.check_readable(file)
         except (SafetensorError, ValueError) as error:
             return f"{file.name} is damaged or cut off: {reason(error)}"
     return None

@@ -17,11 +17,14 @@ from etpo.models.causal_lm import trunk_of
 from etpo.models.chunked_logits import project_to_vocabulary
 from etpo.models.distribution import TokenDistribution, scale_logits, token_distribution
 from etpo.models.loading import expanded, load_model, load_tokenizer
+from etpo.models.prefix_tree import PrefixTree
 from etpo.models.probe import check_forwards
-from etpo.models.prompting import PromptBatch, PromptTemplate
-from etpo.models.shared_prompt import checkpoint_layers, forward_actions
-from etpo.models.stopping import parse_stop_strings, stop_ids
+from etpo.models.prompting import Prompt, PromptBatch, PromptTemplate, Turn
+from etpo.models.quantization import check_quantization
+from etpo.models.stopping import end_token, parse_stop_strings, stop_ids
+from etpo.models.token_columns import ALL_TOKENS, TokenColumns, pack
 from etpo.models.token_text import added_text
+from etpo.models.tree_forward import checkpoint_layers, forward_tree
 
 
 class LanguageModelPolicy(nn.Module):
@@ -45,6 +48,7 @@ class LanguageModelPolicy(nn.Module):
             escaped n, r, t or backslash has its meaning in Python.
         gradient_checkpointing: Recompute each layer's activations in the backward pass.
         lora: Arguments of `peft.LoraConfig`; None trains all weights.
+        quantization: "nf4" holds the base weights under `lora` in 4 bits (arXiv 2305.14314).
 
     Raises:
         ConfigError: the path has no causal LM, or a value is out of range.
@@ -66,6 +70,7 @@ class LanguageModelPolicy(nn.Module):
         stop_strings: str | Sequence[str] | None = (),
         gradient_checkpointing: bool = False,
         lora: dict[str, Any] | None = None,
+        quantization: str | None = None,
     ) -> None:
         super().__init__()
         check_range("model.temperature", temperature, 0, float("inf"), above=True)
@@ -74,6 +79,7 @@ class LanguageModelPolicy(nn.Module):
         self.prompt, self.max_prompt_tokens = prompt, max_prompt_tokens
         self.temperature, self.min_p = temperature, min_p
         name_or_path = expanded(name_or_path)
+        check_quantization(quantization, name_or_path, lora)
         self.key = f"model.name_or_path={name_or_path}"
         self.stop_strings = parse_stop_strings(stop_strings)
         self.tokenizer = load_tokenizer(name_or_path)
@@ -81,7 +87,7 @@ class LanguageModelPolicy(nn.Module):
         # before weights are loaded: raises ConfigError if the tokenizer does not fit
         example = TextObservation(instruction="a", prefix="a", suffix="a")
         prompt.encode(self.tokenizer, example, max_prompt_tokens)
-        model = load_model(name_or_path, dtype, attn_implementation)
+        model = load_model(name_or_path, dtype, attn_implementation, quantization)
         # before any copy is made
         self.checkpointed = gradient_checkpointing and checkpoint_layers(model)
         if gradient_checkpointing and not self.checkpointed:
@@ -92,10 +98,12 @@ class LanguageModelPolicy(nn.Module):
         self.reference_model = copy.deepcopy(model).requires_grad_(False) if lora is None else None
         self.model = model if lora is None else add_adapter(model, lora)
         self._set_sizes(model)
+        self.end_token = end_token(self.tokenizer, self.stop_ids, self.stop_strings)
         self.eval()
-        self.shares_prefixes = False  # whether `SharedPrefixCache` decodes this model
+        # whether `SharedPrefixCache` decodes the model, and `forward_tree` packs its tokens
+        self.shares_prefixes = self.packs_prefixes = False
         if attn_implementation in ("eager", "sdpa"):  # the others need a GPU, and the weights on it
-            self.shares_prefixes = check_forwards(self, name_or_path)
+            self.shares_prefixes, self.packs_prefixes = check_forwards(self, name_or_path)
 
     def _set_sizes(self, model: PreTrainedModel) -> None:
         """Set sizes and pad token; raise ConfigError if the tokenizer does not fit the model."""
@@ -133,16 +141,25 @@ class LanguageModelPolicy(nn.Module):
         """Return the parameters that are trained."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def encode(self, observations: Sequence[TextObservation]) -> PromptBatch:
+    def encode(
+        self,
+        observations: Sequence[TextObservation],
+        turns: Sequence[Turn | None] | None = None,
+    ) -> PromptBatch:
         """Encode prompts as left-padded tensors on the CPU; equal ones are tokenized once.
+
+        Args:
+            observations: One per row.
+            turns: The last turn of each row's episode. The prompt keeps its tokens if the
+                observation continues it. None, also of a row: tokenize the observation.
 
         Raises:
             ConfigError: a prompt has a token without a row in the embedding.
         """
-        keys = [repr(observation) for observation in observations]
-        encode, limit = self.prompt.encode, self.max_prompt_tokens
-        distinct = dict(zip(keys, observations, strict=True))
-        encoded = {key: encode(self.tokenizer, each, limit) for key, each in distinct.items()}
+        rows = list(zip(observations, turns or [None] * len(observations), strict=True))
+        keys = list(map(repr, rows))
+        distinct = dict(zip(keys, rows, strict=True))
+        encoded = {key: self._prompt(*row) for key, row in distinct.items()}
         largest = max(i for prompt in encoded.values() for i in prompt.ids)
         if largest >= self.embedding_size:  # a token that was added without a row
             token = self.tokenizer.convert_ids_to_tokens(largest)
@@ -151,11 +168,20 @@ class LanguageModelPolicy(nn.Module):
                 f"{self.embedding_size} of its embedding"
             )
         prompts = [encoded[key] for key in keys]
-        rows = [torch.tensor(prompt.ids) for prompt in prompts]
-        ids = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
+        choices = tuple(observation.get("choices") for observation in observations)
+        tensors = [torch.tensor(prompt.ids) for prompt in prompts]
+        ids = pad_sequence(tensors, batch_first=True, padding_value=-1, padding_side="left")
         mask, rests = ids >= 0, tuple(prompt.rest for prompt in prompts)
         dropped = sum(prompt.dropped for prompt in prompts)
-        return PromptBatch(ids.where(mask, self.pad_id), mask, dropped, rests)
+        return PromptBatch(ids.where(mask, self.pad_id), mask, dropped, rests, choices)
+
+    def _prompt(self, observation: TextObservation, turn: Turn | None) -> Prompt:
+        """Extend the last turn's prompt, or encode the observation alone."""
+        inputs, limit = (self.tokenizer, observation), self.max_prompt_tokens
+        extended = None
+        if turn is not None:
+            extended = self.prompt.extend(*inputs, turn, self.stop_ids, limit)
+        return self.prompt.encode(*inputs, limit) if extended is None else extended
 
     def decode(self, ids: Sequence[int], rest: str = "") -> str:
         """Return the text that an action [l] adds to its prompt, up to its stop token or string.
@@ -169,49 +195,72 @@ class LanguageModelPolicy(nn.Module):
         ends = [text.find(stop) for stop in self.stop_strings]
         return text[: min((end for end in ends if end >= 0), default=len(text))]
 
-    def hidden_states(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor, reference: bool = False
-    ) -> Tensor:
-        """Compute the last hidden states [B, L, D] at the L prefixes of action_ids [B, L].
+    def hidden_states(self, tree: PrefixTree, reference: bool = False) -> Tensor:
+        """Compute the last hidden states [N, D] of the prefixes of `tree`.
 
-        Prefix l is the prompt and the l tokens before token l. Prompts [B, P] are padded on the
-        left, actions on the right. Equal rows are computed once, unless activations are
-        checkpointed. No gradient reaches the reference.
+        Each distinct token is computed once if `packs_prefixes`. No gradient reaches the reference.
         """
-        inputs = prompt_ids, prompt_mask, action_ids
         with self._weights(reference) as model:
-            return forward_actions(trunk_of(model), *inputs, self.checkpointed)
+            return forward_tree(trunk_of(model), tree, self.packs_prefixes)
 
     def logits(
-        self, hidden: Tensor, *, reference: bool = False, lm_head: nn.Module | None = None
+        self,
+        hidden: Tensor,
+        ids: Tensor | None = None,
+        *,
+        reference: bool = False,
+        lm_head: nn.Module | None = None,
     ) -> Tensor:
-        """Compute the model's logits [..., V] of its last hidden states [..., D]."""
+        """Compute the model's logits [..., U] of the tokens `ids` [U], or of all, [..., V].
+
+        hidden: last hidden states [..., D].
+        """
         with self._weights(reference) as model:
             head = model.get_output_embeddings() if lm_head is None else lm_head
-            logits = project_to_vocabulary(head, hidden)[..., : self.vocabulary_size]
+            logits = project_to_vocabulary(head, hidden, ids)
+        if ids is None:
+            logits = logits[..., : self.vocabulary_size]
         return scale_logits(logits, self.model.config.get_text_config())
 
     def log_probs(
         self,
         hidden: Tensor,
-        action_ids: Tensor | None = None,
+        columns: TokenColumns = ALL_TOKENS,
         *,
+        taken: Tensor | None = None,
         reference: bool = False,
-        support: Tensor | None = None,
         lm_head: nn.Module | None = None,
     ) -> TokenDistribution:
-        """Compute the distribution over the vocabulary at last hidden states [..., D].
+        """Compute the distribution over the columns' tokens at last hidden states [..., D].
 
         Args:
             hidden: Any selection of the result of `hidden_states`.
-            action_ids: int64 [...], the taken tokens, which `min_p` always keeps.
-            reference: Use the reference's LM head, without gradient; it keeps all tokens.
-            support: bool [..., V], the tokens to keep in place of those that `min_p` selects.
+            columns: Tokens that are computed, allowed and supported. Without a support, `min_p`
+                selects it.
+            taken: int64 [..., C], columns that `min_p` always keeps.
+            reference: Use the reference's LM head, without gradient; it keeps all allowed tokens.
             lm_head: Use this LM head instead of the policy's current one.
         """
-        logits = self.logits(hidden, reference=reference, lm_head=lm_head)
-        options = self.temperature, 0.0 if reference else self.min_p
-        return token_distribution(logits, *options, support=support, action_ids=action_ids)
+        logits = self.logits(hidden, columns.ids, reference=reference, lm_head=lm_head)
+        return token_distribution(
+            logits,
+            self.temperature,
+            0.0 if reference else self.min_p,
+            allowed=columns.allowed,
+            support=columns.support,
+            taken=taken,
+        )
+
+    def support(self, hidden: Tensor, allowed: Tensor) -> Tensor:
+        """Return the tokens with a probability at hidden states [n, D], as bits: int32 [n, W].
+
+        allowed: int32 [n, W], the action space; W = 0 for the whole vocabulary.
+        """
+        if self.min_p == 0:
+            return allowed
+        columns = TokenColumns.of(self.vocabulary_size, allowed)
+        kept = self.log_probs(hidden, columns).log_probs.isfinite()
+        return pack(kept, columns.ids, self.vocabulary_size)
 
     @property
     def lm_head(self) -> nn.Module:

@@ -1,5 +1,6 @@
 """Compare a model's logits with and without padding and cache, and with its LM head alone."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -8,27 +9,32 @@ from torch import Tensor
 from etpo.errors import ConfigError, described
 from etpo.generation.prefix_cache import Decoder
 from etpo.models.causal_lm import last_hidden_states, trunk_of
+from etpo.models.prefix_tree import PrefixTree, prefix_tree
+from etpo.models.tree_forward import forward_tree, is_recurrent
 
 if TYPE_CHECKING:
     from etpo.models.policy import LanguageModelPolicy
 
 PROMPTS, ACTION = (3, 24, 24), 3  # tokens; the last two prompts are equal
+PACKED = 16  # tokens of a packed row, so that prompt and actions are computed one after the other
 
 
 @torch.no_grad()
-def check_forwards(policy: "LanguageModelPolicy", name_or_path: str) -> bool:
-    """Return whether `SharedPrefixCache` decodes the model; raise ConfigError if nothing does.
+def check_forwards(policy: "LanguageModelPolicy", name_or_path: str) -> tuple[bool, bool]:
+    """Return whether `SharedPrefixCache` decodes the model and `forward_tree` packs its tokens.
 
     Prompts of different lengths in one batch, as a whole and decoded with a cache, are compared
-    with an ordinary forward of each by transformers: without padding, cache or positions.
+    with an ordinary forward of each by transformers: without padding, cache or positions. Raise
+    ConfigError if they differ.
     """
     try:
         inputs = batch(policy)
+        tree = prefix_tree(*inputs, torch.ones_like(inputs[-1]).bool(), limit=PACKED)
         expected, hidden = plain_forwards(policy, *inputs)
         checks = {
             "its logits are not finite": expected,
             "its LM head gives other logits at its last hidden states": policy.logits(hidden),
-            "padding on the left changes its logits": policy.logits(policy.hidden_states(*inputs)),
+            "padding changes its logits": tree_logits(policy, tree, packed=False),
             "decoding with a cache changes its logits": decode(policy, inputs, False),
         }
         faults = (f for f, logits in checks.items() if not close(policy, logits, expected))
@@ -42,10 +48,23 @@ def check_forwards(policy: "LanguageModelPolicy", name_or_path: str) -> bool:
             f"trained here, since {fault}; allowed are causal language models whose logits do not "
             "depend on padding and caches"
         )
+    return works(lambda: close(policy, decode(policy, inputs, True), expected)), (
+        not is_recurrent(trunk_of(policy.model).config)
+        and works(lambda: close(policy, tree_logits(policy, tree, packed=True), expected))
+    )
+
+
+def works(check: Callable[[], bool]) -> bool:
+    """Return the result of a check, or False if it raises on another kind of attention."""
     try:
-        return close(policy, decode(policy, inputs, share_prefixes=True), expected)
-    except Exception:  # the model's attention is of another kind
+        return check()
+    except Exception:
         return False
+
+
+def tree_logits(policy: "LanguageModelPolicy", tree: PrefixTree, packed: bool) -> Tensor:
+    """Return the logits [3, L, V] before each token of the actions."""
+    return policy.logits(tree.of_tokens(forward_tree(trunk_of(policy.model), tree, packed)))
 
 
 def batch(policy: "LanguageModelPolicy") -> tuple[Tensor, ...]:
@@ -83,7 +102,7 @@ def decode(
         raise NotImplementedError("prompts cannot be shared")
     states = [decoder.hidden_states]
     for token in action_ids[decoder.rows, :-1].unbind(1):
-        decoder.step(token, torch.ones_like(token, dtype=torch.bool))
+        decoder.step(token[:, None], torch.ones_like(token[:, None], dtype=torch.bool))
         states.append(decoder.hidden_states)
     return policy.logits(torch.cat(states, dim=1)[decoder.rows.argsort()])
 

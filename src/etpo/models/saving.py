@@ -9,7 +9,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from etpo.algorithms.policy_check import rounding
 from etpo.errors import ConfigError
+from etpo.models.causal_lm import last_hidden_states, trunk_of
+from etpo.models.gguf_file import is_gguf
 from etpo.models.policy import LanguageModelPolicy
+from etpo.models.quantization import dequantised, has_float_weights
 
 
 def sampling(policy: LanguageModelPolicy) -> GenerationConfig:
@@ -52,8 +55,9 @@ def merged(adapted: PeftModel) -> PreTrainedModel:
 @torch.no_grad()
 def log_probs(model: nn.Module, vocabulary_size: int, ids: torch.Tensor) -> torch.Tensor:
     """Return float32 log-probabilities [B, L, V] of raw logits, over the tokenizer's tokens."""
+    ids = ids.to(model.device)  # quantised weights are on a GPU
     logits = model(input_ids=ids, use_cache=False).logits[..., :vocabulary_size]
-    return logits.log_softmax(-1, dtype=torch.float32)
+    return logits.log_softmax(-1, dtype=torch.float32).cpu()
 
 
 def save_policy(policy: LanguageModelPolicy, folder: Path, merge: bool) -> None:
@@ -68,13 +72,22 @@ def save_policy(policy: LanguageModelPolicy, folder: Path, merge: bool) -> None:
     drawn = torch.Generator().manual_seed(0)
     size, length = policy.vocabulary_size, min(32, policy.context_size)
     ids = torch.randint(size, (1, int(length)), generator=drawn)
-    prompt, last = ids[:, :-1], ids[:, -1:]
-    limit = rounding(policy, (prompt, torch.ones_like(prompt), last))
+    with torch.no_grad():
+        read = ids.to(policy.device)
+        hidden = last_hidden_states(trunk_of(model), 1, input_ids=read, use_cache=False)
+        limit = rounding(policy, hidden[:, 0]).cpu()
     expected = log_probs(model, size, ids)
     settings = sampling(policy)
-    dtype, attention = model.dtype, model.config._attn_implementation
+    loading = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
+    if not has_float_weights(model):
+        if merge:
+            model = dequantised(model)
+        else:
+            loading["quantization_config"] = model.config.quantization_config
     if isinstance(model, PeftModel):
         base = Path(model.active_peft_config.base_model_name_or_path)
+        if is_gguf(base) and not merge:  # transformers finds the file by folder and name
+            base, loading["gguf_file"] = base.parent, base.name
         if base.is_dir():  # found from any working directory
             model.active_peft_config.base_model_name_or_path = str(base.absolute())
         model = merged(model) if merge else model
@@ -84,7 +97,7 @@ def save_policy(policy: LanguageModelPolicy, folder: Path, merge: bool) -> None:
     policy.tokenizer.save_pretrained(folder)
     policy.model = model = None  # no two models at a time
     kind = AutoModelForCausalLM if merge else AutoPeftModelForCausalLM
-    again = kind.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
+    again = kind.from_pretrained(folder, **loading).eval()
     distance = (log_probs(again, size, ids) - expected).abs().mean()
     if not distance <= limit:
         raise ConfigError(

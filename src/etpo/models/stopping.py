@@ -1,15 +1,14 @@
 """Stop tokens and stop strings: where an action ends."""
 
 import contextlib
-import re
 from collections.abc import Sequence
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from etpo.errors import ConfigError
-from etpo.models.token_text import added_text
-
-ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
+from etpo.escapes import unescaped
+from etpo.models.gguf_file import is_gguf
+from etpo.models.token_text import added_text, continued_ids
 
 
 def stop_ids(
@@ -34,8 +33,28 @@ def stop_ids(
     return sorted(ids)
 
 
+def end_token(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], strings: Sequence[str]
+) -> int:
+    """Return the token that ends an admissible action.
+
+    It is the token of a stop string that is one token, such as a line break after the lines of a
+    completion prompt, else the EOS token, else the first stop token.
+    """
+    spelled = (continued_ids(tokenizer, string) for string in strings)
+    single = next((each[0] for each in spelled if len(each) == 1), None)
+    if single is not None:
+        return single
+    return tokenizer.eos_token_id if tokenizer.eos_token_id in ids else ids[0]
+
+
 def model_eos_ids(name_or_path: str) -> list[int]:
-    """Return the EOS ids of generation_config.json or, if it has none, of config.json."""
+    """Return the EOS ids of generation_config.json or, if it has none, of config.json.
+
+    A GGUF file has no others than its tokenizer's.
+    """
+    if is_gguf(name_or_path):
+        return []
     eos = None
     with contextlib.suppress(OSError):  # most likely there is no such file
         eos = GenerationConfig.from_pretrained(name_or_path).eos_token_id
@@ -51,7 +70,7 @@ def parse_stop_strings(values: str | Sequence[str] | None) -> list[str]:
     A shell passes these escapes as two characters.
     """
     texts = as_texts("model.stop_strings", values)
-    return [re.sub(r"\\([nrt\\])", lambda match: ESCAPES[match[1]], text) for text in texts]
+    return list(map(unescaped, texts))
 
 
 def as_texts(key: str, values: str | Sequence[str] | None) -> list[str]:

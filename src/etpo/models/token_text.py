@@ -31,6 +31,17 @@ def continued_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return text_ids(tokenizer, text)
 
 
+def spelled_ids(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str
+) -> tuple[list[int], str]:
+    """Return the longest beginning of `ids` that adds a beginning of `text`, and the other text."""
+    for count in range(len(ids), 0, -1):
+        added = added_text(tokenizer, ids[:count])
+        if text.startswith(added):
+            return list(ids[:count]), text[len(added) :]
+    return [], text
+
+
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the tokens of a text without special tokens around it."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -1,7 +1,7 @@
 """Run a language model in a text environment, independent of algorithm and task."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,10 +11,12 @@ import torch
 from etpo.environments import validation
 from etpo.environments.text_env import TextObservation, TextVectorEnv
 from etpo.environments.threads import DaemonThread
-from etpo.generation.sampler import Sample, decode_actions, generate
+from etpo.generation.grammar import check_grammar
+from etpo.generation.prompt_cache import PromptCache
+from etpo.generation.sampler import Sample, decode_actions, first_decisions, generate
 from etpo.models.policy import LanguageModelPolicy
-from etpo.models.prompting import PromptBatch
-from etpo.rollout.types import Actions, Record, Rollout, pad_stack
+from etpo.models.prompting import PromptBatch, Turn
+from etpo.rollout.types import Actions, Decisions, Record, Rollout, pad_stack
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -24,29 +26,56 @@ class GroupStep(NamedTuple):
 
     actions: Actions
     next_observations: list[TextObservation]  # true next observations of the truncated actions
+    turns: list[Turn | None]  # the truncated actions
     records: list[Record]
     dropped_prompt_tokens: int
 
 
 class EnvGroup:
-    """Environments that step together, with their observations and results."""
+    """Environments that step together, with their observations and results.
 
-    def __init__(self, envs: np.ndarray, observations: Sequence[TextObservation]) -> None:
+    turns: the last turn of each environment's episode, None before the first.
+    """
+
+    def __init__(
+        self,
+        envs: np.ndarray,
+        observations: Sequence[TextObservation],
+        turns: Sequence[Turn | None] | None = None,
+    ) -> None:
         self.envs = envs
         self.observations = [observations[env] for env in envs]
+        self.turns = [None if turns is None else turns[env] for env in envs]
         self.step = torch.zeros(len(envs), dtype=torch.long)
         self.results: list[GroupStep] = []
+        self.prompt_cache = PromptCache()
         self.prompts: PromptBatch
         self.sample: Sample
         self.texts: list[str]
 
     def act(
-        self, policy: LanguageModelPolicy, max_new_tokens: int, generator: torch.Generator | None
+        self,
+        policy: LanguageModelPolicy,
+        max_new_tokens: int,
+        generator: torch.Generator | None,
+        grammar: Mapping[str, str] | None,
     ) -> list[str]:
         """Generate one action per environment and return the texts."""
-        self.prompts = policy.encode(self.observations)
-        self.sample = generate(policy, self.prompts, max_new_tokens, generator)
+        self.prompts = policy.encode(self.observations, self.turns)
+        options = max_new_tokens, generator, grammar, self.prompt_cache
+        self.sample = generate(policy, self.prompts, *options)
         self.texts = decode_actions(policy, self.prompts, self.sample)
+        prompts, (ids, mask) = self.prompts, (x.cpu() for x in self.sample[:2])
+        self.turns = [
+            Turn(
+                observation,
+                prompts.ids[row][prompts.mask[row]].tolist(),
+                prompts.rests[row],
+                ids[row][mask[row]].tolist(),
+                self.texts[row],
+            )
+            for row, observation in enumerate(self.observations)
+        ]
         return self.texts
 
     def record_step(
@@ -55,27 +84,31 @@ class EnvGroup:
         """Store the outcome of the actions; `last` truncates running episodes."""
         terminated = torch.tensor(answer.terminated)
         truncated = ~terminated if last else torch.tensor(answer.truncated) & ~terminated
-        following = []
+        following, turns = [], []
         for row in truncated.nonzero().flatten().tolist():
             final = answer.final_obs[row]
             following.append(answer.observations[row] if final is None else final)
-        ids, mask, hidden_states = (x.cpu() for x in self.sample[:3])
-        rewards = torch.tensor(answer.rewards, dtype=torch.float32)
-        prompts = self.prompts
+            turns.append(self.turns[row])
+        prompts, sample = self.prompts, Sample(*(x.cpu() for x in self.sample))
         actions = Actions(
             prompts.ids,
             prompts.mask,
-            ids,
-            mask,
-            hidden_states,
-            rewards,
+            sample.ids,
+            sample.mask,
+            sample.step_mask,
+            sample.hidden_states,
+            sample.allowed,
+            sample.support,
+            torch.tensor(answer.rewards, dtype=torch.float32),
             terminated,
             truncated,
             self.step,
         )
         records = self.to_records(policy, answer)
-        self.results.append(GroupStep(actions, following, records, prompts.dropped))
-        self.step = torch.where(terminated | truncated, 0, self.step + 1)
+        self.results.append(GroupStep(actions, following, turns, records, prompts.dropped))
+        ended = terminated | truncated
+        self.step = torch.where(ended, 0, self.step + 1)
+        self.turns = [None if end else turn for end, turn in zip(ended, self.turns, strict=True)]
         self.observations = answer.observations
 
     def to_records(
@@ -122,6 +155,7 @@ def collect(
         ConfigError: the environment returns an invalid value (`etpo.environments.validation`).
     """
     observations = validation.reset(environment, seed, evaluation=generator is None)
+    options = max_new_tokens, generator, check_grammar(environment.grammar)
     groups = [
         EnvGroup(envs, observations)
         for envs in np.array_split(np.arange(environment.num_envs), pipeline_groups)
@@ -139,7 +173,7 @@ def collect(
                     group.record_step(policy, answer, last=number == rounds)
                 answered = time.perf_counter()
                 if number < rounds:
-                    texts = group.act(policy, max_new_tokens, generator)
+                    texts = group.act(policy, *options)
                     if pipeline_groups == 1:
                         answers[index] = partial(environment.step, texts)
                     else:
@@ -152,25 +186,29 @@ def collect(
     finally:
         thread.stop()
     steps = [group.results[number] for number in range(rounds) for group in groups]
-    return to_rollout(policy, steps, environment.num_envs, generate_seconds, score_seconds)
+    following = [observation for step in steps for observation in step.next_observations]
+    turns = [turn for step in steps for turn in step.turns]
+    decisions = None
+    if following:
+        prompts = policy.encode(following, turns)
+        decisions = first_decisions(policy, prompts, max_new_tokens, options[-1])
+    return to_rollout(
+        policy, steps, decisions, environment.num_envs, generate_seconds, score_seconds
+    )
 
 
 def to_rollout(
     policy: LanguageModelPolicy,
     steps: list[GroupStep],
+    bootstrap: Decisions | None,
     num_envs: int,
     generate_seconds: float,
     score_seconds: float,
 ) -> Rollout:
-    """Concatenate the steps of all groups, ordered by round, and encode the bootstrap prompts."""
-    following = [observation for step in steps for observation in step.next_observations]
-    next_prompts = PromptBatch(torch.zeros(0, 1).long(), torch.zeros(0, 1).bool(), 0)
-    if following:
-        next_prompts = policy.encode(following)
+    """Concatenate the steps of all groups, ordered by round."""
     return Rollout(
         actions=stack([step.actions for step in steps], policy.pad_id),
-        bootstrap_ids=next_prompts.ids,
-        bootstrap_mask=next_prompts.mask,
+        bootstrap=bootstrap,
         records=[record for step in steps for record in step.records],
         num_envs=num_envs,
         dropped_prompt_tokens=sum(step.dropped_prompt_tokens for step in steps),
@@ -182,7 +220,10 @@ def to_rollout(
 def stack(steps: list[Actions], pad_id: int) -> Actions:
     """Concatenate the steps to one batch, in their order."""
     fields = {}
-    for name, blocks in zip(Actions._fields, zip(*steps, strict=True), strict=True):
-        value = pad_id if name.endswith("_ids") else 0
+    for name, column in zip(Actions._fields, zip(*steps, strict=True), strict=True):
+        blocks, value = list(column), pad_id if name.endswith("_ids") else 0
+        if name in ("allowed", "support"):  # none of a round without an action space: all tokens
+            words = max(block.shape[-1] for block in blocks)
+            blocks = [b if b.shape[-1] else b.new_full((*b.shape[:2], words), -1) for b in blocks]
         fields[name] = pad_stack(blocks, value, left=name.startswith("prompt"))
     return Actions(**fields)

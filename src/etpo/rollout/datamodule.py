@@ -8,6 +8,7 @@ import torch
 from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
+from etpo.environments.conversation import has_messages
 from etpo.environments.text_env import TextVectorEnv
 from etpo.errors import ConfigError, check_integer
 from etpo.rollout.buffer import OnPolicyBuffer
@@ -38,6 +39,8 @@ class RolloutDataModule(LightningDataModule):
         minibatch_size: actions per training step and rank.
         update_epochs: passes over the actions of an iteration.
         max_new_tokens: length limit of an action.
+        validation_steps: greedy actions per environment in a validation; 1 is enough if the first
+            action ends an episode or is what counts.
         num_envs: number of environments per rank; None takes it from `environment`.
         seed: seed of sampling, minibatches and environment.
         pipeline_groups: number of groups of environments; the actions of one group are scored while
@@ -55,6 +58,7 @@ class RolloutDataModule(LightningDataModule):
         minibatch_size: int = 64,
         update_epochs: int = 10,
         max_new_tokens: int = 64,
+        validation_steps: int = 1,
         num_envs: int | None = None,
         seed: int = 0,
         pipeline_groups: int = 1,
@@ -65,6 +69,7 @@ class RolloutDataModule(LightningDataModule):
         self.minibatch_size = minibatch_size
         self.update_epochs = update_epochs
         self.max_new_tokens = max_new_tokens
+        self.validation_steps = validation_steps
         self.num_envs = environment.num_envs if num_envs is None else num_envs
         self.seed = seed
         self.pipeline_groups = pipeline_groups
@@ -77,7 +82,7 @@ class RolloutDataModule(LightningDataModule):
     def check_sizes(self, world_size: int) -> None:
         """Raise ConfigError if the sizes do not fit together on `world_size` ranks."""
         sizes = ("num_envs", "minibatch_size", "update_epochs", "max_new_tokens")
-        for key in ("actions_per_iteration", *sizes):
+        for key in ("actions_per_iteration", *sizes, "validation_steps"):
             check_integer(f"rollout.{key}", getattr(self, key), 1)
         if self.num_envs != self.environment.num_envs:
             raise ConfigError(
@@ -85,7 +90,8 @@ class RolloutDataModule(LightningDataModule):
                 f"{self.environment.num_envs}"
             )
         check_integer("rollout.pipeline_groups", self.pipeline_groups, 1, self.num_envs)
-        step_part = getattr(type(self.environment), "step_part", TextVectorEnv.step_part)
+        unwrapped = getattr(self.environment, "unwrapped", self.environment)
+        step_part = getattr(type(unwrapped), "step_part", TextVectorEnv.step_part)
         if self.pipeline_groups > 1 and step_part is TextVectorEnv.step_part:
             raise ConfigError(
                 f"rollout.pipeline_groups={self.pipeline_groups}: allowed is 1, because "
@@ -116,6 +122,8 @@ class RolloutDataModule(LightningDataModule):
                 "bfloat16"
             )
         policy = self.algorithm.policy
+        if has_messages(self.environment):
+            policy.prompt.check_conversations(policy.tokenizer)
         if policy.max_prompt_tokens + self.max_new_tokens > policy.context_size:
             raise ConfigError(
                 f"rollout.max_new_tokens={self.max_new_tokens} and model.max_prompt_tokens="
@@ -183,7 +191,7 @@ class RolloutDataModule(LightningDataModule):
 
 
 class GreedyRollout(IterableDataset[Rollout]):
-    """Validation data: one greedy action in every environment."""
+    """Validation data: `validation_steps` greedy actions in every environment."""
 
     def __init__(self, datamodule: RolloutDataModule) -> None:
         self.datamodule = datamodule
@@ -197,6 +205,11 @@ class GreedyRollout(IterableDataset[Rollout]):
         keys = data.seed, trainer.current_epoch, trainer.global_rank, 3
         with full_parameters(data.algorithm), trainer.precision_plugin.forward_context():
             rollout = collect(
-                policy, data.environment, 1, data.max_new_tokens, None, seed=derived_seed(*keys)
+                policy,
+                data.environment,
+                data.validation_steps,
+                data.max_new_tokens,
+                None,
+                seed=derived_seed(*keys),
             )
         yield rollout

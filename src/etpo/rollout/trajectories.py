@@ -66,11 +66,13 @@ def trajectory_steps(
 ) -> Steps:
     """Build the steps marked by `mask` [B, L]; with a mask [B, 1] each action is one step.
 
+    The last step of an action carries its reward.
+
     Args:
         gamma: discount between actions, in [0, 1].
         token_discount: discount between the tokens of an action, in [0, 1].
     """
-    last = mask & ~pad(mask[:, 1:], (0, 1))
+    last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
     rewards = torch.where(last, actions.rewards[:, None], 0.0)
     between = gamma * (~actions.terminated).to(rewards.dtype)
     discounts = torch.where(last, between[:, None], token_discount)

@@ -6,23 +6,55 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from etpo.models.prefix_tree import PrefixTree, prefix_tree
+
 
 class Actions(NamedTuple):
     """Actions of one policy iteration, ordered by round, then by environment.
 
     Prompts are left-padded, actions right-padded. An action ends with a stop token or at the length
-    limit.
+    limit. Steps are the tokens that were drawn, at least one per action; an action space may have
+    forced others. `allowed` and `support` are sets of tokens as bits (`token_columns`); W = 0
+    stands for the whole vocabulary.
     """
 
     prompt_ids: Tensor  # int64 [B, P]
     prompt_mask: Tensor  # bool [B, P]
     action_ids: Tensor  # int64 [B, L]
     action_mask: Tensor  # bool [B, L]
-    hidden_states: Tensor  # [B, L, D], policy outputs recorded during generation
+    step_mask: Tensor  # bool [B, L]
+    hidden_states: Tensor  # [B, L, D], policy outputs at the steps, recorded during generation
+    allowed: Tensor  # int32 [B, L, W], the action space at the steps
+    support: Tensor  # int32 [B, L, W], tokens with a probability at the steps
     rewards: Tensor  # float32 [B]
     terminated: Tensor  # bool [B], true if the episode ended; the next value is 0
     truncated: Tensor  # bool [B], true if the episode was cut; the next value is bootstrapped
     step: Tensor  # int64 [B], index of the action in its episode, from 0
+
+    def select(self, rows: Tensor) -> "Actions":
+        """Return the actions `rows` [b]."""
+        return Actions(*(x[rows.to(x.device)] for x in self))
+
+    def tree(self) -> PrefixTree:
+        """Build the tree of the prefixes of the steps."""
+        return prefix_tree(self.prompt_ids, self.prompt_mask, self.action_ids, self.step_mask)
+
+
+class Decisions(NamedTuple):
+    """Prompts with the first step of an action that is not taken; `tokens` are placeholders.
+
+    Fields as in `Actions`.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    action_ids: Tensor
+    step_mask: Tensor
+    allowed: Tensor
+
+    def tree(self) -> PrefixTree:
+        """Build the tree of the prefixes of the steps."""
+        return prefix_tree(*self[:4])
 
 
 class Record(NamedTuple):
@@ -42,15 +74,14 @@ class Record(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """Actions, next prompts of truncated actions, readable records and timings.
+    """Actions, readable records and timings.
 
-    bootstrap_ids, bootstrap_mask: [B', P'], prompts of the true next observations of the truncated
-    actions, in their order.
+    bootstrap: of the true next observations of the truncated actions, in their order; None if there
+    are none.
     """
 
     actions: Actions
-    bootstrap_ids: Tensor
-    bootstrap_mask: Tensor
+    bootstrap: Decisions | None
     records: list[Record]
     num_envs: int
     dropped_prompt_tokens: int
@@ -58,25 +89,50 @@ class Rollout(NamedTuple):
     score_seconds: float
 
 
+class PrefixStates(NamedTuple):
+    """Hidden states and token sets of N prefixes, without gradient."""
+
+    old: Tensor  # [N, D], of the policy that sampled
+    ref: Tensor  # [N, D], of the reference
+    allowed: Tensor  # int32 [N, W], as in `Actions`
+    support: Tensor  # int32 [N, W], as in `Actions`
+    ref_log_mass: Tensor  # float32 [N], log of the reference's probability of the support
+    critic: Tensor  # [N, C], of the target critic; C = 0 without one
+
+    def select(self, prefixes: Tensor) -> "PrefixStates":
+        """Return the states of `prefixes` [n]."""
+        return PrefixStates(*(x[prefixes] for x in self))
+
+
 class TokenBatch(NamedTuple):
     """Training batch of an on-policy algorithm; no tensor carries a gradient.
 
-    `old` is the policy that sampled the actions, `ref` the frozen reference.
+    `tree` has the N distinct prefixes of the steps of B actions, `states` their hidden states.
+    Numbers of tokens are [B, L], 0 where there is no step. `old` is the policy that sampled the
+    actions, `ref` the frozen reference.
     """
 
     prompt_ids: Tensor  # int64 [B, P]
     prompt_mask: Tensor  # bool [B, P]
     action_ids: Tensor  # int64 [B, L]
-    action_mask: Tensor  # bool [B, L]
-    old_hidden: Tensor  # [B, L, D]
-    ref_hidden: Tensor  # [B, L, D]
+    step_mask: Tensor  # bool [B, L]
     old_log_probs: Tensor  # float32 [B, L], of the taken tokens
     ref_log_probs: Tensor  # float32 [B, L], of the taken tokens
     advantages: Tensor  # float32 [B, L]
     returns: Tensor  # float32 [B, L], regression targets of the critic
     weights: Tensor  # float32 [B], weight of the action in the policy objective
-    critic_hidden: Tensor | None = None  # [B, L, C], of the target critic
+    tree: PrefixTree
+    states: PrefixStates
     action_values: Tensor | None = None  # float32 [B], Q(o, a) of the target critic
+
+    def select(self, rows: Tensor) -> "TokenBatch":
+        """Return the actions `rows` [b] with the tree of their own prefixes."""
+        fields = {
+            name: x[rows.to(x.device)] for name, x in self._asdict().items() if torch.is_tensor(x)
+        }
+        tree = prefix_tree(*(fields[name] for name in TokenBatch._fields[:4]))
+        prefixes = self.tree.prefix[rows.to(tree.first.device)].flatten()[tree.first]
+        return self._replace(**fields, tree=tree, states=self.states.select(prefixes))
 
 
 def pad_stack(blocks: Sequence[Tensor], value: float, *, left: bool) -> Tensor:
