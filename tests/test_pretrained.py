@@ -109,7 +109,7 @@ def test_the_cache_is_where_the_variables_say(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL.is_dir(), reason="make pretrained")
-def test_the_real_model_answers():
+def test_the_real_model_names_a_capital():
     policy = LanguageModelPolicy(str(REAL), ChatTemplate())
     observation = {"instruction": "What is the capital of France?", "prefix": "", "suffix": ""}
     prompt = policy.encode([observation])

@@ -1,21 +1,25 @@
 """Sums, differences and products of digits, one question per episode."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
 import numpy as np
 
-from etpo.errors import ConfigError
+from etpo.errors import ConfigError, check_integer
 from etpo_tasks.worlds import KEY, Example, Split, World, shown, split_of
 
-DIGITS = range(10)
+OPERATIONS = {"sums": "+", "differences": "-", "products": "*"}
 ANSWERS = tuple(str(number) for number in range(82))  # up to 9*9
-QUESTIONS = {
-    "sums": {f"{a}+{b} = ": a + b for a in DIGITS for b in DIGITS},
-    "differences": {f"{a}-{b} = ": a - b for a in DIGITS for b in range(a + 1)},
-    "products": {f"{a}*{b} = ": a * b for a in DIGITS for b in DIGITS},
-}
+
+
+def questions_of(operation: str, smallest: int) -> dict[str, int]:
+    """Return all questions of an operation with their answers; no difference is negative."""
+    digits, sign = range(smallest, 10), OPERATIONS[operation]
+    pairs = [(a, b) for a in digits for b in digits if operation != "differences" or a >= b]
+    results = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+    return {f"{a}{sign}{b} = ": results[sign](a, b) for a, b in pairs}
 
 
 class ArithmeticEnv(World):
@@ -25,6 +29,7 @@ class ArithmeticEnv(World):
 
     Args:
         operations: some of sums, differences (none is negative) and products.
+        smallest: smallest digit; 0 and 1 make easy questions.
         choices: include the numbers from 0 to 81 as admissible actions.
         kwargs: arguments of `World`.
     """
@@ -32,30 +37,33 @@ class ArithmeticEnv(World):
     def __init__(
         self,
         *,
-        operations: Sequence[str] = tuple(QUESTIONS),
+        operations: Sequence[str] = tuple(OPERATIONS),
+        smallest: int = 2,
         choices: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(choices=choices, **kwargs)
-        known = not isinstance(operations, str) and set(operations) <= set(QUESTIONS)
+        known = not isinstance(operations, str) and set(operations) <= set(OPERATIONS)
         if not known or not operations:
-            allowed = f"a list of some of {', '.join(QUESTIONS)}"
+            allowed = f"a list of some of {', '.join(OPERATIONS)}"
             raise ConfigError(f"{KEY}.operations={operations}: allowed is {allowed}")
-        self.operations = tuple(operations)
-        self.questions: dict[Split, list[str]] = {
-            split: [q for q in self._all() if split_of(q, self.split_seed) is split]
+        check_integer(f"{KEY}.smallest", smallest, 0, 5)
+        self.tables = [questions_of(operation, smallest) for operation in operations]
+        self.answers = {q: answer for table in self.tables for q, answer in table.items()}
+        self.parts: dict[Split, list[str]] = {
+            split: [q for q in self.answers if split_of(q, self.split_seed) is split]
             for split in Split
         }
 
     def examples(self, count: int) -> list[Example]:
         """Return up to `count` questions that no episode has, with answers, of all operations."""
-        shuffled = np.random.default_rng(self.split_seed).permutation(self.questions[Split.EXAMPLE])
-        queues = [[q for q in shuffled if q in QUESTIONS[name]] for name in self.operations]
+        shuffled = np.random.default_rng(self.split_seed).permutation(self.parts[Split.EXAMPLE])
+        queues = [[q for q in shuffled if q in table] for table in self.tables]
         turns = [queue[i] for i in range(len(shuffled)) for queue in queues if i < len(queue)]
-        return [(shown(*texts_of(q)), str(self._all()[q])) for q in map(str, turns[:count])]
+        return [(shown(*texts_of(q)), str(self.answers[q])) for q in map(str, turns[:count])]
 
     def start(self, split: Split) -> None:
-        self.question = str(self.np_random.choice(self.questions[split]))
+        self.question = str(self.np_random.choice(self.parts[split]))
 
     def texts(self) -> tuple[str, str]:
         return texts_of(self.question)
@@ -64,10 +72,7 @@ class ArithmeticEnv(World):
         return ANSWERS
 
     def act(self, action: str, error: str | None) -> tuple[float, bool]:
-        return float(action == str(self._all()[self.question])), True
-
-    def _all(self) -> dict[str, int]:
-        return {q: answer for name in self.operations for q, answer in QUESTIONS[name].items()}
+        return float(action == str(self.answers[self.question])), True
 
 
 def texts_of(question: str) -> tuple[str, str]:

@@ -56,6 +56,10 @@ class GuessNumberEnv(World):
     def admissible(self) -> Sequence[str]:
         return [str(number) for number in range(1, self.numbers + 1)]
 
+    def read(self, action: str) -> str:
+        """Return the first word; a model may go on with the answer to its guess."""
+        return super().read(action).partition(" ")[0]
+
     def act(self, action: str, error: str | None) -> tuple[float, bool]:
         answer = "is not a number" if error else compared(int(action), self.number)
         self.past.append((action[:20], answer))

@@ -45,7 +45,7 @@ class ReasoningGymEnv(World):
         except ImportError as error:
             extra = 'pip install -e ".[reasoning-gym]"'
             raise ImportError(f"reasoning_gym is missing: {extra}") from error
-        if dataset not in DATASETS:
+        if dataset not in DATASETS or dataset == "composite":  # of other data sets
             raise ConfigError(
                 f"{KEY}.dataset={dataset}: allowed are names of reasoning_gym such as chain_sum, "
                 "letter_counting, syllogism"

@@ -106,6 +106,10 @@ class World(gymnasium.Env):
         With an `error` the action is not admissible and only takes time.
         """
 
+    def read(self, action: str) -> str:
+        """Return the part of an action that counts: its first line, without blanks and stops."""
+        return action.strip().partition("\n")[0].strip(" .")
+
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -115,7 +119,7 @@ class World(gymnasium.Env):
         return self.observe(), {}
 
     def step(self, action: str) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        line = first_line(action)
+        line = self.read(action)
         found = [known for known in self.admissible() if known.lower() == line.lower()]
         error = None if found else f"{line[:80]!r} is not possible"
         reward, terminated = self.act(*found or [line], error)
@@ -136,11 +140,6 @@ class World(gymnasium.Env):
 def shown(instruction: str, prefix: str) -> dict[str, str]:
     """Return the texts of an observation."""
     return {"instruction": instruction, "prefix": prefix}
-
-
-def first_line(action: str) -> str:
-    """Return the first line of an action, without blanks and full stops around it."""
-    return action.strip().partition("\n")[0].strip(" .")
 
 
 def check_flag(name: str, value: object) -> None:

@@ -239,7 +239,7 @@ def test_bad_examples_are_one_line(solved, message):
 
 def test_an_environment_without_examples_is_named(letter_env):
     for environment in (letter_env(1), sums(name="Silent")):
-        with pytest.raises(ConfigError, match=r"has no method examples\(count\)"):
+        with pytest.raises(ConfigError, match=r"environment\.examples=1.* has no method examples"):
             Conversation(environment, examples=1)
 
 

@@ -1,5 +1,7 @@
 """Chat prompts of several turns: messages, sampled tokens of earlier turns, faulty templates."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -99,6 +101,43 @@ def test_a_template_that_moves_the_system_message_is_refused_with_one_only(token
     ChatTemplate().check_conversations(tokenizer)
     with pytest.raises(ConfigError, match=r"if there is a system .* model\.prompt\.system=null"):
         ChatTemplate("Be brief.").check_conversations(tokenizer)
+
+
+def test_the_generation_prompt_may_differ_from_the_turn_that_it_becomes(tokenizer):
+    """As in templates that open or close a thought; a note to the user is part of the turn."""
+    turn = "{% for m in messages %}<{{ m.role }}>X{{ m.content }}Y;{% endfor %}"
+    turn = turn.replace("X", "{% if m.role == 'assistant' %}<think></think>{% endif %}")
+    start = "{% if add_generation_prompt %}<assistant><think>\n{% else %}</s>{% endif %}"
+    tokenizer.chat_template = turn.replace("Y", "") + start
+    ChatTemplate("Be brief.").check_conversations(tokenizer)
+    tokenizer.chat_template = turn.replace("Y", "{% if loop.last %} /think{% endif %}") + start
+    with pytest.raises(ConfigError, match="rewrites earlier turns"):
+        ChatTemplate().check_conversations(tokenizer)
+
+
+def test_templates_of_current_models(tokenizer):
+    """TRL has the templates of many models; the first Gemma refuses a system message."""
+    trl = pytest.importorskip("trl")
+    found = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+    assert len(found) > 40
+    for file in found:
+        tokenizer.chat_template = file.read_text()
+        for system in (None, "Be brief."):
+            template = ChatTemplate(system)
+            if system and file.stem in ("gemma", "gemma_training"):
+                with pytest.raises(ConfigError, match="rejects a system message"):
+                    template.check_conversations(tokenizer)
+                continue
+            first = {"instruction": "a+b", "prefix": "", "suffix": ""}
+            prompt = template.encode(tokenizer, first, 10**5)
+            action = [*ids(tokenizer, "thus</think>11"), tokenizer.eos_token_id]
+            turn = Turn(first, prompt.ids, "", action, "thus</think>11")
+            second = observation("c+d", user("a+b"), assistant("thus</think>11"))
+            longer = template.extend(tokenizer, second, turn, action[-1:], 10**5)
+            assert longer.ids[: len(prompt.ids) + len(action) - 1] == prompt.ids + action[:-1]
+            shown = tokenizer.decode(longer.ids)
+            assert [shown.count(text) for text in ("a+b", "thus</think>11", "c+d")] == [1, 1, 1]
+            assert system is None or shown.count(system) == 1
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def refusal(file):
     return str(caught.value)
 
 
-def test_a_file_equals_its_folder_whatever_lies_beside_it(file, checkpoint):
+def test_a_file_equals_its_folder_and_other_files_of_its_folder_are_not_read(file, checkpoint):
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         shutil.copy(checkpoint("codellama") / name, file.parent)
     (file.parent / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')

@@ -37,7 +37,9 @@ def test_examples_of_arithmetic_are_right_and_of_all_operations():
 def test_operations_are_chosen():
     environment = ArithmeticEnv(operations=["differences"])
     questions = {environment.reset(seed=s)[0]["prefix"] for s in range(50)}
-    assert all(q[1] == "-" and int(q[0]) >= int(q[2]) for q in questions)
+    assert all(q[1] == "-" and int(q[0]) >= int(q[2]) >= 2 for q in questions)
+    zeros = ArithmeticEnv(operations=["products"], smallest=0)
+    assert any("0" in zeros.reset(seed=s)[0]["prefix"] for s in range(50))
 
 
 def test_bisection_finds_every_number_in_four_guesses():
@@ -60,7 +62,7 @@ def test_a_game_of_guesses_shows_its_answers_and_ends():
     observation, *_, info = environment.step("99")
     assert observation["prefix"].endswith("> 12 lower\n> 99 is not a number\n> ")
     assert info["error"]
-    assert environment.step("3")[2] is False
+    assert environment.step("3 higher")[-1]["error"] is None
     _, reward, terminated, _, _ = environment.step("4")
     assert (reward, terminated) == (0.0, True)
 

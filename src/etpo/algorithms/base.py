@@ -19,6 +19,7 @@ from etpo.models import critics
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prefix_tree import PrefixTree
 from etpo.models.token_columns import TokenColumns
+from etpo.rollout.metrics import first_episode_reward
 from etpo.rollout.types import Actions, Decisions, PrefixStates, Rollout, TokenBatch
 from etpo.sharding import configure_strategy
 
@@ -123,21 +124,12 @@ class OnPolicyAlgorithm(LightningModule):
         self.mean_length = float(self.mean_over_ranks(actions.step_mask.float().sum(1).mean()))
         return actions, self.evaluate(tree, allowed, support, hidden if recorded else None)
 
-    def evaluate(
-        self,
-        tree: PrefixTree,
-        allowed: Tensor,
-        support: Tensor | None = None,
-        old_hidden: Tensor | None = None,
-    ) -> evaluation.TokenEvaluation:
+    def evaluate(self, tree: PrefixTree, *recorded: Tensor | None) -> evaluation.TokenEvaluation:
         """Evaluate policy, reference and critic at the taken tokens.
 
-        Args:
-            allowed: int32 [N, W], the action space.
-            support: int32 [N, W], recorded during generation; None computes it.
-            old_hidden: [N, D], recorded during generation; None computes them.
+        recorded: action space, support and hidden states, as for `evaluation.prefix_states`.
         """
-        states = self.prefix_states(tree, allowed, support, old_hidden)
+        states = self.prefix_states(tree, *recorded)
         size = self.settings.logits_chunk_size
         taken = evaluation.evaluate_tokens(self.policy, tree, states, size)
         if self.critic is None:
@@ -145,22 +137,10 @@ class OnPolicyAlgorithm(LightningModule):
         values = self.prefix_values(tree, states)
         return taken._replace(value=tree.of_tokens(values))
 
-    def prefix_states(
-        self,
-        tree: PrefixTree,
-        allowed: Tensor,
-        support: Tensor | None = None,
-        old_hidden: Tensor | None = None,
-    ) -> PrefixStates:
-        """Compute hidden states and support; arguments as of `evaluate`."""
-        return evaluation.prefix_states(
-            self.policy,
-            tree,
-            allowed,
-            self.settings.logits_chunk_size,
-            support=support,
-            old_hidden=old_hidden,
-        )
+    def prefix_states(self, tree: PrefixTree, *recorded: Tensor | None) -> PrefixStates:
+        """Compute what is not recorded; arguments as of `evaluate`."""
+        size = self.settings.logits_chunk_size
+        return evaluation.prefix_states(self.policy, tree, size, *recorded)
 
     def prefix_values(self, tree: PrefixTree, states: PrefixStates) -> Tensor:
         """Return the critic's values [N] of the prefixes."""
@@ -274,8 +254,8 @@ class OnPolicyAlgorithm(LightningModule):
             critics.polyak_update(self.target_critic, self.critic, self.settings.tau)
 
     def validation_step(self, batch: Rollout, batch_idx: int) -> None:
-        reward = batch.actions.rewards.mean()
-        self.log("val/reward", reward, sync_dist=True, batch_size=len(batch.actions.rewards))
+        reward = first_episode_reward(batch)
+        self.log("val/reward", reward, sync_dist=True, batch_size=batch.num_envs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["lr_schedulers"] = []  # `on_train_start` sets the learning rates

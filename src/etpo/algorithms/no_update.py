@@ -19,7 +19,7 @@ from etpo.algorithms.settings import BatchSettings, build_settings
 from etpo.models.chunked_logits import in_chunks
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.token_columns import TokenColumns
-from etpo.rollout.metrics import rollout_metrics
+from etpo.rollout.metrics import first_episode_reward, rollout_metrics
 from etpo.rollout.types import Actions, Rollout
 
 
@@ -97,8 +97,8 @@ class NoUpdate(LightningModule):
         return torch.zeros((), device=self.device, requires_grad=True)
 
     def validation_step(self, batch: Rollout, batch_idx: int) -> None:
-        reward = batch.actions.rewards.mean()
-        self.log("val/reward", reward, sync_dist=True, batch_size=len(batch.actions.rewards))
+        reward = first_episode_reward(batch)
+        self.log("val/reward", reward, sync_dist=True, batch_size=batch.num_envs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {}  # the weights are loaded from `model.name_or_path` again

@@ -137,7 +137,7 @@ def token_numbers(
     policy, tree = module.policy, rows.tree()
     allowed = rows.allowed.flatten(0, 1)[tree.first]
     columns = TokenColumns.of(policy.vocabulary_size, allowed)
-    states = prefix_states(policy, tree, allowed, len(tree.node))
+    states = prefix_states(policy, tree, len(tree.node), allowed)
     log_pi, _ = policy.log_probs(states.old, columns, taken=columns.places(tree.taken))
     log_ref, _ = policy.log_probs(states.ref, columns, reference=True)
     values = PrefixValues()

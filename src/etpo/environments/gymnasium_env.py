@@ -210,7 +210,7 @@ class Copy:
         """Return worked examples; a question of a `Dict` space has all texts."""
         method = getattr(self.env.unwrapped, "examples", None)
         if method is None:
-            raise ConfigError(f"{self.name}: it has no method examples(count)")
+            raise ConfigError(f"{self.name}: it has no method examples(count); allowed is 0")
         with self.failures("examples() raised "):
             return method(count)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from etpo.generation.prompt_cache import PromptCache
 from etpo.models.causal_lm import last_hidden_states
 from etpo.models.shared_prompt import Prefill, position_ids, prefill
 
@@ -137,6 +138,8 @@ class SharedPrefixCache(DynamicCache):
 class Decoder:
     """Decode one action for each row of prompts [B, P], padded on the left.
 
+    `prompt_cache` has former prompts and keeps these; it is used if `shared`.
+
     rows: int64 [b], the rows that are decoded, in the cache's order. hidden_states: [b, 1, D], the
     last ones of each. shared: whether `cache` is a `SharedPrefixCache`, which `share_prefixes`
     allows and a sliding window that is too small prevents.
@@ -149,15 +152,18 @@ class Decoder:
         prompt_mask: Tensor,
         max_new_tokens: int,
         share_prefixes: bool,
+        prompt_cache: PromptCache | None = None,
     ) -> None:
         self.trunk = trunk
-        prefilled = prefill(trunk, prompt_ids, prompt_mask)
         size = prompt_ids.shape[1] + max_new_tokens
         self.shared = share_prefixes and all(
             type(layer) is DynamicLayer
             or (type(layer) is DynamicSlidingWindowLayer and size <= layer.sliding_window)
-            for layer in prefilled.cache.layers
+            for layer in DynamicCache(config=trunk.config).layers
         )
+        keep = self.shared and prompt_cache is not None
+        fill = prompt_cache.prefill if keep else prefill
+        prefilled = fill(trunk, prompt_ids, prompt_mask)
         self.cache = (SharedPrefixCache if self.shared else PerRowCache)(prefilled, max_new_tokens)
         self.rows = self.cache.order
         self.mask = prompt_mask[self.rows]

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from etpo.generation.action_space import Matcher, action_spaces, forced_prefix, forced_tokens
 from etpo.generation.prefix_cache import Decoder
+from etpo.generation.prompt_cache import PromptCache
 from etpo.models.causal_lm import trunk_of
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import PromptBatch
@@ -73,6 +74,7 @@ def generate(
     max_new_tokens: int,
     generator: torch.Generator | None,
     grammar: Mapping[str, str] | None = None,
+    prompt_cache: PromptCache | None = None,
 ) -> Sample:
     """Generate one action per prompt.
 
@@ -85,6 +87,7 @@ def generate(
         generator: On the policy's device; its draws for an action do not depend on when others
             end. None: greedy decoding, of each distinct prompt once.
         grammar: Of actions without `choices`; None: any text.
+        prompt_cache: Of the last turn, with the same weights; None: a new one.
 
     Raises:
         ConfigError: choices or the grammar do not fit the tokenizer.
@@ -98,7 +101,9 @@ def generate(
         for space, rest in zip(spaces, prompts.rests, strict=True)
     ]
     inputs = (x.to(device) for x in with_forced(prompts, actions))
-    decoder = Decoder(trunk_of(policy.model), *inputs, max_new_tokens, policy.shares_prefixes)
+    cache = (prompt_cache or PromptCache()) if policy.packs_prefixes else None
+    options = max_new_tokens, policy.shares_prefixes, cache
+    decoder = Decoder(trunk_of(policy.model), *inputs, *options)
     record = Recorder(policy, size, max_new_tokens, any(space is not None for space in spaces))
     while True:
         rows = decoder.rows.tolist()

@@ -1,6 +1,7 @@
 """Encode observations with a tokenizer's chat template: system message, earlier turns, request."""
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from jinja2 import Environment, TemplateError
@@ -50,12 +51,12 @@ class ChatTemplate(PromptTemplate):
             self.check_conversations(tokenizer)
         turns = [*observation.get("messages", ()), user_turn(observation["instruction"])]
         messages = self._with_system(turns, self.system)
-        ids = self._encode(tokenizer, messages)
+        ids = self._apply(tokenizer, messages, tokenize=True)
         size, first = len(ids), int(messages[0]["role"] == "system")
         while len(ids) > max_tokens and len(messages) > first + 1:
             later = (i for i, m in enumerate(messages) if i > first and m["role"] == "user")
             del messages[first : next(later)]
-            ids = self._encode(tokenizer, messages)
+            ids = self._apply(tokenizer, messages, tokenize=True)
         if len(ids) > max_tokens:
             ids = self._cut_request(tokenizer, messages, ids, max_tokens)
         return Prompt(ids, size - len(ids))
@@ -73,7 +74,7 @@ class ChatTemplate(PromptTemplate):
         while len(ids) > max_tokens and kept > 1:
             kept = max(1, kept - (len(ids) - max_tokens))
             text = added_text(tokenizer, words[-kept:]).lstrip(BROKEN)
-            ids = self._encode(tokenizer, [*messages[:-1], user_turn(text)])
+            ids = self._apply(tokenizer, [*messages[:-1], user_turn(text)], tokenize=True)
         check_room(max_tokens, len(ids) - kept)
         return ids
 
@@ -101,7 +102,7 @@ class ChatTemplate(PromptTemplate):
         self.check_conversations(tokenizer)
         marked = [*asked, Message(role="assistant", content=MARK)]
         turns = [*marked, user_turn(observation["instruction"])]
-        shown = self._render(tokenizer, self._with_system(turns, self.system))
+        shown = self._apply(tokenizer, self._with_system(turns, self.system), tokenize=False)
         if shown.count(MARK) != 1:
             return None
         action, end = list(turn.action_ids), None
@@ -120,8 +121,8 @@ class ChatTemplate(PromptTemplate):
     def check_conversations(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise ConfigError if the template rejects earlier turns or rewrites them.
 
-        A prompt must begin with the prompt of an earlier turn. The generation prompt may have more
-        than the turn that it becomes, such as the empty thinking block of Qwen3, or less.
+        A prompt must begin with the prompt of an earlier turn. The generation prompt alone may
+        differ from the beginning of the turn that it becomes, as in templates with thoughts.
         """
         self._check(tokenizer)
         if str(tokenizer.chat_template) in self._conversational:
@@ -132,17 +133,18 @@ class ChatTemplate(PromptTemplate):
         system = None if self.system is None else f"{MARK}system"
         fault = "rewrites earlier turns"
         try:
-            one, two, three = (
-                self._render(tokenizer, self._with_system(turns[:count], system))
-                for count in (1, 3, 5)
-            )
+            whole = self._render(tokenizer, self._with_system(turns, system))
             seen = [*marks, *([system] if system else [])]
-            kept = all(three.count(mark) == 1 for mark in seen)
-            for shown, answer in ((one, 1), (two, 3)):
-                head = three.partition(marks[answer])[0]
-                short, long = sorted((head, shown), key=len)
+            kept = all(whole.count(mark) == 1 for mark in seen)
+            for answer in (1, 3):
+                messages = self._with_system(turns[:answer], system)
+                with_start = self._render(tokenizer, messages)
+                without = self._render(tokenizer, messages, generation=False)
+                pairs = zip(with_start, without, strict=False)
+                asked = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+                head = whole.partition(marks[answer])[0]
                 before = {*seen} - {*marks[answer:]}
-                kept = kept and long.startswith(short) and all(mark in short for mark in before)
+                kept = kept and head.startswith(asked) and all(mark in asked for mark in before)
             if kept:
                 self._conversational.add(str(tokenizer.chat_template))
                 return
@@ -213,10 +215,12 @@ class ChatTemplate(PromptTemplate):
             system, turns = f"{system}\n\n{turns[0]['content']}", turns[1:]
         return [Message(role="system", content=system), *turns]
 
-    def _encode(self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-        """Return the ids of a prompt; raise ConfigError if the template rejects the messages."""
+    def _apply(
+        self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, tokenize: bool
+    ) -> Any:
+        """Return `_render` of a prompt; raise ConfigError if the template rejects the messages."""
         try:
-            return self._render(tokenizer, messages, tokenize=True)
+            return self._render(tokenizer, messages, tokenize=tokenize)
         except FAULTS as error:
             roles = ", ".join(message["role"] for message in messages)
             raise ConfigError(
@@ -231,6 +235,7 @@ class ChatTemplate(PromptTemplate):
         messages: Sequence[Message],
         *,
         in_parts: bool | None = None,
+        generation: bool = True,
         tokenize: bool = False,
     ) -> Any:
         """Return the text of the prompt or, with `tokenize`, its ids."""
@@ -241,7 +246,7 @@ class ChatTemplate(PromptTemplate):
                 for turn in messages
             ]
         settings = self.template_kwargs | {"tokenize": tokenize, "return_dict": False}
-        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, **settings)
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=generation, **settings)
 
 
 def user_turn(text: str) -> Message:

@@ -29,7 +29,7 @@ def location(name_or_path: str) -> Iterator[dict[str, Any]]:
     """Yield the arguments by which `from_pretrained` finds a hub id, a folder or a GGUF file.
 
     A GGUF file is linked into an empty folder, because transformers would add the tokens of a
-    tokenizer beside the file to the file's own.
+    tokenizer in the same folder.
     """
     if not is_gguf(name_or_path):
         yield {"pretrained_model_name_or_path": name_or_path}

@@ -174,7 +174,7 @@ def refused(name_or_path: str) -> Iterator[None]:
             hint = "; `make pretrained` (python -m etpo.pretrained) fetches it"
         raise ConfigError(
             f"model.name_or_path={name_or_path}: not a causal language model that can be loaded; "
-            "allowed are a hub id, a folder with config.json, weights and tokenizer, or a GGUF "
+            "allowed are a hub id or a folder with config.json, weights and tokenizer, or a GGUF "
             f"file ({damage(Path(name_or_path)) or reason(error)}){hint}"
         ) from error
 

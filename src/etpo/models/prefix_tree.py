@@ -6,6 +6,8 @@ computed once. Nodes are numbered in depth-first order, so that the descendants 
 range of numbers, and a token attends to the nodes whose range contains it.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +27,15 @@ class Stage(NamedTuple):
     context: Tensor
 
 
+class Nodes(NamedTuple):
+    """M distinct tokens of some rows, in depth-first order, and the stages that compute them."""
+
+    token: Tensor  # int64 [M], ids
+    depth: Tensor  # int64 [M], positions
+    end: Tensor  # int64 [M], nodes of [node, end) are the node and its descendants
+    stages: tuple[Stage, ...]
+
+
 class PrefixTree(NamedTuple):
     """Distinct prefixes of the steps of B actions of at most L tokens: N prefixes on M nodes.
 
@@ -32,10 +43,7 @@ class PrefixTree(NamedTuple):
     different tokens that follow one prefix). `of_tokens` and `of_taken` map them to [B, L].
     """
 
-    token: Tensor  # int64 [M], ids in depth-first order
-    depth: Tensor  # int64 [M], positions
-    end: Tensor  # int64 [M], nodes of [node, end) are the node and its descendants
-    stages: tuple[Stage, ...]
+    nodes: Nodes
     paths: Tensor  # int64 [R, W], nodes from a root to each leaf, padded with -1
     node: Tensor  # int64 [N], last node of each prefix
     first: Tensor  # int64 [N], place in [B * L] of a token that follows the prefix
@@ -114,12 +122,9 @@ def prefix_tree(
     by_token = np.zeros((2, *ids.shape), dtype=np.int64)
     by_token[:, mask] = prefix, (pairs[:, 0] * taken.shape[1] + rank)[pair.reshape(-1)]
 
-    def tensor(x: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)).to(action_ids.device)
-
+    tensor = functools.partial(to_tensor, device=action_ids.device)
     return PrefixTree(
-        *map(tensor, (token, depth, end)),
-        stages=tuple(Stage(*map(tensor, stage)) for stage in plan(at, depth, end, limit)),
+        Nodes(*map(tensor, (token, depth, end)), stages_of(at, depth, end, limit, tensor)),
         paths=tensor(leaf_paths(at, end)),
         node=tensor(node),
         first=tensor(np.flatnonzero(mask)[first]),
@@ -128,6 +133,24 @@ def prefix_tree(
         child=tensor(by_token[1]),
         mask=step_mask,
     )
+
+
+def to_tensor(x: np.ndarray, device: torch.device) -> Tensor:
+    """Return an array of integers on a device."""
+    return torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)).to(device)
+
+
+def stages_of(
+    at: np.ndarray,
+    depth: np.ndarray,
+    end: np.ndarray,
+    limit: int,
+    tensor: Callable[[np.ndarray], Tensor],
+    known: np.ndarray | None = None,
+) -> tuple[Stage, ...]:
+    """Return the output of `plan` as tensors."""
+    known = np.zeros(len(depth), dtype=bool) if known is None else known
+    return tuple(Stage(*map(tensor, stage)) for stage in plan(at, depth, end, limit, known))
 
 
 def nodes_of(
@@ -167,24 +190,25 @@ def leaf_paths(at: np.ndarray, end: np.ndarray) -> np.ndarray:
 
 
 def plan(
-    at: np.ndarray, depth: np.ndarray, end: np.ndarray, limit: int
+    at: np.ndarray, depth: np.ndarray, end: np.ndarray, limit: int, known: np.ndarray
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return the stages that compute every node once, with at most `limit` tokens of waste.
+    """Return the stages that compute every node once, except for `known` ones, bool [M].
 
     Nodes with more than `limit` descendants are computed first, one row for each path without a
     branch. The subtrees below them are packed into rows of at most `limit` tokens in one last
     stage. A row's context is the path to the deepest node that its subtrees follow.
     """
-    size = end - np.arange(len(end))
+    unknown = np.concatenate([[0], np.cumsum(~known)])
+    size = unknown[end] - unknown[:-1]  # descendants to compute, and the node
     row = np.unique(at, return_index=True)[1][-len(end) :] // at.shape[1]  # one that has the node
     parent = np.where(depth > 0, at[row, np.maximum(depth - 1, 0)], -1)
 
     def path(node: int) -> np.ndarray:
         return at[row[node], : depth[node] + 1] if node >= 0 else at[0, :0]
 
-    upper = size > limit
+    upper = ~known & (size > limit)
     stages: list[list[tuple[list[np.ndarray], int]]] = []  # rows: parts, last node of the context
-    level: dict[int, int] = {-1: -1}
+    level = dict.fromkeys([-1, *np.flatnonzero(known).tolist()], -1)
     branches = np.bincount(parent[upper & (parent >= 0)], minlength=len(end))
     chain: list[int] = []
     for node in [*np.flatnonzero(upper), None]:
@@ -197,7 +221,8 @@ def plan(
             chain = []
         if node is not None:
             chain.append(int(node))
-    below = np.flatnonzero(~upper & ((parent < 0) | upper[parent]))
+    computed = known | upper
+    below = np.flatnonzero(~computed & ((parent < 0) | computed[parent]))
     stages.append(pack(below, size, parent, depth, end, limit))
     return [
         (padded([np.concatenate(parts) for parts, _ in rows]), padded([path(n) for _, n in rows]))

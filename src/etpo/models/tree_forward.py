@@ -21,7 +21,7 @@ from transformers.cache_utils import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from etpo.models.causal_lm import last_hidden_states
-from etpo.models.prefix_tree import PrefixTree, Stage
+from etpo.models.prefix_tree import Nodes, PrefixTree, Stage
 
 FORWARD_TOKENS = 16384  # limit of a forward without gradient, padding included
 
@@ -99,14 +99,15 @@ def forward_tree(trunk: nn.Module, tree: PrefixTree, packed: bool = True) -> Ten
     Works with gradient checkpointing. `packed` needs a model that reads a mask of four dimensions
     and has no recurrent states; otherwise every path from a root to a leaf is one sequence.
     """
-    states = TreeStates(len(tree.token), tree.token.device)
+    states = TreeStates(len(tree.nodes.token), tree.nodes.token.device)
     if not packed:
         for part in split(Stage(tree.paths, tree.paths[:, :0])):
             forward_paths(trunk, tree, part.nodes, states)
-    for number, stage in enumerate(tree.stages if packed else ()):
-        later = number + 1 < len(tree.stages)  # stages that read the keys and values
+    stages = tree.nodes.stages if packed else ()
+    for number, stage in enumerate(stages):
+        later = number + 1 < len(stages)  # stages that read the keys and values
         for part in split(stage):
-            forward_stage(trunk, tree, part, states, later)
+            forward_stage(trunk, tree.nodes, part, states, later)
     return torch.cat(states.hidden)[states.place[tree.node]]
 
 
@@ -115,7 +116,7 @@ def forward_paths(trunk: nn.Module, tree: PrefixTree, nodes: Tensor, states: Tre
     hidden = last_hidden_states(
         trunk,
         last=0,
-        input_ids=tree.token[nodes.clamp(min=0)],
+        input_ids=tree.nodes.token[nodes.clamp(min=0)],
         attention_mask=(nodes >= 0).long(),
         position_ids=torch.arange(nodes.shape[1], device=nodes.device).expand(nodes.shape),
         use_cache=False,
@@ -133,7 +134,7 @@ def split(stage: Stage) -> Iterator[Stage]:
 
 
 def forward_stage(
-    trunk: nn.Module, tree: PrefixTree, stage: Stage, states: TreeStates, keep: bool
+    trunk: nn.Module, tree: Nodes, stage: Stage, states: TreeStates, keep: bool
 ) -> None:
     """Run the rows of a stage and append their states; `keep` appends keys and values too."""
     nodes = stage.nodes.clamp(min=0)
@@ -153,7 +154,7 @@ def forward_stage(
     states.append(stage.nodes, hidden, cache if keep else None)
 
 
-def attention_mask(trunk: nn.Module, tree: PrefixTree, stage: Stage) -> Tensor | dict[str, Tensor]:
+def attention_mask(trunk: nn.Module, tree: Nodes, stage: Stage) -> Tensor | dict[str, Tensor]:
     """Return the additive mask [R, 1, T, P + T], by type of layer if windows differ."""
     queries = stage.nodes[:, :, None]
     keys = torch.cat([stage.context, stage.nodes], dim=1)[:, None]

@@ -12,6 +12,7 @@ from etpo.environments import validation
 from etpo.environments.text_env import TextObservation, TextVectorEnv
 from etpo.environments.threads import DaemonThread
 from etpo.generation.grammar import check_grammar
+from etpo.generation.prompt_cache import PromptCache
 from etpo.generation.sampler import Sample, decode_actions, first_decisions, generate
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import PromptBatch, Turn
@@ -47,6 +48,7 @@ class EnvGroup:
         self.turns = [None if turns is None else turns[env] for env in envs]
         self.step = torch.zeros(len(envs), dtype=torch.long)
         self.results: list[GroupStep] = []
+        self.prompt_cache = PromptCache()
         self.prompts: PromptBatch
         self.sample: Sample
         self.texts: list[str]
@@ -60,7 +62,8 @@ class EnvGroup:
     ) -> list[str]:
         """Generate one action per environment and return the texts."""
         self.prompts = policy.encode(self.observations, self.turns)
-        self.sample = generate(policy, self.prompts, max_new_tokens, generator, grammar)
+        options = max_new_tokens, generator, grammar, self.prompt_cache
+        self.sample = generate(policy, self.prompts, *options)
         self.texts = decode_actions(policy, self.prompts, self.sample)
         prompts, (ids, mask) = self.prompts, (x.cpu() for x in self.sample[:2])
         self.turns = [

@@ -39,6 +39,8 @@ class RolloutDataModule(LightningDataModule):
         minibatch_size: actions per training step and rank.
         update_epochs: passes over the actions of an iteration.
         max_new_tokens: length limit of an action.
+        validation_steps: greedy actions per environment in a validation; 1 is enough if the first
+            action ends an episode or is what counts.
         num_envs: number of environments per rank; None takes it from `environment`.
         seed: seed of sampling, minibatches and environment.
         pipeline_groups: number of groups of environments; the actions of one group are scored while
@@ -56,6 +58,7 @@ class RolloutDataModule(LightningDataModule):
         minibatch_size: int = 64,
         update_epochs: int = 10,
         max_new_tokens: int = 64,
+        validation_steps: int = 1,
         num_envs: int | None = None,
         seed: int = 0,
         pipeline_groups: int = 1,
@@ -66,6 +69,7 @@ class RolloutDataModule(LightningDataModule):
         self.minibatch_size = minibatch_size
         self.update_epochs = update_epochs
         self.max_new_tokens = max_new_tokens
+        self.validation_steps = validation_steps
         self.num_envs = environment.num_envs if num_envs is None else num_envs
         self.seed = seed
         self.pipeline_groups = pipeline_groups
@@ -78,7 +82,7 @@ class RolloutDataModule(LightningDataModule):
     def check_sizes(self, world_size: int) -> None:
         """Raise ConfigError if the sizes do not fit together on `world_size` ranks."""
         sizes = ("num_envs", "minibatch_size", "update_epochs", "max_new_tokens")
-        for key in ("actions_per_iteration", *sizes):
+        for key in ("actions_per_iteration", *sizes, "validation_steps"):
             check_integer(f"rollout.{key}", getattr(self, key), 1)
         if self.num_envs != self.environment.num_envs:
             raise ConfigError(
@@ -187,7 +191,7 @@ class RolloutDataModule(LightningDataModule):
 
 
 class GreedyRollout(IterableDataset[Rollout]):
-    """Validation data: one greedy action in every environment."""
+    """Validation data: `validation_steps` greedy actions in every environment."""
 
     def __init__(self, datamodule: RolloutDataModule) -> None:
         self.datamodule = datamodule
@@ -201,6 +205,11 @@ class GreedyRollout(IterableDataset[Rollout]):
         keys = data.seed, trainer.current_epoch, trainer.global_rank, 3
         with full_parameters(data.algorithm), trainer.precision_plugin.forward_context():
             rollout = collect(
-                policy, data.environment, 1, data.max_new_tokens, None, seed=derived_seed(*keys)
+                policy,
+                data.environment,
+                data.validation_steps,
+                data.max_new_tokens,
+                None,
+                seed=derived_seed(*keys),
             )
         yield rollout

@@ -1,6 +1,18 @@
 """Metrics of a rollout; docs/metrics.md is the glossary."""
 
+from torch import Tensor
+
 from etpo.rollout.types import Rollout
+
+
+def first_episode_reward(rollout: Rollout) -> Tensor:
+    """Return the mean reward of the first episode in each environment, of what was played: []."""
+    rewards, ended = (
+        x.view(-1, rollout.num_envs)
+        for x in (rollout.actions.rewards, rollout.actions.terminated | rollout.actions.truncated)
+    )
+    before = ended.int().cumsum(0) - ended.int()
+    return (rewards * (before == 0)).sum(0).mean()
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
