@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 
+from etpo.algorithms import etpo
 from etpo.models.critics import TrunkCritic
+from etpo.models.token_columns import ALL_TOKENS
 
 from .rooms import SPACES, Rooms, allowed_of
 
@@ -130,6 +132,14 @@ def test_the_loss_is_over_the_allowed_tokens_of_the_steps(
     assert inside == {1, 2, 3} | ({module.policy.vocabulary_size} if None in spaces else set())
     expected, ratios, kl = written_out(module, batch, old, allowed)
     assert_equal(module, batch, expected, ratios, kl, assert_same_gradient)
+
+
+def test_a_loss_over_tokens_that_are_not_allowed_is_another(shared, monkeypatch):
+    module, batch, old = shared(Rooms(8))
+    expected, _, _ = written_out(module, batch, old, allowed_of(module.policy, batch))
+    monkeypatch.setattr(etpo, "loss_columns", lambda *args, **options: ALL_TOKENS)
+    loss, _ = module.policy_loss(batch)
+    assert (loss - expected).abs() > 1e-2
 
 
 def test_advantages_of_both_signs_are_summed_separately(shared):
