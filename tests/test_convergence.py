@@ -8,9 +8,6 @@ import torch
 
 from etpo import train
 from etpo.algorithms import etpo, losses
-from etpo.models.token_columns import ALL_TOKENS, pack
-from etpo.rollout import collector
-from etpo_tasks import token_mdp_env
 
 SMALL = (
     "environment=token_mdp",
@@ -119,35 +116,9 @@ def test_oracle_real_training_with_a_mistake_stays_away(run, monkeypatch, sabota
     assert kl > 0.06 or value_error > 0.3
 
 
-def letters_of(first):
-    """Return a change that lets all five choices of a state begin with the letter `first`."""
-
-    def change(monkeypatch):
-        right = token_mdp_env.TokenMDPEnv.__init__
-
-        def init(self, **settings):
-            right(self, **settings)
-            texts = [text for text in self.actions if text.startswith(first)]
-            for number, observation in enumerate(self.observations):
-                kept = texts[number:][: settings["num_choices"]]
-                observation["choices"] = tuple(kept)
-
-        monkeypatch.setattr(token_mdp_env.TokenMDPEnv, "__init__", init)
-
-    return change
-
-
 def test_oracle_training_with_choices_comes_near_the_restricted_optimum(run):
     """Measured: KL 0.002 and value error 0.02."""
     kl, value_error = distance(run("choices", *SHORT, *CHOICES))
-    assert kl < 0.01
-    assert value_error < 0.05
-
-
-def test_oracle_training_with_forced_first_letters_comes_near_the_optimum(run, monkeypatch):
-    letters_of("a")(monkeypatch)
-    kl, value_error = distance(run("forced", *SHORT, *CHOICES))
-    print("NUM forced", kl, value_error)
     assert kl < 0.01
     assert value_error < 0.05
 
@@ -160,38 +131,8 @@ def reference_of_all_tokens(monkeypatch):
     monkeypatch.setattr(etpo, "reference_log_probs", wrong)
 
 
-def targets_of_all_tokens(monkeypatch):
-    monkeypatch.setattr(etpo, "support_columns", lambda policy, states: ALL_TOKENS)
-
-
-def loss_of_all_tokens(monkeypatch):
-    monkeypatch.setattr(etpo, "loss_columns", lambda *args, **kwargs: ALL_TOKENS)
-
-
-def bootstrap_at_the_prompt(monkeypatch):
-    """Before the forced first letter, which has no trained value."""
-    letters_of("a")(monkeypatch)
-    right = collector.first_decisions
-
-    def wrong(policy, *options):
-        found = right(policy, *options)
-        steps = torch.zeros_like(found.step_mask)
-        steps[:, 0] = True
-        allowed = torch.zeros_like(found.allowed)
-        first = torch.nn.functional.one_hot(found.action_ids[:, 0], policy.vocabulary_size)
-        allowed[:, 0] = pack(first.bool(), None, policy.vocabulary_size)
-        return found._replace(step_mask=steps, allowed=allowed)
-
-    monkeypatch.setattr(collector, "first_decisions", wrong)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "sabotage",
-    [reference_of_all_tokens, targets_of_all_tokens, loss_of_all_tokens, bootstrap_at_the_prompt],
-)
-def test_oracle_training_with_choices_and_a_mistake_stays_away(run, monkeypatch, sabotage):
-    sabotage(monkeypatch)
+def test_oracle_training_with_choices_and_a_reference_of_all_tokens_stays_away(run, monkeypatch):
+    reference_of_all_tokens(monkeypatch)
     kl, value_error = distance(run("wrong", *SHORT, *CHOICES))
-    print("NUM", sabotage.__name__, kl, value_error)
     assert kl > 0.02 or value_error > 0.1
