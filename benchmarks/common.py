@@ -159,6 +159,7 @@ class Iterations:
             num_envs=size,
             seed=0,
         )
+        data.policy_checked = True  # the check needs an untrained policy
         clock = EpochClock()
         trainer = Trainer(
             max_epochs=count + 1,
