@@ -12,7 +12,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 export ETPO_TOKENIZERS ?= $(CURDIR)/.cache/tokenizers
 
-.PHONY: help install pretrained tokenizers train evaluate test test-all attacks bench lint format
+.PHONY: help agent install pretrained tokenizers train evaluate test test-all attacks bench lint format
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk 'BEGIN {FS = ":.*## "} {printf "  make %-10s %s\n", $$1, $$2}'
@@ -21,6 +21,10 @@ install: $(VENV)/.installed ## Create .venv with the pinned versions
 
 train: install ## Train; pass overrides as ARGS="seed=1 environment.dataset=balance_scale"
 	$(BIN)/etpo-train $(ARGS)
+
+agent: install pretrained ## Train SmolLM2 with ETPO, PPO and GRPO, three seeds each, and write the report
+	@for process in 1 2; do OMP_NUM_THREADS=1 $(BIN)/etpo-train -m sweep=agent $(ARGS) & done; wait
+	$(BIN)/etpo-report study=agent
 
 evaluate: install ## Score a checkpoint on held-out rows: ARGS="ckpt_path=..."
 	$(BIN)/etpo-evaluate $(ARGS)

@@ -196,6 +196,23 @@ def test_what_an_environment_sends_is_checked(kind, policy, monkeypatch):
             played(policy, kind(2), 2)
 
 
+@pytest.mark.parametrize("generator", [None, torch.Generator().manual_seed(0)])
+def test_actions_are_of_the_environments_action_space(policy, generator):
+    """The grammar's where an observation has no choices."""
+
+    class Restricted(Countdown):
+        grammar = {"regex": "[xyz]"}
+
+        def seen(self, env):
+            choices = {"choices": ("u", "vw")} if self.left[env] % 2 else {}
+            return super().seen(env) | choices
+
+    for episode in played(policy, Restricted(3), 5, generator):
+        for record in episode:
+            even = int(record.prompt[-6]) % 2 == 0
+            assert record.action in (("x", "y", "z") if even else ("u", "vw"))
+
+
 def test_a_reward_that_is_no_number_is_refused(policy):
     class NoNumber(Countdown):
         def step_part(self, actions, envs):

@@ -22,7 +22,7 @@ from etpo.models import saving
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 
-from .by_token import hidden_states
+from .by_token import distribution
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
@@ -179,8 +179,8 @@ def test_the_folder_is_the_policy(trained, merge, tied, checkpoint, tmp_path, mo
     ids = torch.randint(3, 250, (2, 9), generator=torch.Generator().manual_seed(1))
     prompt, action = ids.split([4, 5], dim=1)
     with torch.no_grad():
-        hidden = hidden_states(policy, prompt, torch.ones_like(prompt).bool(), action)
-        expected = policy.log_probs(hidden, action[..., None]).log_support_mass
+        inputs = prompt, torch.ones_like(prompt).bool(), action
+        expected = distribution(policy, *inputs).log_support_mass
         policy_logits = policy.model(input_ids=ids).logits
     text = [{"role": "user", "content": "Go. <|im_end|>"}]
     said = policy.tokenizer.apply_chat_template(text, tokenize=False)

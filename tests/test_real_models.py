@@ -190,7 +190,7 @@ def test_what_is_sampled_is_what_is_trained(
     inputs = prompts.ids, prompts.mask, taken.ids
 
     def log_probs(hidden, **side):
-        found = policy.log_probs(hidden, taken.ids[..., None], **side).log_probs
+        found = policy.log_probs(hidden, taken=taken.ids[..., None], **side).log_probs
         return gather_tokens(found, taken.ids)
 
     recomputed = log_probs(hidden_states(policy, *inputs))

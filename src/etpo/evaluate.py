@@ -49,8 +49,10 @@ def play(
     Each copy of the environment plays one episode after a `reset`, so that short episodes are not
     counted more often. Raises ConfigError for invalid values from an environment.
     """
+    from etpo.generation.grammar import check_grammar
     from etpo.rollout.collector import EnvGroup
 
+    grammar = check_grammar(environment.grammar)
     episodes: Episodes = []
     together = type(environment.unwrapped).step_part is TextVectorEnv.step_part
     while len(episodes) < count:
@@ -61,7 +63,7 @@ def play(
         playing = np.arange(environment.num_envs) < size
         while playing.any():
             group = EnvGroup(np.flatnonzero(playing | together), observations, turns)
-            texts = group.act(policy, max_new_tokens, generator)
+            texts = group.act(policy, max_new_tokens, generator, grammar)
             step = environment.step(texts) if together else environment.step_part(texts, group.envs)
             answer = validation.step_result(environment, step, len(texts))
             for row, record in enumerate(group.to_records(policy, answer)):

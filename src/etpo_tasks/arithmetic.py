@@ -1,4 +1,4 @@
-"""Sums, differences and products of digits, one question per episode."""
+"""Sums, differences and products of small numbers, one question per episode."""
 
 import operator
 from collections.abc import Sequence
@@ -11,13 +11,12 @@ from etpo.errors import ConfigError, check_integer
 from etpo_tasks.worlds import KEY, Example, Split, World, shown, split_of
 
 OPERATIONS = {"sums": "+", "differences": "-", "products": "*"}
-ANSWERS = tuple(str(number) for number in range(82))  # up to 9*9
 
 
-def questions_of(operation: str, smallest: int) -> dict[str, int]:
+def questions_of(operation: str, smallest: int, largest: int) -> dict[str, int]:
     """Return all questions of an operation with their answers; no difference is negative."""
-    digits, sign = range(smallest, 10), OPERATIONS[operation]
-    pairs = [(a, b) for a in digits for b in digits if operation != "differences" or a >= b]
+    numbers, sign = range(smallest, largest + 1), OPERATIONS[operation]
+    pairs = [(a, b) for a in numbers for b in numbers if operation != "differences" or a >= b]
     results = {"+": operator.add, "-": operator.sub, "*": operator.mul}
     return {f"{a}{sign}{b} = ": results[sign](a, b) for a, b in pairs}
 
@@ -29,8 +28,8 @@ class ArithmeticEnv(World):
 
     Args:
         operations: some of sums, differences (none is negative) and products.
-        smallest: smallest digit; 0 and 1 make easy questions.
-        choices: include the numbers from 0 to 81 as admissible actions.
+        smallest, largest: range of the numbers; 0 and 1 make easy questions.
+        choices: include all numbers up to the largest answer as admissible actions.
         kwargs: arguments of `World`.
     """
 
@@ -39,6 +38,7 @@ class ArithmeticEnv(World):
         *,
         operations: Sequence[str] = tuple(OPERATIONS),
         smallest: int = 2,
+        largest: int = 12,
         choices: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -47,8 +47,9 @@ class ArithmeticEnv(World):
         if not known or not operations:
             allowed = f"a list of some of {', '.join(OPERATIONS)}"
             raise ConfigError(f"{KEY}.operations={operations}: allowed is {allowed}")
-        check_integer(f"{KEY}.smallest", smallest, 0, 5)
-        self.tables = [questions_of(operation, smallest) for operation in operations]
+        check_integer(f"{KEY}.largest", largest, 5, 100)
+        check_integer(f"{KEY}.smallest", smallest, 0, largest - 5)
+        self.tables = [questions_of(operation, smallest, largest) for operation in operations]
         self.answers = {q: answer for table in self.tables for q, answer in table.items()}
         self.parts: dict[Split, list[str]] = {
             split: [q for q in self.answers if split_of(q, self.split_seed) is split]
@@ -69,7 +70,7 @@ class ArithmeticEnv(World):
         return texts_of(self.question)
 
     def admissible(self) -> Sequence[str]:
-        return ANSWERS
+        return [str(number) for number in range(max(self.answers.values()) + 1)]
 
     def act(self, action: str, error: str | None) -> tuple[float, bool]:
         return float(action == str(self.answers[self.question])), True

@@ -70,7 +70,7 @@ def tables(environment: TokenMDPEnv, module: LightningModule) -> tuple[Tensor, T
     by_prefix[at.flatten()] = admissible.flatten(0, 1)
     mask = by_prefix.to(module.device)
     allowed = pack(mask, None, policy.vocabulary_size)
-    columns, hidden = TokenColumns(None, mask), prefix_states(policy, tree, allowed, len(mask))
+    columns, hidden = TokenColumns(None, mask), prefix_states(policy, tree, len(mask), allowed)
     log_pi, _ = policy.log_probs(hidden.old, columns, taken=tree.taken)
     log_ref, _ = policy.log_probs(hidden.ref, columns, reference=True)
     value = module.loss_values(tree, hidden, columns, log_pi, log_ref).value.double().cpu()

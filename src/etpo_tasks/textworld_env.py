@@ -3,7 +3,6 @@
 They need the package `textworld`: `pip install -e ".[textworld]"`.
 """
 
-import os
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 import gymnasium
 
+from etpo import pretrained
 from etpo.errors import ConfigError, check_integer
 from etpo_tasks.worlds import KEY, Example, Split, World, check_level, shown
 
@@ -58,7 +58,7 @@ class TextWorldEnv(World):
     Args:
         level: 1 to 4, from one room and a quest of two steps to six rooms and five steps.
         games: number of different games in training; evaluation has as many others.
-        cache_dir: folder of made games; None: `textworld` in the cache of this package.
+        cache_dir: folder of made games; None: `pretrained.cache_dir()`.
         kwargs: arguments of `World`.
 
     Raises:
@@ -77,9 +77,8 @@ class TextWorldEnv(World):
             extra = 'pip install -e ".[textworld]"'
             raise ImportError(f"TextWorld is missing: {extra}") from error
         self.level, self.games = LEVELS[level], games
-        self.folder = (
-            Path(cache_dir or cache_folder()) / f"textworld-{textworld.version.__version__}"
-        )
+        version = textworld.version.__version__
+        self.folder = Path(cache_dir or pretrained.cache_dir()) / f"textworld-{version}"
         self.player: Any = None
 
     def start(self, split: Split) -> None:
@@ -140,12 +139,6 @@ class TextWorldEnv(World):
             self.player.seed(1)  # else the interpreter's generator depends on the time
             self.state = self.player.reset()
         self.past: list[str] = []
-
-
-def cache_folder() -> Path:
-    """Return ETPO_CACHE, else the folder etpo in XDG_CACHE_HOME or ~/.cache."""
-    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("ETPO_CACHE") or Path(shared) / "etpo").expanduser()
 
 
 def game_file(folder: Path, level: Level, seed: int) -> Path:

@@ -16,18 +16,18 @@ from lightning import Callback
 from etpo.algorithms import archer, ppo
 from etpo.algorithms.evaluation import TokenEvaluation
 from etpo.algorithms.policy_gradient import standardized
-from etpo.rollout.types import Actions, PrefixStates, Record, Rollout, TokenBatch
+from etpo.rollout.types import Record, Rollout, TokenBatch
 
 from .. import by_token
-from ..by_token import gather_tokens
+from ..by_token import actions_of, decisions_of, gather_tokens, states_of
 
 MASK = torch.tensor([[1, 1], [1, 0], [1, 0], [1, 1]]).bool()
 PROMPTS = torch.tensor([[5, 6], [5, 6], [5, 7], [5, 6]])
-ACTIONS = Actions(
-    prompt_ids=PROMPTS,
-    prompt_mask=torch.ones_like(PROMPTS).bool(),
-    action_ids=torch.full((4, 2), 9),
-    action_mask=MASK,
+ACTIONS = actions_of(
+    PROMPTS,
+    torch.ones_like(PROMPTS).bool(),
+    torch.full((4, 2), 9),
+    MASK,
     hidden_states=torch.zeros(4, 2, 32),
     rewards=torch.tensor([-1.0, 0.8, 0.5, -1.0]),
     terminated=torch.tensor([False, True, True, False]),
@@ -35,19 +35,19 @@ ACTIONS = Actions(
     step=torch.tensor([0, 0, 1, 0]),
 )
 TREE = ACTIONS.tree()
-# values on padding must not matter
-LOG_PI = torch.tensor([[-1.0, -1.0], [-1.0, 7.0], [-1.0, 7.0], [-1.0, -1.0]])
+# log-probabilities are 0 on padding; values there must not matter
+LOG_PI = torch.tensor([[-1.0, -1.0], [-1.0, 0.0], [-1.0, 0.0], [-1.0, -1.0]])
 EVALUATION = TokenEvaluation(
     tree=TREE,
-    states=PrefixStates(*torch.zeros(2, len(TREE.node), 32)),
+    states=states_of(torch.zeros(len(TREE.node), 32)),
     log_pi=LOG_PI,
-    log_ref=LOG_PI - torch.tensor([[0.1, 0.2], [0.3, 9.0], [-0.1, 9.0], [0.2, 0.4]]),
+    log_ref=LOG_PI - torch.tensor([[0.1, 0.2], [0.3, 0.0], [-0.1, 0.0], [0.2, 0.4]]),
     kl=torch.zeros(4, 2),
     entropy=torch.zeros(4, 2),
     value=torch.tensor([[0.1, 0.2], [0.4, 9.0], [0.6, 9.0], [0.5, 0.7]]),
 )
 RECORDS = [Record(0, 1, "", "", 0.0, None, False)]
-ROLLOUT = Rollout(ACTIONS, torch.zeros(1, 1), torch.ones(1, 1), RECORDS, 2, 0, 1.0, 1.0)
+ROLLOUT = Rollout(ACTIONS, None, RECORDS, 2, 0, 1.0, 1.0)
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ class LastToken(torch.nn.Module):
     def hidden_states(self, tree, ref_hidden):
         return tree.token[tree.node, None].float()
 
-    def head(self, hidden):
+    def head(self, hidden, ids=None):
         return hidden[..., 0] / 10, (torch.arange(200) ** 2 / 100).expand(*hidden.shape[:-1], -1)
 
 
@@ -131,8 +131,7 @@ def test_archer_credits_q_less_v(build_baseline, monkeypatch):
     batch = module.compute_targets(
         ROLLOUT._replace(
             actions=actions._replace(hidden_states=hidden),
-            bootstrap_ids=torch.tensor([[8]]),
-            bootstrap_mask=torch.tensor([[True]]),
+            bootstrap=decisions_of(torch.tensor([[8]]), torch.tensor([[True]])),
         )
     )
     v = torch.tensor([0.6, 0.6, 0.7, 0.6])
@@ -176,8 +175,9 @@ def test_truncated_actions_are_bootstrapped_at_their_next_prompts(build_baseline
     values = module.bootstrap_values(
         ROLLOUT._replace(
             actions=ACTIONS._replace(terminated=~cut, truncated=cut),
-            bootstrap_ids=torch.tensor([[5, 6, 7], [0, 0, 8]]),
-            bootstrap_mask=torch.tensor([[1, 1, 1], [0, 0, 1]]).bool(),
+            bootstrap=decisions_of(
+                torch.tensor([[5, 6, 7], [0, 0, 8]]), torch.tensor([[1, 1, 1], [0, 0, 1]]).bool()
+            ),
         ),
     )
 
@@ -246,8 +246,8 @@ def test_credited_tokens_become_likelier(algorithm, min_p, build_baseline, odd_l
     assert 0 < rollout.actions.rewards.mean() < 1
     with torch.no_grad():
         taken = log_probs_taken(module, batch)
-    gain = (taken - batch.old_log_probs)[batch.action_mask]
-    credited = batch.advantages[batch.action_mask]
+    gain = (taken - batch.old_log_probs)[batch.step_mask]
+    credited = batch.advantages[batch.step_mask]
     assert gain[credited > 0].mean() > gain[credited < 0].mean() + 0.01
 
 
@@ -260,7 +260,7 @@ def test_paid_actions_become_likelier(algorithm, build_baseline, odd_letters, tr
     rewards = rollout.actions.rewards
     with torch.no_grad():
         taken = log_probs_taken(module, batch)
-    gain = ((taken - batch.old_log_probs) * batch.action_mask).sum(1)
+    gain = ((taken - batch.old_log_probs) * batch.step_mask).sum(1)
     assert gain[rewards == 1].mean() > gain[rewards == 0].mean() + 0.5
 
 
@@ -302,10 +302,10 @@ def test_the_step_is_the_policy_gradient(
     fresh.trainer = module.trainer
     batch = fresh.compute_targets(data.rollout)
     lengths = torch.arange(len(batch.weights)) % 5 + 1
-    mask = batch.action_mask & (torch.arange(batch.action_mask.shape[1]) < lengths[:, None])
+    mask = batch.step_mask & (torch.arange(batch.step_mask.shape[1]) < lengths[:, None])
     old_log_probs = log_probs_taken(fresh, batch).detach() * mask
     advantages = torch.randn(mask.shape)
-    batch = batch._replace(action_mask=mask, old_log_probs=old_log_probs, advantages=advantages)
+    batch = batch._replace(step_mask=mask, old_log_probs=old_log_probs, advantages=advantages)
     batch = batch.select(torch.arange(len(mask)))  # with the tree of the shorter actions
     if algorithm == "ppo_kl":  # one advantage per action
         batch = batch._replace(advantages=batch.advantages[:, :1].expand_as(mask))
@@ -330,12 +330,12 @@ def test_the_step_of_grpo_away_from_the_reference(build_baseline, assert_same_gr
     log_ref = log_probs_taken(module, actions, reference=True)
     advantages = torch.randn(MASK.shape, generator=random)
     tree = actions.tree()
-    none = torch.zeros(len(tree.node), 0)
     loss, _ = module.policy_loss(
         TokenBatch(
-            *actions[:4],
+            *actions[:3],
+            actions.step_mask,
             tree=tree,
-            states=PrefixStates(none, none),
+            states=states_of(torch.zeros(len(tree.node), 0)),
             old_log_probs=log_pi.detach(),
             ref_log_probs=log_ref,
             advantages=advantages,

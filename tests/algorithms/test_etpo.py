@@ -10,7 +10,7 @@ from etpo.errors import ConfigError
 from etpo.models.critics import HeadCritic, TrunkCritic
 
 from .. import by_token
-from ..by_token import gather_tokens, tree_of
+from ..by_token import any_token, gather_tokens, whole_columns
 
 
 class Rewards(Callback):
@@ -51,7 +51,8 @@ def test_it_learns(build_etpo, letter_env, fit):
 def old_distributions(module, batch):
     """log pi_old, log pi_ref and Q [B, L, V] of a training batch."""
     with torch.no_grad():
-        found = module.old_distributions(batch.tree.taken, *batch.states)
+        columns = whole_columns(module.policy, batch.states)
+        found = module.old_distributions(batch.states, columns)
     return tuple(batch.tree.of_tokens(each) for each in found)
 
 
@@ -62,7 +63,7 @@ def change(module, **settings):
 def test_tokens_below_min_p_have_no_gradient_and_no_nan(build_etpo, letter_env, fit):
     module = build_etpo(TrunkCritic, min_p=0.3)
     batch, _ = fit(module, letter_env(8), 3).collect_targets()
-    valid = batch.action_mask
+    valid = batch.step_mask
     log_old, _, q = old_distributions(module, batch)
     support = log_old.isfinite()
     assert not support[valid].all()
@@ -81,7 +82,7 @@ def test_the_truncation_penalty_keeps_what_min_p_cut_off_unlikely(build_etpo, le
     module = build_etpo(min_p=0.3, truncation_kl_coef=0.0)
     data = fit(module, letter_env(8), 1)
     batch = module.compute_targets(data.rollout)
-    support, mask = old_distributions(module, batch)[0].isfinite(), batch.action_mask
+    support, mask = old_distributions(module, batch)[0].isfinite(), batch.step_mask
     parameters = module.policy.trainable_parameters()
 
     def gradient(loss):
@@ -91,8 +92,7 @@ def test_the_truncation_penalty_keeps_what_min_p_cut_off_unlikely(build_etpo, le
     without = gradient(module.policy_loss(batch)[0])
     change(module, truncation_kl_coef=0.7)
     added = gradient(module.policy_loss(batch)[0]) - without
-    hidden = by_token.hidden_states(module.policy, *batch[:3])
-    log_mass = module.policy.log_probs(hidden, support=support).log_support_mass
+    log_mass = by_token.distribution(module.policy, *batch[:3], support=support).log_support_mass
     expected = gradient(-0.7 * ((log_mass * mask).sum(1) * batch.weights).mean())
     assert expected.norm() > 1e-3
     torch.testing.assert_close(added, expected, rtol=1e-3, atol=1e-5)
@@ -100,11 +100,10 @@ def test_the_truncation_penalty_keeps_what_min_p_cut_off_unlikely(build_etpo, le
 
 def loop_returns(module, rollout, values, q_taken):
     """G [B, L] of V and of Q of the taken tokens, token by token from the ends backwards."""
+    tree = rollout.bootstrap.tree()
+    bootstrap = iter(module.evaluate(tree, any_token(len(tree.node))).value[:, 0].tolist())
     actions, num_envs = rollout.actions, rollout.num_envs
     gamma, lambda_ = module.settings.gamma, module.lambda_
-    prompts = rollout.bootstrap_ids, rollout.bootstrap_mask
-    tree = tree_of(*prompts, prompts[0][:, :1])
-    bootstrap = iter(module.evaluate(tree).value[:, 0].tolist())
     at_end = [next(bootstrap) if cut else 0.0 for cut in actions.truncated.tolist()]
     expected = torch.zeros_like(values)
     for env in range(num_envs):
@@ -214,7 +213,7 @@ def test_scaling_keeps_the_direction_of_the_whole_objective(build_etpo, letter_e
 
     plain, batch = gradient(False)
     scaled, _ = gradient(True)
-    rms = batch.advantages[batch.action_mask].square().mean().sqrt()
+    rms = batch.advantages[batch.step_mask].square().mean().sqrt()
     assert 0.01 < rms < 0.9
     torch.testing.assert_close(scaled, plain / rms, rtol=1e-3, atol=1e-5)
 
@@ -345,9 +344,11 @@ def test_recorded_hidden_states_equal_a_forward_of_the_policy(build_etpo, letter
     tree, runs = actions.tree(), []
     module.policy.model.model.register_forward_hook(lambda *_: runs.append(1))
     with torch.no_grad():
-        given = module.evaluate(tree, actions.hidden_states.flatten(0, 1)[tree.first])
+        fields = actions.allowed, actions.support, actions.hidden_states
+        recorded = [x.flatten(0, 1)[tree.first] for x in fields]
+        given = module.evaluate(tree, *recorded)
         assert not runs
-        computed = module.evaluate(tree)
+        computed = module.evaluate(tree, recorded[0])
         assert runs
     torch.testing.assert_close(given.states.old, computed.states.old, rtol=1e-3, atol=1e-4)
     for name in ("log_pi", "q_taken", "value", "kl"):

@@ -36,7 +36,7 @@ def log_ratios(module, batch):
     """log(pi/pi_old) of the taken tokens [B, L], with the support of pi_old."""
     policy, ids = module.policy, batch.action_ids
     old_hidden, taken = batch.tree.of_tokens(batch.states.old), ids[..., None]
-    log_old = policy.log_probs(old_hidden, taken, lm_head=module.old_lm_head).log_probs
+    log_old = policy.log_probs(old_hidden, taken=taken, lm_head=module.old_lm_head).log_probs
     log_pi = by_token.log_probs(policy, *batch[:3], support=log_old.isfinite())
     return gather_tokens(log_pi, ids) - gather_tokens(log_old, ids)
 
@@ -66,7 +66,7 @@ def test_logged_metrics_are_means_over_the_iteration(
 
     def record(batch):
         """Clipped steps and steps of a minibatch, by the policy's ratios."""
-        mask = batch.action_mask
+        mask = batch.step_mask
         difference = log_ratios(module, batch) * mask
         if algorithm == "ppo_kl":
             difference, mask = difference.sum(1, keepdim=True), mask[:, :1]
@@ -79,7 +79,7 @@ def test_logged_metrics_are_means_over_the_iteration(
 
     @torch.no_grad()
     def computed(rollout, batch):
-        log_pi = by_token.log_probs(module.policy, *batch[:3])[batch.action_mask]
+        log_pi = by_token.log_probs(module.policy, *batch[:3])[batch.step_mask]
         entropies.append(float(-(log_pi.exp() * log_pi.nan_to_num(neginf=0.0)).sum(-1).mean()))
 
     def watch(trainer, pl_module):

@@ -9,7 +9,7 @@ from etpo.models.critics import HeadCritic, LanguageModelCritic, LoraCritic, Tru
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
 
-from ..by_token import tree_of
+from ..by_token import any_token, tree_of
 from ..models.architectures import ARCHITECTURES, save_architecture
 
 LORA = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"}
@@ -160,7 +160,8 @@ def test_scaled_and_capped_logits_equal_a_forward_of_the_model(
         parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
     ids = torch.randint(3, 200, (3, 10), generator=generator)
     prompts, actions = ids[:, :4], ids[:, 4:]
-    evaluation = module.evaluate(tree_of(prompts, torch.ones_like(prompts).bool(), actions))
+    tree = tree_of(prompts, torch.ones_like(prompts).bool(), actions)
+    evaluation = module.evaluate(tree, any_token(len(tree.node)))
 
     def plain(model):
         return model(ids).logits[:, 3:-1, : module.policy.vocabulary_size]

@@ -33,6 +33,40 @@ def test_discount_one_inside_the_action_has_the_action_level_optimum(gamma, beta
         )
 
 
+def restrict(mdp, log_ref, admissible):
+    """Return log pi_ref [S, P, V] with the softmax of each prefix over the admissible tokens."""
+    inside = torch.zeros_like(log_ref, dtype=torch.bool)
+    for action, path in enumerate(mdp.tree.paths):
+        for prefix, token in path:
+            inside[:, prefix, token] |= admissible[:, action]
+    inside |= ~inside.any(-1, keepdim=True)  # prefixes that are never reached
+    return log_ref.where(inside, -1e4).log_softmax(-1)
+
+
+@pytest.mark.parametrize("beta", [0.03, 0.3, 3.0])
+def test_admissible_actions_have_the_action_level_optimum(beta):
+    """Among them alone, with the reference's probability of each as product over its tokens."""
+    for seed, (vocabulary_size, length, eos) in enumerate(SHAPES):
+        mdp = TokenMDP.random(seed, vocabulary_size, length, eos=eos)
+        generator = torch.Generator().manual_seed(seed)
+        shape = mdp.rewards.shape
+        admissible = torch.rand(shape, generator=generator) < 0.4
+        admissible[:, seed % shape[1]] = True
+        log_ref = restrict(mdp, mdp.random_policy(seed + 100), admissible)
+        by_actions, action_value = mdp.solve_actions(log_ref, beta)
+        by_tokens, token_value = mdp.solve_tokens(log_ref, beta)
+        torch.testing.assert_close(token_value, action_value, rtol=0, atol=1e-10)
+        found = mdp.action_log_probs(by_tokens).exp()
+        torch.testing.assert_close(found, by_actions.exp(), rtol=0, atol=1e-10)
+        assert not found[~admissible].any()
+        # pi* of the admissible actions alone
+        prior = mdp.action_log_probs(log_ref)
+        energy = prior + (mdp.rewards + mdp._continuation @ action_value) / beta
+        expected = energy.where(admissible, -torch.inf).softmax(-1)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+        torch.testing.assert_close(prior.exp().sum(-1), torch.ones(shape[0]).double())
+
+
 @pytest.mark.parametrize(("gamma", "bound"), [(0.5, 0.2), (0.9, 0.1), (0.99, 0.01)])
 def test_discounting_every_token_changes_the_optimum_of_longer_actions(gamma, bound):
     def distance(seed, length):

@@ -7,46 +7,50 @@ import torch
 
 from etpo.models.critics import TrunkCritic
 
+from .rooms import SPACES, Rooms, allowed_of
+
 BETA, ETA, CLIP, PENALTY, MIN_P, RARE = 0.3, 0.2, 0.1, 0.7, 0.3, 0.4
 
 
-def row_losses(models, critic, min_p, vocabulary_size, prompt, action, advantages):
-    """Return losses, ratios and KL(pi_old || pi) of an action's tokens, written out.
+def row_losses(models, critic, penalty, allowed, prompt, action, advantages):
+    """Return losses, ratios and KL(pi_old || pi) of an action's tokens [l], written out.
 
     models: the policy, the one that sampled and the reference; forwards of transformers alone.
+    allowed: bool [l, V].
     """
     ids, first = torch.cat([prompt, action[:-1]])[None], len(prompt) - 1
-    logits = [model(ids).logits[0, first:, :vocabulary_size] for model in models]
-    p_new, p_old, p_ref = (each.softmax(-1) for each in logits)
-    support = (p_old >= min_p * p_old.amax(-1, keepdim=True)).detach()
+    logits = [model(ids).logits[0, first:, : allowed.shape[1]] for model in models]
+    p_new, p_old, p_ref = (each.where(allowed, -torch.inf).softmax(-1) for each in logits)
+    support = (allowed & (p_old >= MIN_P * p_old.amax(-1, keepdim=True))).detach()
     mass = (p_new * support).sum(-1)
     old = torch.where(support, p_old, 0.0)
     pi, old = torch.where(support, p_new, 0.0) / mass[:, None], old / old.sum(-1, keepdim=True)
-    log_pi, log_old = (torch.where(support, p, 1.0).log() for p in (pi, old))
+    log_pi, log_old, log_ref = (torch.where(support, p, 1.0).log() for p in (pi, old, p_ref))
     value, scores = critic.head(critic.trunk(ids).last_hidden_state[0, first:])
     q = value[:, None] + scores - (old * scores).sum(-1, keepdim=True)
     q = torch.where(old < RARE, torch.minimum(q, value[:, None]), q).detach()
-    cost = BETA * (log_pi - p_ref.log()) + ETA * (log_pi - log_old) - q
+    cost = BETA * (log_pi - log_ref) + ETA * (log_pi - log_old) - q
     taken = torch.arange(len(action)), action
     ratio = pi[taken] / old[taken].detach()
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
-    losses = (pi * cost).sum(-1) - PENALTY * mass.log() - surrogate
+    losses = (pi * cost).sum(-1) - penalty * mass.log() - surrogate
     return losses, ratio.detach(), (old * (log_old - log_pi)).sum(-1).detach()
 
 
 @pytest.fixture
 def shared(build_etpo, letter_env, fit):
-    """shared(**settings): a module that left pi_old, a batch of shared prefixes, and pi_old."""
+    """shared(...): a module that left pi_old, a batch of shared prefixes, and pi_old."""
 
-    def make(**settings):
+    def make(env=None, **settings):
         torch.manual_seed(0)
         module = build_etpo(
             TrunkCritic,
-            **{"beta": BETA, "eta": ETA, "clip": CLIP, "truncation_kl_coef": PENALTY},
-            **{"pessimism_threshold": RARE, "max_kl": None, "min_p": MIN_P},
-            **settings,
+            **{"beta": BETA, "eta": ETA, "clip": CLIP, "truncation_kl_coef": PENALTY}
+            | {"pessimism_threshold": RARE, "max_kl": None, "min_p": MIN_P}
+            | settings,
         )
-        data = fit(module, letter_env(12, length=1), 2, minibatch_size=32)
+        sizes = {"minibatch_size": 32, "max_new_tokens": 5 if env is None else 9}
+        data = fit(module, env or letter_env(12, length=1), 2, **sizes)
         batch, _ = data.collect_targets()
         generator = torch.Generator().manual_seed(0)
         batch = batch._replace(
@@ -63,26 +67,47 @@ def shared(build_etpo, letter_env, fit):
     return make
 
 
+def written_out(module, batch, old, allowed):
+    """Return loss, ratios [B, L] and mean KL(pi_old || pi) of a batch, by `row_losses`."""
+    models = module.policy.model, old, module.policy.reference_model
+    penalty = module.settings.truncation_kl_coef
+    total, ratios, kl = 0.0, torch.ones_like(batch.advantages), 0.0
+    for row, mask in enumerate(batch.step_mask):
+        prompt = batch.prompt_ids[row][batch.prompt_mask[row]]
+        steps = mask[: mask.nonzero().max() + 1]
+        each = (x[row, : len(steps)] for x in (allowed, batch.action_ids, batch.advantages))
+        allowed_here, action, advantages = each
+        losses, ratio, divergence = row_losses(
+            models, module.target_critic, penalty, allowed_here, prompt, action, advantages
+        )
+        ratios[row, mask] = ratio[steps]
+        total = total + batch.weights[row] * losses[steps].sum()
+        kl += float(divergence[steps].sum())
+    return module.scale * total / len(batch.weights), ratios, kl / len(batch.weights)
+
+
+def assert_equal(module, batch, expected, ratios, kl, assert_same_gradient):
+    """Loss, gradient and metrics of the policy loss are those of `written_out`."""
+    loss, metrics = module.policy_loss(batch)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    assert_same_gradient(loss, expected, module.policy.trainable_parameters(), 1e-3, 1e-5)
+    clipped = ((ratios - 1).abs() > CLIP)[batch.step_mask].float().mean()
+    assert metrics["train/clip_fraction"][0] == pytest.approx(float(clipped), abs=1e-6)
+    assert metrics["train/clip_fraction"][1] == int(batch.step_mask.sum())
+    assert metrics["train/kl_to_old"][0] == pytest.approx(kl, rel=1e-3)
+
+
 @pytest.mark.parametrize("chunk", [4096, 7])
 def test_sums_over_shared_prefixes_equal_the_loss_of_single_tokens(
     chunk, shared, assert_same_gradient
 ):
     module, batch, old = shared(logits_chunk_size=chunk)
-    models = module.policy.model, old, module.policy.reference_model
     size = module.policy.vocabulary_size
-    total, ratios, kl = 0.0, torch.ones_like(batch.advantages), 0.0
-    for row, mask in enumerate(batch.action_mask):
-        prompt = batch.prompt_ids[row][batch.prompt_mask[row]]
-        action, advantages = batch.action_ids[row][mask], batch.advantages[row][mask]
-        losses, ratios[row, mask], divergence = row_losses(
-            models, module.target_critic, MIN_P, size, prompt, action, advantages
-        )
-        total = total + batch.weights[row] * losses.sum()
-        kl += float(divergence.sum())
-    expected = module.scale * total / len(batch.weights)
+    allowed = torch.ones(*batch.action_ids.shape, size, dtype=torch.bool)
+    expected, ratios, kl = written_out(module, batch, old, allowed)
 
     # one taken token of one prefix has advantages of both signs, and all ways to be clipped occur
-    valid, tree = batch.action_mask, batch.tree
+    valid, tree = batch.step_mask, batch.tree
     assert len(tree.node) < valid.sum() / 2
     assert tree.taken.shape[1] > 2
     signs = [tree.sum_to_taken((side * batch.advantages > 0).float()) > 0 for side in (1, -1)]
@@ -90,21 +115,29 @@ def test_sums_over_shared_prefixes_equal_the_loss_of_single_tokens(
     for outside in (ratios > 1 + CLIP, ratios < 1 - CLIP):
         for side in (1, -1):
             assert (outside & both & (side * batch.advantages > 0))[valid].sum() > 5
+    assert_equal(module, batch, expected, ratios, kl, assert_same_gradient)
 
-    loss, metrics = module.policy_loss(batch)
-    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
-    assert_same_gradient(loss, expected, module.policy.trainable_parameters(), 1e-3, 1e-5)
-    clipped = ((ratios - 1).abs() > CLIP)[valid].float().mean()
-    assert metrics["train/clip_fraction"][0] == pytest.approx(float(clipped), abs=1e-6)
-    assert metrics["train/clip_fraction"][1] == int(valid.sum())
-    assert metrics["train/kl_to_old"][0] == pytest.approx(kl / len(batch.weights), rel=1e-3)
+
+@pytest.mark.parametrize("chunk", [4096, 7])
+@pytest.mark.parametrize(("spaces", "penalty"), [(SPACES, PENALTY), (SPACES[1:], 0.0)])
+def test_the_loss_is_over_the_allowed_tokens_of_the_steps(
+    spaces, penalty, chunk, shared, assert_same_gradient
+):
+    """All or some observations have choices; the penalty's mass is of the allowed tokens."""
+    env, settings = Rooms(8, spaces), {"truncation_kl_coef": penalty, "logits_chunk_size": chunk}
+    module, batch, old = shared(env, **settings)
+    allowed = allowed_of(module.policy, batch, spaces)
+    inside = set(allowed[batch.step_mask].sum(1).tolist())
+    assert inside == {1, 2, 3} | ({module.policy.vocabulary_size} if None in spaces else set())
+    expected, ratios, kl = written_out(module, batch, old, allowed)
+    assert_equal(module, batch, expected, ratios, kl, assert_same_gradient)
 
 
 def test_advantages_of_both_signs_are_summed_separately(shared):
     """One sum of all would clip neither or both, so that the loss differs."""
     module, batch, _ = shared()
     loss, _ = module.policy_loss(batch)
-    tree, weights = batch.tree, batch.weights[:, None] * batch.action_mask
+    tree, weights = batch.tree, batch.weights[:, None] * batch.step_mask
     mean = tree.sum_to_taken(weights * batch.advantages) / tree.sum_to_taken(weights)
     joined, _ = module.policy_loss(batch._replace(advantages=tree.of_taken(mean.nan_to_num())))
     assert (loss - joined).abs() > 1e-2

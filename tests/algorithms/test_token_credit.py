@@ -14,6 +14,8 @@ from etpo.errors import ConfigError
 from etpo.models.critics import TrunkCritic
 
 from .. import by_token
+from ..by_token import unpadded, whole_columns
+from .rooms import SPACES, Rooms, allowed_of
 
 ACTIONS = 10  # of 2 environments with 8 each: all of the first and two of the second
 
@@ -34,15 +36,9 @@ class Kept(Callback):
             alone.append(distributions(module, *unpadded(rollout.actions, row)))
         batch, q = module.compute_targets(rollout), None
         if isinstance(module, ETPO):
-            q = module.old_distributions(batch.tree.taken, *batch.states)[2]
-            q = batch.tree.of_tokens(q)
+            columns = whole_columns(module.policy, batch.states)
+            q = batch.tree.of_tokens(module.old_distributions(batch.states, columns)[2])
         self.seen.append((rollout, batch, alone, module.beta, q))
-
-
-def unpadded(actions, row):
-    prompt = actions.prompt_ids[row][actions.prompt_mask[row]][None]
-    action = actions.action_ids[row][actions.action_mask[row]][None]
-    return prompt, torch.ones_like(prompt).bool(), action
 
 
 def distributions(module, *inputs):
@@ -166,6 +162,47 @@ def test_baselines_show_what_they_have(algorithm, recorded, build_baseline):
                 assert [x is not None for x in line["value"]] == [p in prompts for p in read]
                 assert line["value"][0] is not None
     assert all("advantage" not in line for line in followed)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "spaces"),
+    [("etpo", SPACES), ("poad", SPACES[1:]), ("etpo", SPACES[1:]), ("grpo", SPACES[2:3])],
+)
+def test_forced_tokens_have_probability_one_and_no_value(
+    algorithm, spaces, tmp_path, build_algorithm, make_policy, fit
+):
+    """Also where no column of the distributions is theirs."""
+    module = build_algorithm(algorithm, make_policy(), TrunkCritic)
+    kept, credit = Kept(), TokenCredit(tmp_path, "rooms", 1, 16)
+    fit(module, Rooms(4, spaces), 2, [credit, kept], minibatch_size=16, max_new_tokens=9)
+    lines, rollout = rows_of(tmp_path)[0][16:], kept.seen[1][0]
+    actions, alone = rollout.actions, kept.seen[1][2]
+    allowed = allowed_of(module.policy, actions, spaces)
+    rows = [row for env in range(4) for row in range(env, 32, 4)][:16]
+    numbers = [n for n in ("value", "q", "advantage", "critic_advantage") if n in lines[0]]
+    assert ("value" in numbers) == (algorithm != "grpo")
+    forced = 0
+    for line, row in zip(lines, rows, strict=True):
+        assert "".join(line["text"]) == rollout.records[row].action
+        for place, step in enumerate(actions.step_mask[row][actions.action_mask[row]].tolist()):
+            others = line["alternatives"][place]
+            if not step:
+                forced += 1
+                assert line["probability"][place] == 1
+                assert [line[n][place] for n in ("log_ratio", "entropy", "kl")] == [0, 0, 0]
+                assert {line[n][place] for n in ("value", "q") if n in line} <= {None}
+                assert others == []
+                continue
+            inside, token = allowed[row, place], int(actions.action_ids[row, place])
+            log_pi, log_ref = (
+                x[place].where(inside, -torch.inf).log_softmax(-1) for x in alone[row]
+            )
+            assert line["probability"][place] == near(float(log_pi[token].exp()))
+            assert line["log_ratio"][place] == near(float(log_pi[token] - log_ref[token]))
+            assert line["entropy"][place] == near(float(-(log_pi.exp() * log_pi)[inside].sum()))
+            assert len(others) == min(5, int(inside.sum()) - 1)
+            assert None not in [line[n][place] for n in numbers]
+    assert forced > 20
 
 
 def test_values_are_computed_before_the_update(recorded, build_baseline):

@@ -12,7 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 
 from etpo.rollout.metrics import rollout_metrics
-from etpo.rollout.types import Actions, Record, Rollout
+from etpo.rollout.types import Record, Rollout
+
+from ..by_token import actions_of
 
 # per iteration: rewards of two actions in each of two environments; a failure is -1
 REWARDS = ((-1.0, 0.5, -1.0, 0.25), (0.5, 0.75, -1.0, 0.5), (0.25, 0.5, 0.75, 0.5), (1.0,) * 4)
@@ -46,9 +48,9 @@ def rollout(iteration: int, rank: int = 0) -> Rollout:
     flags = torch.zeros(4, dtype=torch.bool)
     reward = torch.tensor([row.reward for row in rows])
     step = torch.tensor([row.attempt - 1 for row in rows])
-    states = torch.zeros(4, 5, 1)
-    actions = Actions(ids, mask, ids, mask, states, reward, flags, ~flags, step)
-    return Rollout(actions, ids, mask, rows, 2, 0, generate_seconds=2.0, score_seconds=0.5)
+    outcome = {"rewards": reward, "terminated": flags, "truncated": ~flags, "step": step}
+    actions = actions_of(ids, mask, ids, mask, **outcome)
+    return Rollout(actions, None, rows, 2, 0, generate_seconds=2.0, score_seconds=0.5)
 
 
 class Environment:

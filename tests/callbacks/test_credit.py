@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from etpo.callbacks.credit import TokenCredit
+from etpo.callbacks.credit import TokenCredit, pad_actions
 
 FOLLOWED = {
     "prompt_ids": [5, 6],
     "action_ids": [7],
+    "steps": [True],
+    "allowed": [[]],
     "record": {"env": 0, "reward": -1.0, "error": "TypeError: no"},
     "iteration": 0,
 }
@@ -81,6 +83,15 @@ def test_the_followed_action_survives_a_checkpoint(tmp_path, callback):
     restored = TokenCredit(tmp_path, "iris, seed 0", 1, 8)
     restored.load_state_dict(torch.load(file, weights_only=True))
     assert restored.followed == FOLLOWED
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_action_of_an_iteration_without_choices_allows_every_token(order):
+    other = FOLLOWED | {"action_ids": [1, 2], "steps": [True, False], "allowed": [[6], [0]]}
+    rows = pad_actions([FOLLOWED, other][::order], torch.device("cpu"))
+    assert rows.allowed.dtype == torch.int32
+    assert rows.allowed.tolist()[::order] == [[[-1], [0]], [[6], [0]]]
+    assert rows.step_mask.tolist() == [[True, False]] * 2
 
 
 def test_a_fresh_run_follows_nothing_yet(callback):

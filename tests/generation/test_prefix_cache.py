@@ -48,10 +48,41 @@ def decode(model, actions, dropped):
     for step in range(actions.shape[1]):
         if step == dropped:
             decoder.select_rows((decoder.rows != 1) & (decoder.rows != 0) & (decoder.rows != 2))
-        token = actions[decoder.rows, step]
+        token = actions[decoder.rows, step : step + 1]
         decoder.step(token, torch.ones_like(token, dtype=torch.bool))
     logits = model.get_output_embeddings()(decoder.hidden_states[:, 0])
     return decoder.rows, logits, decoder.cache
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "config", [llama(), llama(num_key_value_heads=4)], ids=["grouped", "plain"]
+)
+def test_rows_read_several_tokens_at_once_or_none(config):
+    """Padded on the left, beyond the length that was reserved, and with rows dropped between."""
+    model = fresh(config)
+    decoder = Decoder(trunk_of(model), *prompts(), 4, share_prefixes=True)
+    assert decoder.shared
+    generator = torch.Generator().manual_seed(1)
+    read = [[] for _ in PROMPTS]
+    for number, widths in enumerate(([1, 3, 2, 0, 3, 1], [1] * 6, [4, 0, 1, 2, 4, 3])):
+        if number == 2:
+            decoder.select_rows((decoder.rows != 1) & (decoder.rows != 4))
+        rows = decoder.rows.tolist()
+        counts = torch.tensor([widths[row] for row in rows])[:, None]
+        width = int(counts.max())
+        tokens = torch.randint(50, (len(rows), width), generator=generator)
+        seen = torch.arange(width) >= width - counts
+        decoder.step(tokens, seen)
+        for row, each, mask in zip(rows, tokens, seen, strict=True):
+            read[row] += each[mask].tolist()
+            if mask.any():
+                whole = torch.tensor([PROMPTS[row] + read[row]])
+                expected = model(whole).logits[0, -1]
+                state = decoder.hidden_states[rows.index(row), -1]
+                found = model.get_output_embeddings()(state)
+                torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert max(map(len, read)) > 4
 
 
 @torch.no_grad()

@@ -66,6 +66,22 @@ def test_a_dueling_critic_starts_at_zero_and_trains_nothing_of_the_policy(policy
     assert not ids(critic.parameters()) & ids(policy.trainable_parameters())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("critic_class", [HeadCritic, LanguageModelCritic])
+def test_some_tokens_have_the_outputs_that_they_have_among_all(policy, critic_class):
+    sizes = {"hidden_size": 16} if critic_class is HeadCritic else {}
+    critic = critic_class(policy, **sizes)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in critic.head_parameters():
+        parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    hidden = torch.randn(5, policy.hidden_size, generator=generator)
+    tokens = torch.tensor([3, 4, 77, policy.vocabulary_size - 1])
+    (value, scores), (same, some) = critic.head(hidden), critic.head(hidden, tokens)
+    assert same is value is None or torch.equal(same, value)
+    torch.testing.assert_close(some, scores[:, tokens])
+    assert scores.std() > 0.01
+
+
 def test_the_critic_of_the_paper_says_the_logits_of_the_reference_at_first(policy):
     critic = LanguageModelCritic(policy)
     inputs = inputs_of(policy)

@@ -9,8 +9,9 @@ from etpo.errors import ConfigError
 from etpo.models.critics import polyak_update
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
+from etpo.models.token_columns import TokenColumns, pack, unpack
 
-from ..by_token import hidden_states
+from ..by_token import distribution
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
@@ -26,11 +27,6 @@ def build(folder, **settings):
 def after_prompt(policy, prompts, **options):
     """The distribution of the first token after each prompt."""
     return distribution(policy, prompts.ids, prompts.mask, prompts.ids[:, :1], **options)
-
-
-def distribution(policy, prompt_ids, prompt_mask, action_ids, reference=False, **options):
-    hidden = hidden_states(policy, prompt_ids, prompt_mask, action_ids, reference)
-    return policy.log_probs(hidden, action_ids[..., None], reference=reference, **options)
 
 
 @pytest.mark.parametrize("lora", [None, LORA])
@@ -100,6 +96,41 @@ def test_min_p_leaves_the_likely_tokens_and_those_that_were_taken(checkpoint):
     assert torch.equal(held.isfinite(), support)
     held[support].sum().backward()
     assert all(p.grad.isfinite().all() for p in cut.trainable_parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("lora", [None, LORA, LORA | {"target_modules": ["q_proj", "lm_head"]}])
+@pytest.mark.parametrize("family", ["llama", "cohere"])
+@pytest.mark.parametrize("reference", [False, True])
+@torch.no_grad()
+def test_a_distribution_over_some_columns_is_that_over_their_tokens(
+    checkpoint, family, lora, reference
+):
+    policy = build(checkpoint(family), lora=lora, temperature=0.7, min_p=0.3)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in policy.trainable_parameters():
+        parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    hidden = torch.randn(6, policy.hidden_size, generator=generator)
+    size = policy.vocabulary_size
+    allowed = torch.rand(6, size, generator=generator) < 0.03
+    bits = pack(allowed, None, size)
+    ids = TokenColumns.of(size, bits).ids
+    assert 3 < len(ids) < size / 2
+    support = unpack(policy.support(hidden, bits), None, size)
+    p = (policy.logits(hidden) / 0.7).where(allowed, -torch.inf).softmax(-1)
+    assert torch.equal(support, allowed & (p >= 0.3 * p.amax(-1, keepdim=True)))
+    assert (support.sum(1) < allowed.sum(1)).any()
+    logits = policy.logits(hidden, reference=reference) / 0.7
+    whole = logits.where(allowed, -torch.inf).log_softmax(-1)
+    mass = whole.logsumexp(-1) - whole.where(support, -torch.inf).logsumexp(-1)
+    for sets in ((bits,), (bits, policy.support(hidden, bits))):
+        kept = support if len(sets) == 2 or not reference else allowed
+        expected = logits.where(kept, -torch.inf).log_softmax(-1)[:, ids]
+        found, log_mass = policy.log_probs(
+            hidden, TokenColumns.of(size, *sets), reference=reference
+        )
+        torch.testing.assert_close(found, expected)
+        inside = -mass if kept is support else torch.zeros(6)
+        torch.testing.assert_close(log_mass, inside)
 
 
 def test_decode_drops_stop_token_and_stop_string(checkpoint):

@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ from etpo_sandbox import Sandbox
 from etpo_tasks.data_science import prompts
 from etpo_tasks.data_science.env import DataScienceEnv
 from etpo_tasks.sokoban import SokobanEnv
+
+from ..by_token import any_token
 
 NAMES = ("llama2", "llama3_1", "gemma3", "qwen3", "deepseek_v3", "gptoss", "smollm2")
 CONTROL = ("<PRE>", "<SUF>", "<MID>")
@@ -324,8 +327,50 @@ def test_a_right_program_that_is_sampled_is_scored_as_right(policy, environment,
     for row, action in enumerate(actions):
         ids[row, : len(action)] = torch.tensor(action)
         mask[row, : len(action) + 1] = True
-    taken = sampler.Sample(ids, mask, mask[..., None].float(), ~mask.any(1))
+    sets = any_token(*ids.shape)
+    taken = sampler.Sample(ids, mask, mask, mask[..., None].float(), sets, sets, ~mask.any(1))
     texts = sampler.decode_actions(policy, policy.encode(observations), taken)
     _, rewards, _, _, infos = environment.step(texts)
     assert [e for e in infos["error"] if e is not None] == []
     assert rewards.min() > 0.9
+
+
+SPACES = {
+    "Next: ": ("go to the kitchen", "go to the garden", "open the fridge", "open it", "look", ""),
+    "Move:": (" [4]", " [14]", " up!", "\n", " naïve 正确 🙂"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prefix", SPACES)
+@pytest.mark.parametrize("form", ["completion", "chat"])
+def test_choices_are_spelled_and_sampled(policy, form, prefix, monkeypatch):
+    tokenizer, choices = policy.tokenizer, SPACES[prefix]
+    if form == "chat" and tokenizer.chat_template is None:
+        pytest.skip("the tokenizer has no chat template")
+    template = CompletionTemplate() if form == "completion" else ChatTemplate()
+    monkeypatch.setattr(policy, "prompt", template)
+    observation = {"instruction": prefix, "prefix": prefix, "suffix": "", "choices": choices}
+    taken_prompts = policy.encode([observation] * 60)
+    generator = torch.Generator().manual_seed(0)
+    taken = sampler.generate(policy, taken_prompts, 24, generator)
+    texts = sampler.decode_actions(policy, taken_prompts, taken)
+    assert set(texts) == set(choices)
+    assert not taken.length_limited.any()
+    if form == "completion":  # the tokens of the joined text, before the end token
+        for ids, mask, text in zip(taken.ids, taken.mask, texts, strict=True):
+            if text.strip(" \n"):
+                assert ids[mask][:-1].tolist() == spelled(tokenizer, prefix, text)[1]
+
+
+@torch.no_grad()
+def test_a_grammar_is_over_the_tokens_of_the_model(policy):
+    """Of one or several characters, and parts of characters."""
+    pattern = "(go|open) the (kitchen|door)|[0-9]{1,4}|naïve 正确"
+    prompt = policy.encode([{"instruction": "", "prefix": "Next:", "suffix": ""}] * 60)
+    generator = torch.Generator().manual_seed(0)
+    taken = sampler.generate(policy, prompt, 40, generator, {"regex": pattern})
+    texts = sampler.decode_actions(policy, prompt, taken)
+    assert all(re.fullmatch(pattern, text) for text in texts)
+    assert {text[0] for text in texts} >= {"g", "o", "n"}
+    assert (taken.step_mask.sum(1) < taken.mask.sum(1)).any()

@@ -8,6 +8,7 @@ import torch
 from etpo.errors import ConfigError
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import CompletionTemplate
+from etpo.models.token_columns import unpack
 from etpo.rollout import collector
 from etpo.rollout.collector import collect
 from etpo.rollout.metrics import rollout_metrics
@@ -32,14 +33,15 @@ def test_episodes_end_restart_and_are_cut_at_the_last_round(checkpoint, letter_e
     # the bootstrap prompts are the true next observations of the two open episodes
     following = [f"go{r.action[:2]}" for r in played.records[-2:]]
     expected = policy.encode([{"instruction": "", "prefix": p, "suffix": ""} for p in following])
-    assert torch.equal(played.bootstrap_ids, expected.ids)
-    assert torch.equal(played.bootstrap_mask, expected.mask)
+    assert torch.equal(played.bootstrap.prompt_ids, expected.ids)
+    assert torch.equal(played.bootstrap.prompt_mask, expected.mask)
+    assert played.bootstrap.step_mask.tolist() == [[True], [True]]
 
 
 def test_a_termination_in_the_last_round_needs_no_bootstrap(checkpoint, letter_env):
     played, _ = rollout(checkpoint("llama"), letter_env(2, length=2))
     assert not played.actions.truncated.any()
-    assert len(played.bootstrap_ids) == 0
+    assert played.bootstrap is None
 
 
 def test_rows_hold_the_sampled_actions(checkpoint, letter_env):
@@ -120,6 +122,44 @@ def test_invalid_answers_of_an_environment_are_config_errors(
     for groups in (1, 2):
         with pytest.raises(ConfigError, match=f"^environment letters: {allowed}"):
             rollout(checkpoint("llama"), Careless(2 * groups), rounds=1, pipeline_groups=groups)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_rounds_with_and_without_an_action_space_are_one_batch(checkpoint, letter_env, groups):
+    class Mixed(letter_env):
+        grammar = {"regex": "no[wt]"}
+
+        def first(self):  # without them the grammar decides
+            return super().first() | {"choices": ("ab", "cd")}
+
+    played, policy = rollout(checkpoint("llama"), Mixed(2, 3), pipeline_groups=groups)
+    actions, size = played.actions, policy.vocabulary_size
+    for row, record in enumerate(played.records):
+        first = record.attempt == 1
+        assert record.action in (("ab", "cd") if first else ("now", "not"))
+        assert not record.length_limited
+        steps = [True, False, False] if first else [False, False, True, False]
+        assert actions.step_mask[row][actions.action_mask[row]].tolist() == steps
+        inside = unpack(actions.allowed[row], None, size).sum(1)
+        assert inside.tolist() == [2 if step else 0 for step in actions.step_mask[row].tolist()]
+    # of the open episodes, after the tokens that the grammar forces
+    letters = played.bootstrap.action_ids[:, :2].tolist()
+    assert [policy.decode(ids) for ids in letters] == ["no", "no"]
+    assert played.bootstrap.step_mask.tolist() == [[False, False, True]] * 2
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_rows_without_choices_keep_the_whole_vocabulary(checkpoint, letter_env, groups):
+    class Mixed(letter_env):
+        def first(self):
+            return super().first() | {"choices": ("ab", "cd")}
+
+    played, policy = rollout(checkpoint("llama"), Mixed(2, 3), pipeline_groups=groups)
+    inside = unpack(played.actions.allowed, None, policy.vocabulary_size).sum(-1)
+    for record, row, steps in zip(played.records, inside, played.actions.step_mask, strict=True):
+        expected = 2 if record.attempt == 1 else policy.vocabulary_size
+        assert (row[steps] == expected).all()
+    assert played.bootstrap.allowed.numel() == 0  # none of their observations has choices
 
 
 def test_records_are_plain_python(checkpoint, letter_env):

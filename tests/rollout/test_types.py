@@ -3,7 +3,9 @@
 import torch
 
 from etpo.models.prefix_tree import prefix_tree
-from etpo.rollout.types import Actions, PrefixStates, TokenBatch
+from etpo.rollout.types import PrefixStates, TokenBatch
+
+from ..by_token import actions_of, any_token
 
 PROMPTS, LENGTHS = torch.tensor([3, 2, 3, 3, 2, 1]), torch.tensor([4, 4, 2, 4, 1, 3])
 PROMPT_MASK = torch.arange(3) >= 3 - PROMPTS[:, None]
@@ -18,7 +20,8 @@ def token_batch():
     tree = prefix_tree(*inputs)
     prefixes = torch.arange(len(tree.node)).float()[:, None]
     log_probs = tree.of_taken(torch.arange(tree.taken.numel()).view(tree.taken.shape).float())
-    states = PrefixStates(prefixes, 2 * prefixes, 3 * prefixes)
+    sets = prefixes.int() << 8
+    states = PrefixStates(prefixes, 2 * prefixes, sets, sets + 1, 4 * prefixes[:, 0], 3 * prefixes)
     weights = torch.arange(6.0)
     return TokenBatch(*inputs, *[log_probs] * 4, weights=weights, tree=tree, states=states)
 
@@ -29,21 +32,21 @@ def test_rows_keep_their_tokens_and_the_states_of_their_prefixes():
         part = batch.select(rows)
         assert part.weights.tolist() == rows.tolist()
         assert part.action_values is None
-        for name in ("action_ids", "action_mask", "prompt_ids", "prompt_mask", "returns"):
+        for name in ("action_ids", "step_mask", "prompt_ids", "prompt_mask", "returns"):
             assert torch.equal(getattr(part, name), getattr(batch, name)[rows])
         assert torch.equal(part.tree.mask, ACTION_MASK[rows])
         for one, other in zip(part.states, batch.states, strict=True):
             expected = batch.tree.of_tokens(other)[rows]
             assert torch.equal(part.tree.of_tokens(one), expected)
             assert len(one) == len(part.tree.node) == len(expected[ACTION_MASK[rows]].unique())
-    assert batch._replace(states=batch.states._replace(critic=None)).select(rows).states[2] is None
+    whole = batch.states._replace(support=any_token(len(batch.tree.node)))
+    part = batch._replace(states=whole).select(rows)
+    assert part.states.support.shape == (len(part.tree.node), 0)
 
 
 def test_the_tree_of_selected_actions_is_of_their_tokens_alone():
     ids = torch.arange(42).view(6, 7)
-    none = torch.zeros(6)
-    masks = PROMPT_MASK, ACTION_MASK
-    actions = Actions(ids[:, :3], masks[0], ids[:, 3:], masks[1], none[:, None], *[none] * 4)
+    actions = actions_of(ids[:, :3], PROMPT_MASK, ids[:, 3:], ACTION_MASK)
     part = actions.select(torch.tensor([4, 1]))
     assert torch.equal(part.action_ids, actions.action_ids[[4, 1]])
     tree = part.tree()

@@ -27,6 +27,8 @@ from etpo.rollout.datamodule import RolloutDataModule
 from etpo.rollout.types import Actions, Rollout, pad_stack
 from etpo.sharding import ShardedStrategy
 
+from ..by_token import decisions_of
+
 ENVS, ROUNDS, TOKENS = 2, 4, 5
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 LORA_CRITIC = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -96,9 +98,9 @@ def joined(module, one, other):
         fields[name] = rows(first, second)
     cut = rows(*(torch.arange(len(r.actions.step)) + 100 * i for i, r in enumerate((one, other))))
     prompts = [
-        r.bootstrap_ids[n][r.bootstrap_mask[n]]
+        ids[mask]
         for r in (one, other)
-        for n in range(len(r.bootstrap_ids))
+        for ids, mask in zip(r.bootstrap.prompt_ids, r.bootstrap.prompt_mask, strict=True)
     ]
     starts = [
         i + 100 * n
@@ -111,7 +113,8 @@ def joined(module, one, other):
         [torch.ones(1, len(prompts[i]), dtype=torch.bool) for i in order], False, left=True
     )
     records = [*one.records, *other.records]
-    return Rollout(Actions(**fields), ids, mask, records, 2 * ENVS, 0, 1.0, 1.0)
+    following = decisions_of(ids, mask)
+    return Rollout(Actions(**fields), following, records, 2 * ENVS, 0, 1.0, 1.0)
 
 
 def fitted(module, env, rollouts, minibatch, tmp_path, ckpt_path=None, **options):

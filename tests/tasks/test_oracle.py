@@ -12,7 +12,7 @@ from etpo.models.critics import HeadCritic
 from etpo.models.prompting import CompletionTemplate
 from etpo_tasks.char_lm import build_char_lm
 from etpo_tasks.oracle import OracleDistance, prefix_tokens, tables
-from etpo_tasks.token_mdp_env import TokenMDPEnv, random_mdp
+from etpo_tasks.token_mdp_env import TokenMDPEnv, action_texts, random_mdp
 
 from ..token_mdp_oracle import TokenMDP
 
@@ -61,6 +61,39 @@ def test_tables_hold_the_models_outputs_at_every_prefix(environment, module):
                 torch.testing.assert_close(table[state, prefix].float(), plain)
     kl = kl_divergence(log_pi, log_ref)[:, 0]
     torch.testing.assert_close(value, 0.3 - BETA * kl)
+
+
+@torch.no_grad()
+def test_tables_of_choices_are_restricted_softmaxes(module):
+    """V is that of the first step: single letters with which all choices begin are forced."""
+    move(module.policy.model)
+    mdp = random_mdp(seed=0, num_states=4, vocabulary_size=4, length=3)
+    environment, prefixes = TokenMDPEnv(mdp=mdp, num_choices=4), prefix_tokens(mdp)
+    environment.observations[0]["choices"] = ("abc", "ab", "aba")
+    environment.observations[1]["choices"] = ("ca",)
+    log_pi, log_ref, value = tables(environment, module)
+    policy, texts = module.policy, action_texts(mdp)
+    models = policy.model, policy.reference_model
+    for state, observation in enumerate(environment.observations):
+        chosen = [mdp.tree.paths[texts.index(text)] for text in observation["choices"]]
+        total = 0.0
+        for path in chosen:
+            log_p = 0.0
+            for number, (prefix, token) in enumerate(path):
+                before = path[:number]
+                options = sorted({p[number][1] for p in chosen if p[:number] == before})
+                prompt = policy.tokenizer(observation["prefix"])["input_ids"]
+                ids = torch.tensor([[*prompt, *prefixes[prefix]]])
+                for model, table in zip(models, (log_pi, log_ref), strict=True):
+                    plain = model(ids).logits[0, -1, options].log_softmax(-1).double()
+                    found = table[state, prefix, options]
+                    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+                log_p += log_pi[state, prefix, token]
+            total += log_p.exp()
+        assert total == pytest.approx(1, abs=1e-6)
+    kl = kl_divergence(log_pi, log_ref)
+    first = [prefixes.index(p) for p in ([0, 1], [], [], [])]  # of "abc", "ab" and "aba": "ab"
+    torch.testing.assert_close(value, 0.3 - BETA * kl[range(4), first], rtol=1e-4, atol=1e-5)
 
 
 def test_prefixes_spell_the_paths_of_the_actions(environment):

@@ -199,9 +199,22 @@ def test_tables_that_are_refused_in_one_line(changes, words):
     assert "\n" not in str(caught.value)
 
 
+def test_choices_are_texts_of_the_mdp_and_the_same_in_every_run():
+    first, again = (TokenMDPEnv(mdp=mdp(), num_choices=4).observations for _ in range(2))
+    assert first == again
+    texts = action_texts(mdp())
+    for observation in first:
+        assert len(set(observation["choices"])) == 4
+        assert set(observation["choices"]) < set(texts)
+    assert len({observation["choices"] for observation in first}) > 1
+    assert all("choices" not in o for o in TokenMDPEnv(mdp=mdp()).observations)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"num_choices": 0}, "environment.num_choices=0: allowed is from 1 to 7"),
+        ({"num_choices": 8}, "environment.num_choices=8: allowed is from 1 to 7"),
         ({"num_envs": 0}, "environment.num_envs=0: allowed is 1 or more"),
         ({"time_limit": 0}, "environment.time_limit=0: allowed is 1 or more"),
         ({"time_limit": 1.5}, "environment.time_limit=1.5: .* an integer"),

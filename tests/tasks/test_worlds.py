@@ -87,7 +87,7 @@ def test_another_action_is_a_failure(world):
     world.reset(seed=0)
     _, reward, _, _, info = world.step("Sing a song.\nand more")
     assert reward == 0
-    assert info["error"] == "'Sing a song' is not possible"
+    assert info["error"] in ("'Sing a song' is not possible", "'Sing' is not possible")
 
 
 def test_choices_can_be_left_out(world):

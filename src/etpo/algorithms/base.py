@@ -124,21 +124,12 @@ class OnPolicyAlgorithm(LightningModule):
         self.mean_length = float(self.mean_over_ranks(actions.step_mask.float().sum(1).mean()))
         return actions, self.evaluate(tree, allowed, support, hidden if recorded else None)
 
-    def evaluate(
-        self,
-        tree: PrefixTree,
-        allowed: Tensor,
-        support: Tensor | None = None,
-        old_hidden: Tensor | None = None,
-    ) -> evaluation.TokenEvaluation:
+    def evaluate(self, tree: PrefixTree, *recorded: Tensor | None) -> evaluation.TokenEvaluation:
         """Evaluate policy, reference and critic at the taken tokens.
 
-        Args:
-            allowed: int32 [N, W], the action space.
-            support: int32 [N, W], recorded during generation; None computes it.
-            old_hidden: [N, D], recorded during generation; None computes them.
+        recorded: action space, support and hidden states, as for `evaluation.prefix_states`.
         """
-        states = self.prefix_states(tree, allowed, support, old_hidden)
+        states = self.prefix_states(tree, *recorded)
         size = self.settings.logits_chunk_size
         taken = evaluation.evaluate_tokens(self.policy, tree, states, size)
         if self.critic is None:
@@ -146,22 +137,10 @@ class OnPolicyAlgorithm(LightningModule):
         values = self.prefix_values(tree, states)
         return taken._replace(value=tree.of_tokens(values))
 
-    def prefix_states(
-        self,
-        tree: PrefixTree,
-        allowed: Tensor,
-        support: Tensor | None = None,
-        old_hidden: Tensor | None = None,
-    ) -> PrefixStates:
-        """Compute hidden states and support; arguments as of `evaluate`."""
-        return evaluation.prefix_states(
-            self.policy,
-            tree,
-            allowed,
-            self.settings.logits_chunk_size,
-            support=support,
-            old_hidden=old_hidden,
-        )
+    def prefix_states(self, tree: PrefixTree, *recorded: Tensor | None) -> PrefixStates:
+        """Compute what is not recorded; arguments as of `evaluate`."""
+        size = self.settings.logits_chunk_size
+        return evaluation.prefix_states(self.policy, tree, size, *recorded)
 
     def prefix_values(self, tree: PrefixTree, states: PrefixStates) -> Tensor:
         """Return the critic's values [N] of the prefixes."""

@@ -146,14 +146,8 @@ class ETPO(OnPolicyAlgorithm):
             states=old.states,
         )
 
-    def evaluate(
-        self,
-        tree: PrefixTree,
-        allowed: Tensor,
-        support: Tensor | None = None,
-        old_hidden: Tensor | None = None,
-    ) -> TokenEvaluation:
-        states = self.prefix_states(tree, allowed, support, old_hidden)
+    def evaluate(self, tree: PrefixTree, *recorded: Tensor | None) -> TokenEvaluation:
+        states = self.prefix_states(tree, *recorded)
         states = states._replace(critic=self.target_critic.hidden_states(tree, states.ref))
 
         def quantities(taken: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:

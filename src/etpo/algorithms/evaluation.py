@@ -46,20 +46,21 @@ def values_of_first(tree: PrefixTree, values: Tensor) -> Tensor:
 def prefix_states(
     policy: LanguageModelPolicy,
     tree: PrefixTree,
-    allowed: Tensor,
     chunk: int,
-    *,
+    allowed: Tensor | None,
     support: Tensor | None = None,
     old_hidden: Tensor | None = None,
 ) -> PrefixStates:
     """Compute hidden states of policy and reference, and the support of the policy.
 
     Args:
-        allowed: int32 [N, W], the action space; W = 0 for the whole vocabulary.
         chunk: number of prefixes whose logits are in memory at once.
+        allowed: int32 [N, W], the action space; W = 0 or None for the whole vocabulary.
         support: int32 [N, W], of the policy that sampled; None: of the policy.
         old_hidden: [N, D], hidden states recorded during generation; None computes them.
     """
+    if allowed is None:
+        allowed = torch.zeros(len(tree.node), 0, dtype=torch.int32, device=tree.node.device)
     if old_hidden is None:
         old_hidden = policy.hidden_states(tree)
     if support is None and policy.min_p == 0:

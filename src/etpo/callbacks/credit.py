@@ -137,13 +137,14 @@ def token_numbers(
     policy, tree = module.policy, rows.tree()
     allowed = rows.allowed.flatten(0, 1)[tree.first]
     columns = TokenColumns.of(policy.vocabulary_size, allowed)
-    states = prefix_states(policy, tree, allowed, len(tree.node))
+    states = prefix_states(policy, tree, len(tree.node), allowed)
     log_pi, _ = policy.log_probs(states.old, columns, taken=columns.places(tree.taken))
     log_ref, _ = policy.log_probs(states.ref, columns, reference=True)
     values = PrefixValues()
     if isinstance(module, OnPolicyAlgorithm):
         values = module.loss_values(tree, states, columns, log_pi, log_ref)
-    places = columns.places(rows.action_ids)[..., None]
+    # forced tokens need not have a column
+    places = columns.places(rows.action_ids).clamp(max=log_pi.shape[-1] - 1)[..., None]
     kl, entropy = kl_divergence(log_pi, log_ref), expectation(log_pi, -log_pi)
     count = min(ALTERNATIVES, log_pi.shape[-1] - 1)
 
@@ -191,7 +192,9 @@ def pad_actions(actions: list[dict[str, Any]], device: torch.device) -> Decision
     prompt_mask = left([torch.ones_like(p).bool() for p in prompts])
     ids, steps = (pad_sequence(x, batch_first=True) for x in (ids, steps))
     words = max(x.shape[-1] for x in sets)
-    sets = [x if x.shape[-1] == words else x.new_full((len(x), words), -1) for x in sets]
+    whole = [x.new_full((len(x), words), -1) for x in sets]
+    pairs = zip(sets, whole, strict=True)
+    sets = [(x if x.shape[-1] == words else every).int() for x, every in pairs]
     return Decisions(left(prompts), prompt_mask, ids, steps, pad_sequence(sets, batch_first=True))
 
 

@@ -90,8 +90,7 @@ def action_spaces(
     """Return a function that makes a matcher for each prompt, None where any text is an action.
 
     Raises:
-        ConfigError: the tokenizer cannot spell a choice, or spells two alike; the grammar does not
-            compile.
+        ConfigError: the tokenizer cannot spell a choice, or the grammar does not compile.
     """
     words = -(-policy.vocabulary_size // 32)
     spaces: list[Space | None] = []
@@ -101,7 +100,7 @@ def action_spaces(
             spaces.append(functools.partial(ChoiceMatcher, trie, words))
         elif grammar is not None:
             compiled = compile_grammar(policy, tuple(grammar.items()), rest)
-            spaces.append(functools.partial(GrammarMatcher, compiled, words))
+            spaces.append(functools.partial(GrammarMatcher, compiled, words, policy.end_token))
         else:
             spaces.append(None)
     return spaces
@@ -116,27 +115,21 @@ def trie_of(
     rest: `Prompt.rest`, which every action has to repeat.
     """
     trie: Trie = {}
-    spelled: dict[tuple[int, ...], str] = {}
     for choice in choices:
         ids = (*continued_ids(policy.tokenizer, rest + choice), policy.end_token)
-        text = policy.decode(ids, rest)
+        ends = (place for place, token in enumerate(ids) if token in policy.stop_ids)
+        text = policy.decode(ids[: next(ends, len(ids)) + 1], rest)
         if text != choice:
             raise ConfigError(
                 f"observation['choices']: {shown(choice)} reads {shown(text)} as tokens of "
-                f"{policy.key}; allowed are texts that the tokenizer can spell, without the "
-                f"model.stop_strings {policy.stop_strings}"
-            )
-        if ids in spelled:
-            raise ConfigError(
-                f"observation['choices']: {shown(spelled[ids])} and {shown(choice)} have the same "
-                f"tokens in {policy.key}; allowed are choices that differ"
+                f"{policy.key}; allowed are texts that the tokenizer can spell, without stop "
+                f"tokens and model.stop_strings {policy.stop_strings}"
             )
         if len(ids) > max_new_tokens:
             raise ConfigError(
                 f"rollout.max_new_tokens={max_new_tokens}: the choice {shown(choice)} needs "
                 f"{len(ids)}; allowed are {len(ids)} or more"
             )
-        spelled[ids] = choice
         node = trie
         for token in ids:
             node = node.setdefault(token, {})

@@ -14,10 +14,14 @@ KINDS = ("regex", "json_schema", "ebnf")
 
 
 class GrammarMatcher:
-    """Position in an action that a grammar generates; ends with the policy's end token."""
+    """Position in an action that a grammar generates, of a vocabulary of 32 `words` tokens.
 
-    def __init__(self, compiled: Any, words: int) -> None:
-        self.matcher, self.words, self.done = compiled.deep_copy(), words, False
+    end_token: follows the text; llguidance allows it alone once nothing else may follow.
+    """
+
+    def __init__(self, compiled: Any, words: int, end_token: int) -> None:
+        self.matcher, self.words, self.end_token = compiled.deep_copy(), words, end_token
+        self.done = False
 
     def allowed(self) -> np.ndarray:
         bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.int32)
@@ -25,7 +29,7 @@ class GrammarMatcher:
 
     def accept(self, token: int) -> None:
         self.matcher.consume_token(token)
-        self.done = self.matcher.is_stopped()
+        self.done = token == self.end_token
 
 
 def check_grammar(grammar: Any) -> dict[str, str] | None:
@@ -43,7 +47,12 @@ def check_grammar(grammar: Any) -> dict[str, str] | None:
             "text, such as {regex: '[0-9]+'}"
         )
     ((kind, text),) = pairs.items()
-    return {kind: text if isinstance(text, str) else json.dumps(text)}
+    return {kind: text if isinstance(text, str) else json.dumps(text, default=plain)}
+
+
+def plain(part: Any) -> dict[str, Any] | list[Any]:
+    """Return a mapping or a sequence of the configuration as a dict or a list."""
+    return dict(part) if hasattr(part, "items") else list(part)
 
 
 @functools.lru_cache(maxsize=8)
@@ -69,15 +78,15 @@ def compile_grammar(
             'environment.grammar: needs llguidance: pip install -e ".[grammar]"; allowed is null'
         ) from error
     ((kind, text),) = grammar
-    tokenizer = from_tokenizer(
-        policy.tokenizer, n_vocab=policy.vocabulary_size, eos_token=policy.end_token
-    )
     build = {
         "regex": LLMatcher.grammar_from_regex,
         "json_schema": LLMatcher.grammar_from_json_schema,
         "ebnf": LLMatcher.grammar_from_lark,
     }
     try:
+        tokenizer = from_tokenizer(
+            policy.tokenizer, n_vocab=policy.vocabulary_size, eos_token=policy.end_token
+        )
         matcher = LLMatcher(tokenizer, build[kind](text))
         fault = matcher.get_error() if matcher.is_error() else ""
     except ValueError as error:

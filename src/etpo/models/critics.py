@@ -35,7 +35,13 @@ class ValueHead(nn.Module):
     float32 in mixed precision too: bfloat16 values near 1 have steps of 0.004.
     """
 
-    def __init__(self, input_size: int, vocabulary_size: int, hidden_size: int) -> None:
+    def __init__(
+        self,
+        input_size: int,
+        vocabulary_size: int,
+        hidden_size: int,
+        embeddings: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.body = nn.Sequential(
             nn.LayerNorm(input_size), nn.Linear(input_size, hidden_size), nn.GELU()
@@ -55,31 +61,68 @@ class DuelingHead(ValueHead):
     """Hidden states [..., D] -> (value [...], advantage [..., V] or of `ids` [U]), both float32.
 
     Q(x, w) = value + advantage(w) - E_pi[advantage] (Wang et al., arXiv 1511.06581). Both outputs
-    are initially zero, so that a token that is never sampled keeps advantage 0.
+    are initially zero.
+
+    embeddings: A frozen LM head [V, D]. The advantage of a token is the product of its row with a
+        trained query [..., D], so that no weights grow with the vocabulary and similar tokens have
+        similar values. None: trained rows [V, hidden_size]; the advantage of a token that is never
+        sampled stays 0.
     """
 
-    def __init__(self, input_size: int, vocabulary_size: int, hidden_size: int) -> None:
+    def __init__(
+        self,
+        input_size: int,
+        vocabulary_size: int,
+        hidden_size: int,
+        embeddings: nn.Module | None = None,
+    ) -> None:
         super().__init__(input_size, vocabulary_size, hidden_size)
-        self.advantage = zero_init(nn.Linear(hidden_size, vocabulary_size))
+        self.vocabulary_size, self.embeddings = vocabulary_size, embeddings
+        outputs = vocabulary_size if embeddings is None else embeddings.weight.shape[1]
+        self.advantage = zero_init(nn.Linear(hidden_size, outputs))
+        if embeddings is not None:  # a step of the query moves advantages as one of trained rows
+            weight = embeddings.weight
+            self.scale = 1 / (outputs * float(weight.float().square().mean().sqrt()))
 
     def outputs(self, hidden: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        return super().outputs(hidden, ids), project_to_vocabulary(self.advantage, hidden, ids)
+        value = super().outputs(hidden, ids)
+        if self.embeddings is None:
+            return value, project_to_vocabulary(self.advantage, hidden, ids)
+        query = self.scale * self.advantage(hidden)
+        weight = (
+            self.embeddings.weight[: self.vocabulary_size]
+            if ids is None
+            else self.embeddings.weight[ids]
+        )
+        return value, query @ weight.float().T
 
 
 class Critic(nn.Module):
-    """A head on hidden states at every prefix of an action."""
+    """A head on hidden states at every prefix of an action.
+
+    Args:
+        policy: The policy whose model the critic uses or copies.
+        hidden_size: Units of the head.
+        head: Type of the head.
+        tie_embeddings: Score tokens against the frozen LM head instead of weights of the head.
+    """
 
     trunk: nn.Module | None  # computes the hidden states; None: the frozen reference does
     # hidden states [..., C], and tokens [U] or None for all -> the outputs of `forward`
     head: Callable[..., Any]
 
     def __init__(
-        self, policy: LanguageModelPolicy, hidden_size: int = 512, head: Head = DuelingHead
+        self,
+        policy: LanguageModelPolicy,
+        hidden_size: int = 512,
+        head: Head = DuelingHead,
+        tie_embeddings: bool = False,
     ) -> None:
         super().__init__()
         self.trunk = self.make_trunk(policy)
         self.packs_prefixes = policy.packs_prefixes
-        self.head = head(policy.hidden_size, policy.vocabulary_size, hidden_size)
+        embeddings = base_model_of(policy).get_output_embeddings() if tie_embeddings else None
+        self.head = head(policy.hidden_size, policy.vocabulary_size, hidden_size, embeddings)
 
     def make_trunk(self, policy: LanguageModelPolicy) -> nn.Module | None:
         """Return the language model, without LM head, that the critic trains, if any."""
@@ -129,11 +172,12 @@ class LoraCritic(Critic):
         policy: LanguageModelPolicy,
         hidden_size: int = 512,
         head: Head = DuelingHead,
+        tie_embeddings: bool = False,
         *,
         lora: dict[str, Any],
     ) -> None:
         self.lora = lora
-        super().__init__(policy, hidden_size, head)
+        super().__init__(policy, hidden_size, head, tie_embeddings)
 
     def make_trunk(self, policy: LanguageModelPolicy) -> nn.Module:
         trunk = inject_adapter(copy_sharing_frozen(trunk_of(base_model_of(policy))), self.lora)

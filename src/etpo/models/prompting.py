@@ -40,8 +40,8 @@ class PromptBatch(NamedTuple):
     ids: Tensor
     mask: Tensor
     dropped: int
-    rests: tuple[str, ...] = ()
-    choices: tuple[tuple[str, ...] | None, ...] = ()
+    rests: tuple[str, ...]
+    choices: tuple[tuple[str, ...] | None, ...]
 
 
 class Turn(NamedTuple):
