@@ -47,7 +47,7 @@ def run_point(sizes: dict[str, int], steps: int, chunk: int | None) -> dict[str,
     with tempfile.TemporaryDirectory() as parent:
         folder = save_model(Path(parent) / "model", "0.9M", vocabulary=sizes["vocabulary"])
         overrides = [] if chunk is None else [f"algorithm.logits_chunk_size={chunk}"]
-        iterations = Iterations(folder, prompt, sizes["batch"], sizes["length"], *overrides)
+        iterations = Iterations(folder, [prompt] * sizes["batch"], sizes["length"], *overrides)
         seconds = statistics.median(iterations.run(steps))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"seconds": seconds, "mib": (peak - before) / MIB}

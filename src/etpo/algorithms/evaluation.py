@@ -7,9 +7,10 @@ from torch import Tensor
 
 from etpo.algorithms.returns import entropy, kl_divergence
 from etpo.models.chunked_logits import in_chunks
+from etpo.models.distribution import restricted
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prefix_tree import PrefixTree, first_step
-from etpo.models.token_columns import TokenColumns
+from etpo.models.token_columns import TokenColumns, columns_of, unpack
 from etpo.rollout.types import PrefixStates, TokenBatch
 
 
@@ -62,15 +63,22 @@ def prefix_states(
         allowed = torch.zeros(len(tree.node), 0, dtype=torch.int32, device=tree.node.device)
     if old_hidden is None:
         old_hidden = policy.hidden_states(tree)
-    if support is None:
-        (support,) = in_chunks(lambda *x: (policy.support(*x),), chunk, old_hidden, allowed)
+    if support is None and policy.min_p == 0:
+        support = allowed
+    elif support is None:
+        (support,) = in_chunks(lambda *x: policy.supported(*x)[2:], chunk, old_hidden, allowed)
     ref_hidden = policy.hidden_states(tree, reference=True)
     log_mass = torch.zeros(len(allowed), device=allowed.device)
     if policy.min_p > 0:
 
-        def mass(hidden: Tensor, *sets: Tensor) -> tuple[Tensor]:
-            columns = TokenColumns.of(policy.vocabulary_size, *sets)
-            return (policy.log_probs(hidden, columns, reference=True).log_support_mass,)
+        def mass(hidden: Tensor, allowed: Tensor, support: Tensor) -> tuple[Tensor]:
+            columns = TokenColumns.of(policy.vocabulary_size, allowed)
+            log_probs, _ = policy.log_probs(hidden, columns, reference=True)
+            ids = columns_of(support, policy.vocabulary_size)
+            if ids is not None:  # fewer columns
+                log_probs = log_probs[:, columns.places(ids)]
+            kept = unpack(support, ids, policy.vocabulary_size)
+            return (restricted(log_probs, kept).logsumexp(-1),)
 
         (log_mass,) = in_chunks(mass, chunk, ref_hidden, allowed, support)
     return PrefixStates(

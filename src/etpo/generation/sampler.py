@@ -15,7 +15,6 @@ from etpo.models.causal_lm import trunk_of
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import PromptBatch
 from etpo.models.stopping import completes_stop_string
-from etpo.models.token_columns import TokenColumns, pack
 from etpo.rollout.types import Decisions
 
 
@@ -162,18 +161,15 @@ class Recorder:
         if self.constrained:
             allowed = torch.from_numpy(np.stack(words))
         allowed = allowed.to(states.device)
-        columns = TokenColumns.of(policy.vocabulary_size, allowed)
-        log_probs, _ = policy.log_probs(states, columns)
+        log_probs, ids, support = policy.supported(states, allowed)
         chosen = log_probs.argmax(-1) if noise is None else inverse_cdf(log_probs, noise[rows])
         places = [len(actions[row].ids) for row in rows]
         if self.hidden_states is None:
             self.hidden_states = states.new_zeros(*self.shape, states.shape[-1])
         self.hidden_states[rows, places] = states
         self.allowed[rows, places] = allowed
-        if policy.min_p > 0:
-            allowed = pack(log_probs.isfinite(), columns.ids, policy.vocabulary_size)
-        self.support[rows, places] = allowed
-        tokens = chosen if columns.ids is None else columns.ids[chosen]
+        self.support[rows, places] = support
+        tokens = chosen if ids is None else ids[chosen]
         return [int(token) for token in tokens.tolist()]
 
     def sample(self, actions: list[Action]) -> Sample:
@@ -260,7 +256,7 @@ def inverse_cdf(log_p: Tensor, noise: Tensor) -> Tensor:
     `noise` is float64 in [0, 1). In float64 noise * total < total, so that no token of probability
     0 is drawn.
     """
-    cdf = log_p.double().exp().cumsum(-1)
+    cdf = log_p.exp().cumsum(-1, dtype=torch.float64)
     return torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True)[:, 0]
 
 

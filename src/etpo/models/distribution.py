@@ -60,16 +60,50 @@ def token_distribution(
     """
     if temperature != 1:
         logits = logits.float() / temperature
-    nothing = logits.new_tensor(float("-inf"))  # `where` is several times as fast as masked_fill
     if allowed is not None:
-        logits = torch.where(allowed, logits, nothing)
+        logits = restricted(logits, allowed)
     log_probs = logits.log_softmax(-1, dtype=torch.float32)
     if min_p == 0 if support is None else support is allowed:
         return TokenDistribution(log_probs, torch.zeros_like(log_probs[..., 0]))
     if support is None:
-        support = log_probs >= log_probs.amax(-1, keepdim=True) + math.log(min_p)
+        support = min_p_support(log_probs, min_p)
         if taken is not None:
             support = support.scatter(-1, taken, True)
     log_mass = (log_probs.exp() * support).sum(-1).log()
-    kept = torch.where(support, log_probs - log_mass.unsqueeze(-1), nothing.float())
-    return TokenDistribution(kept, log_mass)
+    return TokenDistribution(restricted(log_probs - log_mass.unsqueeze(-1), support), log_mass)
+
+
+def restricted(logits: Tensor, support: Tensor) -> Tensor:
+    """Return the logits [..., V], -inf outside the support, bool [..., V]."""
+    # `where` is several times as fast as masked_fill
+    return torch.where(support, logits, logits.new_tensor(float("-inf")))
+
+
+def min_p_support(logits: Tensor, min_p: float) -> Tensor:
+    """Return the tokens with at least `min_p` times the likeliest one's probability.
+
+    logits: [..., V] -> bool [..., V].
+    """
+    logits = logits.float()  # bfloat16 rounds the threshold
+    return logits >= logits.amax(-1, keepdim=True) + math.log(min_p)
+
+
+def supported_distribution(
+    logits: Tensor, temperature: float, min_p: float, allowed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute the distribution of `token_distribution` over fewer columns, with `min_p` > 0.
+
+    Arguments as of `token_distribution`, for logits [n, V].
+
+    Returns:
+        log_probs: float32 [n, U] of the tokens that any row supports.
+        places: int64 [U], these tokens.
+    """
+    if temperature != 1:
+        logits = logits.float() / temperature
+    if allowed is not None:
+        logits = restricted(logits, allowed)
+    support = min_p_support(logits, min_p)
+    places = support.any(0).nonzero()[:, 0]
+    kept = restricted(logits[:, places], support[:, places])
+    return kept.log_softmax(-1, dtype=torch.float32), places

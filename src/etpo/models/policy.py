@@ -15,7 +15,12 @@ from etpo.errors import ConfigError, check_integer, check_range
 from etpo.models.adapters import add_adapter
 from etpo.models.causal_lm import trunk_of
 from etpo.models.chunked_logits import project_to_vocabulary
-from etpo.models.distribution import TokenDistribution, scale_logits, token_distribution
+from etpo.models.distribution import (
+    TokenDistribution,
+    scale_logits,
+    supported_distribution,
+    token_distribution,
+)
 from etpo.models.loading import expanded, load_model, load_tokenizer
 from etpo.models.prefix_tree import PrefixTree
 from etpo.models.probe import check_forwards
@@ -251,16 +256,25 @@ class LanguageModelPolicy(nn.Module):
             taken=taken,
         )
 
-    def support(self, hidden: Tensor, allowed: Tensor) -> Tensor:
-        """Return the tokens with a probability at hidden states [n, D], as bits: int32 [n, W].
+    def supported(self, hidden: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Compute the distribution over the tokens with a probability at hidden states [n, D].
 
         allowed: int32 [n, W], the action space; W = 0 for the whole vocabulary.
+
+        Returns:
+            log_probs: [n, U].
+            ids: int64 [U], its tokens; None for all.
+            support: int32 [n, W], the tokens with a probability; `allowed` without `min_p`.
         """
-        if self.min_p == 0:
-            return allowed
         columns = TokenColumns.of(self.vocabulary_size, allowed)
-        kept = self.log_probs(hidden, columns).log_probs.isfinite()
-        return pack(kept, columns.ids, self.vocabulary_size)
+        if self.min_p == 0:
+            return self.log_probs(hidden, columns).log_probs, columns.ids, allowed
+        logits = self.logits(hidden, columns.ids)
+        options = self.temperature, self.min_p, columns.allowed
+        log_probs, ids = supported_distribution(logits, *options)
+        if columns.ids is not None:
+            ids = columns.ids[ids]
+        return log_probs, ids, pack(log_probs.isfinite(), ids, self.vocabulary_size)
 
     @property
     def lm_head(self) -> nn.Module:
