@@ -9,9 +9,9 @@ from etpo import pretrained, train
 from etpo.config import model_name
 from etpo.errors import OutputError
 from etpo.models import loading
+from etpo.models.chat_template import ChatTemplate
 from etpo.models.loading import load_model, load_tokenizer
 from etpo.models.policy import LanguageModelPolicy
-from etpo.models.prompting import ChatTemplate
 
 from .models.gguf_checkpoint import write_gguf
 

@@ -115,7 +115,7 @@ class LastToken(torch.nn.Module):
     """V of a prefix is a tenth of its last token, A of a token w after it is w^2 / 100."""
 
     def hidden_states(self, tree, ref_hidden):
-        return tree.token[tree.node, None].float()
+        return tree.nodes.token[tree.node, None].float()
 
     def head(self, hidden, ids=None):
         return hidden[..., 0] / 10, (torch.arange(200) ** 2 / 100).expand(*hidden.shape[:-1], -1)

@@ -62,7 +62,7 @@ def triple_positions(policy, monkeypatch):
 
     def wrong(*inputs):
         tree = prefix_tree(*inputs)
-        return tree._replace(depth=3 * tree.depth)
+        return tree._replace(nodes=tree.nodes._replace(depth=3 * tree.nodes.depth))
 
     monkeypatch.setattr(types, "prefix_tree", wrong)
 

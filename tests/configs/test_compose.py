@@ -147,8 +147,8 @@ def test_what_does_not_identify_a_run_names_no_folder(command, monkeypatch, tmp_
     [
         ([], "tic_tac_toe", "tiny"),
         (["environment.dataset=csv", "environment.path=a/my.csv"], "my", "tiny"),
-        (["environment=sokoban"], "etpo/Sokoban-v0", "tiny"),
-        (["environment=textarena"], "FrozenLake-v0-train", "tiny"),
+        (["environment=sokoban", "model=tiny"], "etpo/Sokoban-v0", "tiny"),
+        (["environment=textarena", "model=tiny"], "FrozenLake-v0-train", "tiny"),
         (["environment=gymnasium", "environment.id=my:Task-v0"], "Task-v0", "tiny"),
         (["environment=token_mdp"], "TokenMDPEnv", "tiny"),
         (["model=causal_lm", "model.name_or_path=Qwen/Qwen3-0.6B"], "tic_tac_toe", "Qwen3-0.6B"),

@@ -9,7 +9,6 @@ import torch
 from omegaconf import OmegaConf
 
 from etpo.errors import ConfigError
-from etpo.generation import grammar as module
 from etpo.generation.grammar import check_grammar
 from etpo.generation.sampler import decode_actions, first_decisions, generate
 from etpo.models.policy import LanguageModelPolicy
@@ -152,17 +151,15 @@ def test_a_prompt_that_ends_with_white_space_is_refused(policy):
 
 
 def test_the_package_is_named_where_it_is_missing(policy, monkeypatch):
-    module.compile_grammar.cache_clear()
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(ConfigError, match=r'needs llguidance: pip install -e "\.\[grammar\]"'):
-        sample(policy, COLOURS, 1)
+        sample(policy, {"regex": "not compiled yet"}, 1)
 
 
 def test_a_tokenizer_that_is_not_fast_is_one_line(policy, monkeypatch):
     def refused(*args, **kwargs):
         raise ValueError("Only fast tokenizers are supported")
 
-    module.compile_grammar.cache_clear()
     monkeypatch.setattr("llguidance.hf.from_tokenizer", refused)
     with pytest.raises(ConfigError, match="Only fast tokenizers are supported"):
-        sample(policy, COLOURS, 1)
+        sample(policy, {"regex": "nor this"}, 1)

@@ -154,7 +154,7 @@ def test_states_of_a_tree_are_those_of_separate_rows(name, small):
     prompts, actions = ids.split([12, 10], dim=1)
     for limit, stages in ((256, 1), (20, 2), (3, 4)):
         tree = by_token.tree_of(prompts, torch.ones_like(prompts).bool(), actions, limit=limit)
-        assert len(tree.stages) == stages
+        assert len(tree.nodes.stages) == stages
         logits = policy.logits(tree.of_tokens(policy.hidden_states(tree)))
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 

@@ -265,7 +265,7 @@ def test_every_prompt_of_an_episode_begins_with_the_last_prompt_and_the_sampled_
             assert rows[row][0][: len(beginning)] == beginning
         else:
             assert len(rows[row][0]) < len(prompt)
-    following = played.bootstrap_ids[0][played.bootstrap_mask[0]].tolist()
+    following = played.bootstrap.prompt_ids[0][played.bootstrap.prompt_mask[0]].tolist()
     prompt, action = rows[-4]
     text = [i for i in action if i not in policy.stop_ids]
     assert following[: len(prompt) + len(text)] == prompt + text

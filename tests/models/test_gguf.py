@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from etpo import export, train
 from etpo.errors import ConfigError
 from etpo.models import gguf_file
+from etpo.models.chat_template import ChatTemplate
 from etpo.models.loading import load_model, load_tokenizer
 from etpo.models.policy import LanguageModelPolicy
-from etpo.models.prompting import ChatTemplate
 
 from .gguf_checkpoint import write_gguf
 

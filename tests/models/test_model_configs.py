@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from etpo.config import CONF
 from etpo.errors import ConfigError
-from etpo.models.prompting import ChatTemplate
+from etpo.models.chat_template import ChatTemplate
 from etpo.models.stopping import stop_ids
 
 from .architectures import ARCHITECTURES
@@ -86,9 +86,9 @@ def test_thinking_is_switched_off():
 
 def test_a_variable_that_the_template_does_not_read_is_refused(checkpoint):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint("qwen-instruct"))
-    ChatTemplate({"enable_thinking": False}).encode(tokenizer, OBSERVATION, 1000)
+    ChatTemplate(template_kwargs={"enable_thinking": False}).encode(tokenizer, OBSERVATION, 1000)
     with pytest.raises(ConfigError, match="model.prompt.template_kwargs.think=False: allowed"):
-        ChatTemplate({"think": False}).encode(tokenizer, OBSERVATION, 1000)
+        ChatTemplate(template_kwargs={"think": False}).encode(tokenizer, OBSERVATION, 1000)
 
 
 def test_a_date_makes_a_prompt_repeatable(checkpoint):

@@ -44,11 +44,11 @@ def prefixes_of(batch):
 
 def ancestors(tree, node):
     """Return the nodes from the root to `node`, by the ranges of their descendants."""
-    return [n for n in range(node + 1) if node < tree.end[n]]
+    return [n for n in range(node + 1) if node < tree.nodes.end[n]]
 
 
 def spelled(tree, node):
-    return tuple(tree.token[ancestors(tree, node)].tolist())
+    return tuple(tree.nodes.token[ancestors(tree, node)].tolist())
 
 
 @many
@@ -56,11 +56,11 @@ def spelled(tree, node):
 def test_nodes_are_the_distinct_prefixes_in_depth_first_order(batch):
     tree = build(batch)
     read = {prefix[:size] for *_, prefix, _ in prefixes_of(batch) for size in range(1, 99)}
-    found = [spelled(tree, node) for node in range(len(tree.token))]
+    found = [spelled(tree, node) for node in range(len(tree.nodes.token))]
     assert len(found) == len(read)
     assert set(found) == read
-    assert tree.depth.tolist() == [len(each) - 1 for each in found]
-    for node, end in enumerate(tree.end.tolist()):
+    assert tree.nodes.depth.tolist() == [len(each) - 1 for each in found]
+    for node, end in enumerate(tree.nodes.end.tolist()):
         under = [n for n, each in enumerate(found) if each[: len(found[node])] == found[node]]
         assert under == list(range(node, end))
 
@@ -123,7 +123,7 @@ def test_values_are_mapped_to_tokens_and_summed_back(batch, seed):
 def test_stages_compute_each_node_once_after_its_ancestors(batch, limit):
     tree = build(batch, limit)
     done = set()
-    for stage in tree.stages:
+    for stage in tree.nodes.stages:
         now = []
         for row, context in zip(stage.nodes.tolist(), stage.context.tolist(), strict=True):
             row, context = ([n for n in each if n >= 0] for each in (row, context))
@@ -135,7 +135,7 @@ def test_stages_compute_each_node_once_after_its_ancestors(batch, limit):
         assert len(set(now)) == len(now)
         assert not done & set(now)
         done |= set(now)
-    assert done == set(range(len(tree.token)))
+    assert done == set(range(len(tree.nodes.token)))
 
 
 @many
@@ -143,8 +143,8 @@ def test_stages_compute_each_node_once_after_its_ancestors(batch, limit):
 def test_rows_keep_the_limit(batch, limit):
     """Nodes before the last stage have more descendants than fit in a row."""
     tree = build(batch, limit)
-    size = tree.end - torch.arange(len(tree.end))
-    *upper, last = tree.stages
+    size = tree.nodes.end - torch.arange(len(tree.nodes.end))
+    *upper, last = tree.nodes.stages
     assert last.nodes.shape[1] <= limit
     assert all(size[node] <= limit for node in last.nodes[last.nodes >= 0])
     for stage in upper:
@@ -153,18 +153,19 @@ def test_rows_keep_the_limit(batch, limit):
             row = [n for n in row if n >= 0]
             for one, other in itertools.pairwise(row):  # a path without a branch
                 assert ancestors(tree, other) == [*ancestors(tree, one), other]
-                beyond = [n for n in range(one + 1, tree.end[one]) if size[n] > limit]
-                assert [n for n in beyond if tree.depth[n] == tree.depth[one] + 1] == [other]
-    if limit >= len(tree.token):
-        assert tree.stages[0].nodes.shape == (1, len(tree.token))
-        assert tree.stages[0].context.shape == (1, 0)
+                beyond = [n for n in range(one + 1, tree.nodes.end[one]) if size[n] > limit]
+                depth = tree.nodes.depth[one] + 1
+                assert [n for n in beyond if tree.nodes.depth[n] == depth] == [other]
+    if limit >= len(tree.nodes.token):
+        assert tree.nodes.stages[0].nodes.shape == (1, len(tree.nodes.token))
+        assert tree.nodes.stages[0].context.shape == (1, 0)
 
 
 @many
 @given(batches)
 def test_paths_lead_to_every_leaf(batch):
     tree = build(batch)
-    leaves = [n for n, end in enumerate(tree.end.tolist()) if end == n + 1]
+    leaves = [n for n, end in enumerate(tree.nodes.end.tolist()) if end == n + 1]
     paths = [[n for n in path if n >= 0] for path in tree.paths.tolist()]
     assert sorted(path[-1] for path in paths) == leaves
     assert all(path == ancestors(tree, path[-1]) for path in paths)
@@ -174,8 +175,8 @@ def test_a_tree_by_hand():
     # the first and third row have one prompt; the fourth is another prompt with the same tokens
     batch = [([5, 6], [7, 8]), ([5], [9]), ([5, 6], [7, 9, 4]), ([5, 6, 7], [9, 3])]
     tree = build(batch)
-    assert tree.token.tolist() == [5, 6, 7, 9]
-    assert tree.depth.tolist() == [0, 1, 2, 3]
+    assert tree.nodes.token.tolist() == [5, 6, 7, 9]
+    assert tree.nodes.depth.tolist() == [0, 1, 2, 3]
     assert tree.node.tolist() == [0, 1, 2, 3]
     assert tree.prefix.tolist() == [[1, 2, 0], [0, 0, 0], [1, 2, 3], [2, 3, 0]]
     assert tree.taken.tolist() == [[9, 9], [7, 7], [8, 9], [3, 4]]
@@ -188,17 +189,19 @@ def test_subtrees_of_one_context_share_a_row():
     prompt = list(range(10, 20))
     batch = [(prompt, [first, 5, 5, 1]) for first in range(6)]
     tree = build(batch, limit=8)
-    above, below = tree.stages
+    above, below = tree.nodes.stages
     assert above.nodes.tolist() == [list(range(10))]
     assert below.nodes.shape == (3, 6)  # two actions of three tokens fit
     assert (below.context == torch.arange(10)).all()
-    assert [len(build(batch, limit).stages) for limit in (27, 28)] == [2, 1]
+    assert [len(build(batch, limit).nodes.stages) for limit in (27, 28)] == [2, 1]
 
 
 def test_another_limit_changes_the_stages_alone():
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(2, (20, 24), generator=generator).tolist()
     one, other = (build([(row[:9], row[9:]) for row in rows], limit) for limit in (4, 300))
-    assert len(one.stages) > len(other.stages)
-    for name in set(one._fields) - {"stages"}:
+    assert len(one.nodes.stages) > len(other.nodes.stages)
+    for name in set(one._fields) - {"nodes"}:
         assert torch.equal(getattr(one, name), getattr(other, name))
+    for values, others in zip(one.nodes[:3], other.nodes[:3], strict=True):
+        assert torch.equal(values, others)

@@ -130,7 +130,7 @@ def test_states_and_gradients_are_those_of_separate_rows(name, form):
         assert checkpoint_layers(model)
     for limit, stages in LIMITS.items():
         tree = tree_of(pairs, limit)
-        assert len(tree.stages) == stages
+        assert len(tree.nodes.stages) == stages
         for packed in (True, False) if stages == 1 else (True,):
             states = by_row(tree, forward_tree(model, tree, packed))
             found = gradients(model, states)
@@ -152,7 +152,7 @@ def test_random_trees(name, seed):
     numbers = set()
     for limit in (1, 3, 7, 200):
         tree = tree_of(pairs, limit)
-        numbers.add(len(tree.stages))
+        numbers.add(len(tree.nodes.stages))
         states = by_row(tree, forward_tree(model, tree))
         found = gradients(model, states)
         for one, other in zip(states, expected, strict=True):
@@ -176,7 +176,7 @@ def test_forwards_without_gradient_are_split_by_their_tokens(packed, monkeypatch
 
     model.register_forward_pre_hook(record, with_kwargs=True)
     forward_tree(model, tree, packed)
-    assert len(sizes) == (len(tree.stages) if packed else 1)
+    assert len(sizes) == (len(tree.nodes.stages) if packed else 1)
     whole = len(sizes)
     sizes.clear()
     monkeypatch.setattr(tree_forward, "FORWARD_TOKENS", 25)
@@ -194,9 +194,9 @@ def test_each_distinct_token_is_read_once(checkpoint):
         lambda _, args, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
     )
     policy.hidden_states(tree)
-    assert shapes == [(1, len(tree.token))]
+    assert shapes == [(1, len(tree.nodes.token))]
     read = sum(len(prompt) + len(action) - 1 for prompt, action in rows())
-    assert len(tree.token) < 0.8 * read
+    assert len(tree.nodes.token) < 0.8 * read
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen", "starcoder"])

@@ -50,5 +50,5 @@ def test_the_tree_of_selected_actions_is_of_their_tokens_alone():
     part = actions.select(torch.tensor([4, 1]))
     assert torch.equal(part.action_ids, actions.action_ids[[4, 1]])
     tree = part.tree()
-    assert sorted(tree.token.tolist()) == [8, 9, 10, 11, 12, 29, 30]  # no last token
+    assert sorted(tree.nodes.token.tolist()) == [8, 9, 10, 11, 12, 29, 30]  # no last token
     assert torch.equal(tree.mask, ACTION_MASK[[4, 1]])

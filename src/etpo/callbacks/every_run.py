@@ -26,7 +26,8 @@ def callback_options(cfg: DictConfig, environment: Any) -> dict[str, Any]:
     settings.pop("num_envs", None)
     key = getattr(environment, "reward_key", None)
     key = key or short_hash(json.dumps(settings, sort_keys=True, default=str))
-    configured = [instantiate(callback) for callback in (cfg.get("callbacks") or {}).values()]
+    groups = (cfg.get("callbacks") or {}).values()
+    configured = [instantiate(callback) for callback in groups if callback is not None]
     options: dict[str, Any] = {"callbacks": [*configured, EveryRun(cfg, key)]}
     if not any(isinstance(callback, Checkpoint) for callback in configured):
         options["enable_checkpointing"] = False  # else Lightning adds a callback
