@@ -40,27 +40,36 @@ def load_policy(ckpt_path: str) -> "LanguageModelPolicy":
     return policy
 
 
+def check_new_folder(out: Path) -> None:
+    """Raise ConfigError unless `out` is a new or an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"out={out} exists; allowed is a new or an empty folder")
+
+
+def write_folder(policy: "LanguageModelPolicy", out: Path, merge: bool) -> None:
+    """Write the folder `out` atomically; `policy` is unusable afterwards."""
+    from etpo.models.saving import save_policy
+
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+            save_policy(policy, Path(folder) / out.name, merge)
+            os.replace(Path(folder) / out.name, out)
+    except (OSError, SafetensorError) as error:
+        why = reason(error)
+        raise ConfigError(
+            f"out={out}: cannot be written ({why}); allowed is a folder with room for it"
+        ) from error
+
+
 def export(cfg: DictConfig) -> Path:
     """Write the folder `cfg.out` atomically and return it."""
     check_missing(cfg)
     if not isinstance(cfg.merge, bool):
         raise ConfigError(f"merge={cfg.merge}: allowed are true, false")
     out = Path(str(cfg.out)).expanduser()
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ConfigError(f"out={cfg.out} exists; allowed is a new or an empty folder")
-        policy = load_policy(str(cfg.ckpt_path))
-        from etpo.models.saving import save_policy
-
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-            save_policy(policy, Path(folder) / out.name, cfg.merge)
-            os.replace(Path(folder) / out.name, out)
-    except (OSError, SafetensorError) as error:
-        why = reason(error)
-        raise ConfigError(
-            f"out={cfg.out}: cannot be written ({why}); allowed is a folder with room for it"
-        ) from error
+    check_new_folder(out)
+    write_folder(load_policy(str(cfg.ckpt_path)), out, cfg.merge)
     return out
 
 
