@@ -1,5 +1,6 @@
 """`etpo-sft data.source=...`: fit a policy to examples, and write it as a Hugging Face folder."""
 
+import math
 import random
 import shlex
 import sys
@@ -14,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from etpo.config import check_missing
 from etpo.console import console_script
 from etpo.errors import MAX_SEED, ConfigError, check_integer
-from etpo.export import check_new_folder, write_folder
+from etpo.export import new_folder, write_folder
 from etpo.overrides import override
 from etpo.resume import resume_arguments
 from etpo.run_folder import held, save_config
@@ -53,8 +54,8 @@ def build(cfg: DictConfig) -> tuple["Trainer", dict[str, Any]]:
     trainer = instantiate(cfg.trainer, logger=False, callbacks=callbacks)
     if trainer.world_size > 1:
         raise ConfigError(f"trainer.devices={cfg.trainer.devices}: allowed is 1, one process")
-    module = SupervisedFit(policy, **cfg.fit)
-    module.trainer = trainer
+    per_epoch = math.ceil(len(datamodule.batches) / trainer.accumulate_grad_batches)
+    module = SupervisedFit(policy, steps=per_epoch * trainer.max_epochs, **cfg.fit)
     if content is not None:
         check_fits(module, content, path)
     print(
@@ -92,8 +93,7 @@ def sft(cfg: DictConfig) -> Path:
     OmegaConf.to_container(cfg, resolve=True)  # raises for an interpolation of an unknown key
     check_integer("seed", cfg.seed, 0, MAX_SEED)
     check_integer("trainer.max_epochs", cfg.trainer.max_epochs, 1)
-    out = Path(str(cfg.out)).expanduser()
-    check_new_folder(out)
+    out = new_folder(str(cfg.out))
     random.seed(cfg.seed)
     np.random.seed(cfg.seed)
     trainer, arguments = build(cfg)

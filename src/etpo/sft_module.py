@@ -152,9 +152,6 @@ class ExampleData(LightningDataModule):
     Args:
         batch_size: answers per step.
         val_share: share of the answers in the validation set, of whole prompts.
-
-    Raises:
-        ConfigError: a value is out of range.
     """
 
     def __init__(
@@ -167,27 +164,24 @@ class ExampleData(LightningDataModule):
         seed: int,
     ) -> None:
         super().__init__()
-        self.pad_id, self.batch_size, self.seed = pad_id, batch_size, seed
-        rows = held_out(answers, val_share, seed) if val_share > 0 else set()
+        self.pad_id = pad_id
+        rows = held_out(answers, val_share, seed)
         self.fitted = [answer for row, answer in enumerate(answers) if row not in rows]
         self.held_out = [answers[row] for row in sorted(rows)]
+        self.batches = ExampleBatches(self.fitted, batch_size, seed)
+        self.val_batches = ExampleBatches(self.held_out, batch_size, seed)
 
-    def _loader(self, answers: list[Answer], batches: Any) -> DataLoader[AnswerBatch]:
+    def train_dataloader(self) -> DataLoader[AnswerBatch]:
+        return self._loader(self.fitted, self.batches)
+
+    def val_dataloader(self) -> DataLoader[AnswerBatch] | list[Any]:
+        return self._loader(self.held_out, self.val_batches) if self.held_out else []
+
+    def _loader(self, answers: list[Answer], batches: ExampleBatches) -> DataLoader[AnswerBatch]:
         return DataLoader(
             answers,  # type: ignore[arg-type]
             batch_sampler=batches,
             collate_fn=lambda rows: collate(rows, self.pad_id),
-        )
-
-    def train_dataloader(self) -> DataLoader[AnswerBatch]:
-        self.batches = ExampleBatches(self.fitted, self.batch_size, self.seed)
-        return self._loader(self.fitted, self.batches)
-
-    def val_dataloader(self) -> DataLoader[AnswerBatch] | list[Any]:
-        if not self.held_out:
-            return []
-        return self._loader(
-            self.held_out, ExampleBatches(self.held_out, self.batch_size, self.seed)
         )
 
 
@@ -222,20 +216,19 @@ class SupervisedFit(LightningModule):
 
     Args:
         policy: its reference is not used.
+        steps: number of optimizer steps of the schedule.
         lr: learning rate after the warm-up.
         schedule: one of `SCHEDULES`, of `transformers.get_scheduler`, by optimizer step.
         warmup_share: share of the steps in which the learning rate rises from 0.
         weight_decay: of AdamW.
         logits_chunk_size: number of prefixes whose logits are in memory at once.
-
-    Raises:
-        ConfigError: a value is out of range.
     """
 
     def __init__(
         self,
         policy: LanguageModelPolicy,
         *,
+        steps: int,
         lr: float = 5e-4,
         schedule: str = "cosine",
         warmup_share: float = 0.05,
@@ -243,7 +236,7 @@ class SupervisedFit(LightningModule):
         logits_chunk_size: int = 1024,
     ) -> None:
         super().__init__()
-        self.policy, self.lr, self.schedule = policy, lr, schedule
+        self.policy, self.steps, self.lr, self.schedule = policy, steps, lr, schedule
         self.warmup_share, self.weight_decay = warmup_share, weight_decay
         self.logits_chunk_size = logits_chunk_size
         self.strict_loading = False
@@ -252,9 +245,8 @@ class SupervisedFit(LightningModule):
         optimizer = torch.optim.AdamW(
             self.policy.trainable_parameters(), lr=self.lr, weight_decay=self.weight_decay
         )
-        steps = int(self.trainer.estimated_stepping_batches)
-        warmup = round(self.warmup_share * steps)
-        scheduler = get_scheduler(self.schedule, optimizer, warmup, steps)
+        warmup = round(self.warmup_share * self.steps)
+        scheduler = get_scheduler(self.schedule, optimizer, warmup, self.steps)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
