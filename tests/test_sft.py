@@ -219,7 +219,7 @@ def test_best_actions_by_the_return_of_their_episodes():
     assert best(0.34) == {first, third, second}
     assert best(0.33) & {first, third} in ({first}, {third})
     assert best(1.0, 0.5) == {first, third, second}
-    with pytest.raises(ConfigError, match=r"^data.min_return=3: no action of f "):
+    with pytest.raises(ConfigError, match=r"^data.min_return=3: none of 6 actions"):
         best(1.0, 3)
 
 

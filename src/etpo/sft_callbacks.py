@@ -48,7 +48,7 @@ def callbacks_of(cfg: DictConfig, validates: bool) -> list[Callback]:
     }
     callbacks: list[Callback] = [FitProgress(), MetricsCSV(str(folder))]
     if validates:
-        callbacks.append(
-            ModelCheckpoint(filename="best", monitor="val/loss", save_weights_only=True, **common)
-        )
+        options = {"monitor": "val/loss", "save_weights_only": True}
+        options["every_n_epochs"] = cfg.trainer.check_val_every_n_epoch
+        callbacks.append(ModelCheckpoint(filename="best", **options, **common))
     return [*callbacks, ModelCheckpoint(filename="last", **common)]

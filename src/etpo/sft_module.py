@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
 from etpo.algorithms.optimization import trained_state
-from etpo.environments.validation import shown
+from etpo.environments.validation import error_prefix, shown
 from etpo.errors import ConfigError, check_integer, check_range
 from etpo.models.chunked_logits import reduce_in_chunks
 from etpo.models.distribution import token_distribution
@@ -74,7 +74,8 @@ def encode(
 
 def encode_turn(policy: LanguageModelPolicy, example: Example, turn: Turn | None) -> Turn:
     """Encode an example that follows `turn`, with the token that ends its action."""
-    prompts = policy.encode([example.observation], [turn])
+    with error_prefix(example.place):
+        prompts = policy.encode([example.observation], [turn])
     rest = prompts.rests[0]
     ids = [*continued_ids(policy.tokenizer, rest + example.answer), policy.end_token]
     text = policy.decode(ids, rest)
