@@ -173,8 +173,8 @@ def best_actions(
             examples.append(Example(observations[key], action, place))
     if not examples:
         raise ConfigError(
-            f"data.min_return={min_return}: none of {len(lines)} actions has this return and an end; "
-            "allowed is a smaller value, and a run with a larger rollout.max_new_tokens"
+            f"data.min_return={min_return}: none of {len(lines)} actions has this return and an "
+            "end; allowed is a smaller value, and a run with a larger rollout.max_new_tokens"
         )
     return examples
 
