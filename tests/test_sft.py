@@ -76,10 +76,10 @@ def fit(command, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("prompt", ["chat", "completion"])
-@pytest.mark.parametrize("lora", ["r16_all", "null"])
+@pytest.mark.parametrize("lora", ["model/lora=r16_all", "model.lora=null"])
 def test_two_answers_are_learned(fit, tmp_path, prompt, lora):
     lines = [{"prompt": prompt, "answer": answer} for prompt, answer in PAIRS.items()]
-    overrides = (f"model/prompt={prompt}", f"model/lora={lora}", "trainer.max_epochs=60")
+    overrides = (f"model/prompt={prompt}", lora, "trainer.max_epochs=60")
     folder = fit(write(tmp_path / "a.jsonl", *lines), *overrides, "data.val_share=0")
     assert float(metrics(folder)[-1]["train/loss"]) < 0.05
     template = ChatTemplate() if prompt == "chat" else CompletionTemplate()
@@ -230,9 +230,11 @@ def test_episodes_of_a_run_are_encoded_as_they_were_sampled(finished_run, tmp_pa
     policy = LanguageModelPolicy(tiny_checkpoint(), CompletionTemplate())
     (answers, left_out) = encode(policy, found, 100)
     assert (len(answers), left_out) == (len(found), 0)
-    ended = {(r["prompt"], r["action"]) for r in records if not r["length_limited"]}
-    shown = {(policy.tokenizer.decode(prompt), policy.decode(action)) for prompt, action in answers}
-    assert shown == ended
+    ended = [record for record in records if not record["length_limited"]]
+    shown = [(policy.tokenizer.decode(prompt), policy.decode(action)) for prompt, action in answers]
+    assert {prompt for prompt, _ in shown} == {record["prompt"] for record in ended}
+    joined = {record["observation"]["prefix"] + record["action"] for record in ended}
+    assert {prompt + action for prompt, action in shown} == joined
 
 
 BAD = [
@@ -248,7 +250,7 @@ BAD = [
     ('{"messages": [{"role": "assistant", "content": "a"}]}', "{file}:1: messages[0] is the"),
     ('{"messages": [{"role": "bot", "content": "a"}]}', "{file}:1: observation['messages']: r"),
     ('{"action": "a", "reward": 1, "env": 0, "attempt": 1}', "{file}:1: no observation; all"),
-    ('{"prompt": "a", "answer": "b<|im_end|>c"}', "{file}:1: the answer 'b<|im_end|>c' reads"),
+    ('{"prompt": "a", "answer": "b</s>c"}', "{file}:1: the answer 'b</s>c' reads 'b' as"),
 ]
 
 
@@ -378,7 +380,7 @@ def test_the_epoch_with_the_lowest_validation_loss_is_written(fit, tmp_path):
     """Answers that cannot be guessed: validation gets worse."""
     lines = [{"prompt": f"{n * 7919}", "answer": f"{n * n * 104729}"} for n in range(12)]
     file = write(tmp_path / "a.jsonl", *lines)
-    overrides = ("model/lora=null", "fit.schedule=constant_with_warmup", "fit.warmup_share=0")
+    overrides = ("model.lora=null", "fit.schedule=constant_with_warmup", "fit.warmup_share=0")
     folder = fit(file, *overrides, "trainer.max_epochs=12", "data.val_share=0.3")
     losses = [float(row["val/loss"]) for row in metrics(folder)]
     best = min(range(12), key=losses.__getitem__)

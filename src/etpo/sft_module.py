@@ -78,8 +78,9 @@ def encode_turn(policy: LanguageModelPolicy, example: Example, turn: Turn | None
         prompts = policy.encode([example.observation], [turn])
     rest = prompts.rests[0]
     ids = [*continued_ids(policy.tokenizer, rest + example.answer), policy.end_token]
-    text = policy.decode(ids, rest)
-    if text != example.answer or not set(policy.stop_ids).isdisjoint(ids[:-1]):
+    end = next((place for place, token in enumerate(ids) if token in policy.stop_ids), len(ids))
+    text = policy.decode(ids[: end + 1], rest)
+    if text != example.answer:
         raise ConfigError(
             f"{example.place}: the answer {shown(example.answer)} reads {shown(text)} as an action "
             f"of {policy.key}; allowed are texts that the tokenizer can spell, without stop tokens "
