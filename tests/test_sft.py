@@ -30,6 +30,11 @@ from etpo.sft_module import (
 from tiny_lm import grammar
 
 REAL = pretrained.cache_dir() / "smollm2-135m"
+# with the output layer: the random one of a small model allows no probability near 1
+LORA = (
+    "model.lora={r:8,lora_alpha:16,target_modules:[q_proj,v_proj,up_proj,down_proj,lm_head],"
+    "task_type:CAUSAL_LM}"
+)
 PAIRS = {"the sum of one and two is": " three", "def f():\n": "    return 'é'\n"}
 OPTIONS = {
     "seed": 0,
@@ -76,10 +81,10 @@ def fit(command, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("prompt", ["chat", "completion"])
-@pytest.mark.parametrize("lora", ["model/lora=r16_all", "model.lora=null"])
+@pytest.mark.parametrize("lora", [LORA, "model.lora=null"], ids=["lora", "all"])
 def test_two_answers_are_learned(fit, tmp_path, prompt, lora):
     lines = [{"prompt": prompt, "answer": answer} for prompt, answer in PAIRS.items()]
-    overrides = (f"model/prompt={prompt}", lora, "trainer.max_epochs=60")
+    overrides = (f"model/prompt={prompt}", lora, "trainer.max_epochs=150", "fit.lr=2e-2")
     folder = fit(write(tmp_path / "a.jsonl", *lines), *overrides, "data.val_share=0")
     assert float(metrics(folder)[-1]["train/loss"]) < 0.05
     template = ChatTemplate() if prompt == "chat" else CompletionTemplate()
@@ -119,7 +124,7 @@ def test_what_is_fitted_is_what_is_sampled(temperature):
     torch.testing.assert_close(
         log_probs[batch.action_mask], torch.cat(expected), rtol=1e-4, atol=1e-4
     )
-    assert float(loss) == pytest.approx(-float(torch.cat(expected).mean()), rel=1e-4)
+    assert loss.item() == pytest.approx(-torch.cat(expected).mean().item(), rel=1e-4)
 
 
 def test_gradient_is_the_one_of_cross_entropy(checkpoint):

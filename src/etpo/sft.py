@@ -50,8 +50,9 @@ def build(cfg: DictConfig) -> tuple["Trainer", dict[str, Any]]:
     policy.reference_model = None
     answers, left_out = encode(policy, conversations, max_answer_tokens)
     datamodule = ExampleData(answers, **batches, pad_id=policy.pad_id, seed=cfg.seed)
+    options = {} if datamodule.held_out else {"limit_val_batches": 0}
     callbacks = callbacks_of(cfg, bool(datamodule.held_out))
-    trainer = instantiate(cfg.trainer, logger=False, callbacks=callbacks)
+    trainer = instantiate(cfg.trainer, logger=False, callbacks=callbacks, **options)
     if trainer.world_size > 1:
         raise ConfigError(f"trainer.devices={cfg.trainer.devices}: allowed is 1, one process")
     per_epoch = math.ceil(len(datamodule.batches) / trainer.accumulate_grad_batches)

@@ -119,12 +119,13 @@ class ExampleBatches:
         return -(-self.size // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
+        # a generator: Lightning sets the epoch of a resumed run after it calls `iter`
         rng = random.Random(f"{self.seed} {self.epoch}")
         groups = [rng.sample(group, len(group)) for group in self.groups]
         rng.shuffle(groups)
         rows = [row for group in groups for row in group]
-        batches = [rows[i : i + self.batch_size] for i in range(0, self.size, self.batch_size)]
-        return iter(batches)
+        for start in range(0, self.size, self.batch_size):
+            yield rows[start : start + self.batch_size]
 
 
 def by_prompt(answers: Sequence[Answer]) -> dict[tuple[int, ...], list[int]]:
@@ -176,8 +177,8 @@ class ExampleData(LightningDataModule):
     def train_dataloader(self) -> DataLoader[AnswerBatch]:
         return self._loader(self.fitted, self.batches)
 
-    def val_dataloader(self) -> DataLoader[AnswerBatch] | list[Any]:
-        return self._loader(self.held_out, self.val_batches) if self.held_out else []
+    def val_dataloader(self) -> DataLoader[AnswerBatch]:
+        return self._loader(self.held_out, self.val_batches)
 
     def _loader(self, answers: list[Answer], batches: ExampleBatches) -> DataLoader[AnswerBatch]:
         return DataLoader(
