@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from etpo.config import check_missing
 from etpo.console import console_script
-from etpo.errors import MAX_SEED, ConfigError, check_integer
+from etpo.errors import MAX_SEED, ConfigError, check_integer, check_range
 from etpo.export import new_folder, write_folder
 from etpo.overrides import override
 from etpo.resume import resume_arguments
@@ -26,6 +26,27 @@ from etpo.train import fit
 if TYPE_CHECKING:  # imported late, so that bad input is refused before PyTorch is loaded
     from lightning import Trainer
 
+SCHEDULES = ("linear", "cosine", "constant_with_warmup")
+
+
+def check_fit(cfg: DictConfig) -> None:
+    """Raise ConfigError for a value of `data` or `fit` that is out of range."""
+    data, fit = cfg.data, cfg.fit
+    check_integer("data.batch_size", data.batch_size, 1)
+    check_integer("data.max_answer_tokens", data.max_answer_tokens, 1)
+    check_integer("data.num_programs", data.num_programs, 1)
+    check_range("data.val_share", data.val_share, 0, 0.9)
+    check_range("data.top_share", data.top_share, 0, 1, above=True)
+    check_range("data.mistake_rate", data.mistake_rate, 0, 1)
+    if data.min_return is not None:
+        check_range("data.min_return", data.min_return, -float("inf"), float("inf"))
+    check_range("fit.lr", fit.lr, 0, float("inf"), above=True)
+    check_range("fit.warmup_share", fit.warmup_share, 0, 1)
+    check_range("fit.weight_decay", fit.weight_decay, 0, float("inf"))
+    check_integer("fit.logits_chunk_size", fit.logits_chunk_size, 1)
+    if fit.schedule not in SCHEDULES:
+        raise ConfigError(f"fit.schedule={fit.schedule}: allowed are {', '.join(SCHEDULES)}")
+
 
 def build(cfg: DictConfig) -> tuple["Trainer", dict[str, Any]]:
     """Return the trainer and the arguments of its `fit`; load the model last."""
@@ -34,10 +55,9 @@ def build(cfg: DictConfig) -> tuple["Trainer", dict[str, Any]]:
     from etpo.checkpoints import check_fits, load_resumable
     from etpo.models.chat_template import ChatTemplate
     from etpo.sft_callbacks import callbacks_of
-    from etpo.sft_module import ExampleData, SupervisedFit, check_fit, encode
+    from etpo.sft_module import ExampleData, SupervisedFit, encode
 
     silence_libraries()  # again: Lightning sets its log level when it is imported
-    check_fit(cfg)
     path, data = cfg.ckpt_path, dict(cfg.data)
     content = None if path is None else load_resumable(path, cfg.trainer.max_epochs)
     max_answer_tokens = data.pop("max_answer_tokens")
@@ -94,6 +114,7 @@ def sft(cfg: DictConfig) -> Path:
     OmegaConf.to_container(cfg, resolve=True)  # raises for an interpolation of an unknown key
     check_integer("seed", cfg.seed, 0, MAX_SEED)
     check_integer("trainer.max_epochs", cfg.trainer.max_epochs, 1)
+    check_fit(cfg)
     out = new_folder(str(cfg.out))
     random.seed(cfg.seed)
     np.random.seed(cfg.seed)

@@ -14,7 +14,7 @@ from transformers import get_scheduler
 
 from etpo.algorithms.optimization import trained_state
 from etpo.environments.validation import error_prefix, shown
-from etpo.errors import ConfigError, check_integer, check_range
+from etpo.errors import ConfigError
 from etpo.models.chunked_logits import reduce_in_chunks
 from etpo.models.distribution import token_distribution
 from etpo.models.policy import LanguageModelPolicy
@@ -22,8 +22,6 @@ from etpo.models.prefix_tree import prefix_tree
 from etpo.models.prompting import Turn
 from etpo.models.token_text import continued_ids
 from etpo.sft_data import Conversation, Example
-
-SCHEDULES = ("linear", "cosine", "constant_with_warmup")
 
 
 class Answer(NamedTuple):
@@ -221,7 +219,7 @@ class SupervisedFit(LightningModule):
         policy: its reference is not used.
         steps: number of optimizer steps of the schedule.
         lr: learning rate after the warm-up.
-        schedule: one of `SCHEDULES`, of `transformers.get_scheduler`, by optimizer step.
+        schedule: name of a scheduler of transformers, by optimizer step.
         warmup_share: share of the steps in which the learning rate rises from 0.
         weight_decay: of AdamW.
         logits_chunk_size: number of prefixes whose logits are in memory at once.
@@ -280,22 +278,3 @@ class SupervisedFit(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = trained_state(self, checkpoint)
-
-
-def check_fit(cfg: Any) -> None:
-    """Raise ConfigError for a value of `data` or `fit` that is out of range."""
-    data, fit = cfg.data, cfg.fit
-    check_integer("data.batch_size", data.batch_size, 1)
-    check_integer("data.max_answer_tokens", data.max_answer_tokens, 1)
-    check_integer("data.num_programs", data.num_programs, 1)
-    check_range("data.val_share", data.val_share, 0, 0.9)
-    check_range("data.top_share", data.top_share, 0, 1, above=True)
-    check_range("data.mistake_rate", data.mistake_rate, 0, 1)
-    if data.min_return is not None:
-        check_range("data.min_return", data.min_return, -float("inf"), float("inf"))
-    check_range("fit.lr", fit.lr, 0, float("inf"), above=True)
-    check_range("fit.warmup_share", fit.warmup_share, 0, 1)
-    check_range("fit.weight_decay", fit.weight_decay, 0, float("inf"))
-    check_integer("fit.logits_chunk_size", fit.logits_chunk_size, 1)
-    if fit.schedule not in SCHEDULES:
-        raise ConfigError(f"fit.schedule={fit.schedule}: allowed are {', '.join(SCHEDULES)}")
