@@ -16,7 +16,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from etpo import evaluate, export, report, score, train
+from etpo import evaluate, export, report, score, sft, train
 from etpo.config import CONF, check_missing
 
 from .documented import (
@@ -38,6 +38,7 @@ SCRIPTS = {
     "etpo-export": export.main,
     "etpo-report": report.main,
     "etpo-score": score.main,
+    "etpo-sft": sft.main,
 }
 INSTALLS = "would make an environment and install packages; make -n must know it"
 SERVER = "needs W&B's server; tests/sweeps checks the files and runs an agent's command"
@@ -84,6 +85,7 @@ ROWS = "".join(f"{i % 7},{i % 3},{'yes' if i % 7 > 3 else 'no'}\n" for i in rang
 FILES = {
     "my.csv": f"a,b,label\n{ROWS}",
     "my_program.py": PROGRAM,
+    "my_examples.jsonl": '{"prompt": "What is 1 + 2?", "answer": "3"}\n' * 4,
     "models.csv": "name,big_model,big_model_std\ntic_tac_toe,0.9,0.01\n",
 }
 # arguments that need an extra of this package
@@ -243,6 +245,10 @@ class Runner:
 
     def etpo_export(self, command: Command) -> str:
         return self.called(export.main, *command.arguments)
+
+    def etpo_sft(self, command: Command) -> str:
+        arguments = small(command, self.checkpoint)
+        return self.called(sft.main, *arguments, "data.num_programs=4", "data.min_return=null")
 
     def etpo_report(self, command: Command) -> str:
         multiruns = self.folder / "logs" / "train" / "multiruns"

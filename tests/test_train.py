@@ -82,6 +82,7 @@ def test_metrics_have_a_row_per_iteration_that_agrees_with_the_episodes(finished
         assert set(line) == {
             *("iteration", "env", "attempt", "prompt", "action", "reward", "error", "cached"),
             "length_limited",
+            "observation",
         }
         assert (line["reward"] == -1) == (line["error"] is not None)
         assert "build_model" in line["prompt"]

@@ -1,6 +1,8 @@
 """`etpo-export ckpt_path=... out=FOLDER`: write a checkpoint's policy as a Hugging Face folder."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -40,27 +42,45 @@ def load_policy(ckpt_path: str) -> "LanguageModelPolicy":
     return policy
 
 
+@contextmanager
+def folder_errors(out: Path) -> Iterator[None]:
+    """Turn an error of the disk into a ConfigError that names `out`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = reason(error)
+        raise ConfigError(
+            f"out={out}: cannot be written ({why}); allowed is a folder with room for it"
+        ) from error
+
+
+def new_folder(path: str) -> Path:
+    """Return the path of a new or an empty folder. Raises ConfigError for another one."""
+    out = Path(path).expanduser()
+    with folder_errors(out):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"out={out} exists; allowed is a new or an empty folder")
+    return out
+
+
+def write_folder(policy: "LanguageModelPolicy", out: Path, merge: bool) -> None:
+    """Write the folder `out` atomically; `policy` is unusable afterwards."""
+    from etpo.models.saving import save_policy
+
+    with folder_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+            save_policy(policy, Path(folder) / out.name, merge)
+            os.replace(Path(folder) / out.name, out)
+
+
 def export(cfg: DictConfig) -> Path:
     """Write the folder `cfg.out` atomically and return it."""
     check_missing(cfg)
     if not isinstance(cfg.merge, bool):
         raise ConfigError(f"merge={cfg.merge}: allowed are true, false")
-    out = Path(str(cfg.out)).expanduser()
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ConfigError(f"out={cfg.out} exists; allowed is a new or an empty folder")
-        policy = load_policy(str(cfg.ckpt_path))
-        from etpo.models.saving import save_policy
-
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-            save_policy(policy, Path(folder) / out.name, cfg.merge)
-            os.replace(Path(folder) / out.name, out)
-    except (OSError, SafetensorError) as error:
-        why = reason(error)
-        raise ConfigError(
-            f"out={cfg.out}: cannot be written ({why}); allowed is a folder with room for it"
-        ) from error
+    out = new_folder(str(cfg.out))
+    write_folder(load_policy(str(cfg.ckpt_path)), out, cfg.merge)
     return out
 
 

@@ -91,7 +91,8 @@ def resumed_overrides(folder: Path, given: list[Override]) -> list[str]:
     config = folder / ".hydra" / "config.yaml"
     if config.is_file() and not any(o.key_or_group == "schedule_iters" for o in [*saved, *given]):
         iterations = OmegaConf.select(OmegaConf.load(config), "schedule_iters")
-        merged.append(f"schedule_iters={iterations}")
+        if iterations is not None:  # a run of etpo-train
+            merged.append(f"schedule_iters={iterations}")
     return [*merged, override("hydra.run.dir", str(folder))]
 
 

@@ -15,7 +15,7 @@ def test_every_action_is_a_line(tmp_path, fit, sampled):
     expected = [{"iteration": i, **r._asdict()} for i in range(2) for r in sampled(i)]
     assert lines == expected
     keys = ["iteration", "env", "attempt", "prompt", "action", "reward", "error", "cached"]
-    assert list(lines[0]) == [*keys, "length_limited"]
+    assert list(lines[0]) == [*keys, "length_limited", "observation"]
     assert (lines[0]["reward"], lines[0]["error"]) == (-1.0, "ValueError: no")
 
 

@@ -173,7 +173,7 @@ def test_records_are_plain_python(checkpoint, letter_env):
     played, _ = rollout(checkpoint("llama"), Arrays(2), rounds=1)
     assert [record.error for record in played.records] == ["bad", None]
     assert [record.cached for record in played.records] == [True, False]
-    kinds = (int, int, str, str, float, (str, type(None)), bool, bool)
+    kinds = (int, int, str, str, float, (str, type(None)), bool, bool, dict)
     for record in played.records:
         assert all(isinstance(v, k) for v, k in zip(record, kinds, strict=True))
         assert type(record.reward) is float

@@ -13,7 +13,7 @@ from etpo.errors import ConfigError, reason
 from etpo.rollout.types import Record
 from etpo.studies.tables import markdown_table
 
-COLUMNS = ("iteration", *Record._fields)
+COLUMNS = ("iteration", *Record._fields[:-1])  # without the observation
 
 
 def wandb_runs(loggers: Sequence[Logger]) -> list[Any]:
@@ -58,7 +58,7 @@ class Tracking(Callback):
         self.add_env_steps(trainer)
         if trainer.is_global_zero and trainer.current_epoch % self.every_n_iterations == 0:
             records = trainer.datamodule.rollout.records[: self.num_actions]
-            rows = [[trainer.current_epoch, *record] for record in records]
+            rows = [[trainer.current_epoch, *record[:-1]] for record in records]
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     table = wandb.Table(list(COLUMNS), rows)

@@ -125,6 +125,7 @@ class EnvGroup:
                 answer.errors[row],
                 answer.cached[row],
                 bool(self.sample.length_limited[row]),
+                self.observations[row],
             )
             for row, env in enumerate(self.envs)
         ]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from etpo.environments.text_env import TextObservation
 from etpo.models.prefix_tree import PrefixTree, prefix_tree
 
 
@@ -61,6 +62,7 @@ class Record(NamedTuple):
     """One action in readable form; a line of `episodes.jsonl`.
 
     length_limited: true if `max_new_tokens` was reached before a stop token or stop string.
+    observation: from which `prompt` was rendered.
     """
 
     env: int
@@ -71,6 +73,7 @@ class Record(NamedTuple):
     error: str | None
     cached: bool
     length_limited: bool = False
+    observation: TextObservation | None = None
 
 
 class Rollout(NamedTuple):
