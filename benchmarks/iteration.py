@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 from common import (
     ALL_MODELS,
+    MODELS,
     RESULTS,
     SMOLLM2,
     Iterations,
@@ -182,7 +183,7 @@ def figure(medians: pd.DataFrame) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=ALL_MODELS, default=ALL_MODELS)
+    parser.add_argument("--models", nargs="+", choices=ALL_MODELS, default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)
