@@ -64,10 +64,10 @@ def workloads(model: str, folder: str) -> dict[str, Workload]:
     questions = [question for question, _ in worked_questions(64)]
     fours = [question for question in questions[:16] for _ in range(4)]
     return {
-        "32 x 64 tokens, one prompt": Workload([prompt] * 32, 32, 64, 16),
-        "64 x 4 tokens, 16 questions": Workload(fours, 4, 4, 64),
+        "32 x 64 tokens, one prompt": Workload([prompt] * 32, 32, 64, 4),
+        "64 x 4 tokens, 16 questions": Workload(fours, 4, 4, 16),
         # TRL needs a group of two, and computes equal rows as often as different ones
-        "64 x 4 tokens, 64 questions": Workload(questions, 2, 4, 64),
+        "64 x 4 tokens, 64 questions": Workload(questions, 2, 4, 16),
     }
 
 

@@ -115,14 +115,14 @@ def test_a_distribution_over_some_columns_is_that_over_their_tokens(
     bits = pack(allowed, None, size)
     ids = TokenColumns.of(size, bits).ids
     assert 3 < len(ids) < size / 2
-    support = unpack(policy.support(hidden, bits), None, size)
+    support = unpack(policy.supported(hidden, bits)[2], None, size)
     p = (policy.logits(hidden) / 0.7).where(allowed, -torch.inf).softmax(-1)
     assert torch.equal(support, allowed & (p >= 0.3 * p.amax(-1, keepdim=True)))
     assert (support.sum(1) < allowed.sum(1)).any()
     logits = policy.logits(hidden, reference=reference) / 0.7
     whole = logits.where(allowed, -torch.inf).log_softmax(-1)
     mass = whole.logsumexp(-1) - whole.where(support, -torch.inf).logsumexp(-1)
-    for sets in ((bits,), (bits, policy.support(hidden, bits))):
+    for sets in ((bits,), (bits, policy.supported(hidden, bits)[2])):
         kept = support if len(sets) == 2 or not reference else allowed
         expected = logits.where(kept, -torch.inf).log_softmax(-1)[:, ids]
         found, log_mass = policy.log_probs(
