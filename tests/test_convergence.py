@@ -8,7 +8,6 @@ import torch
 
 from etpo import train
 from etpo.algorithms import etpo, losses
-from etpo.models.token_columns import ALL_TOKENS
 
 SMALL = (
     "environment=token_mdp",
@@ -132,13 +131,8 @@ def reference_of_all_tokens(monkeypatch):
     monkeypatch.setattr(etpo, "reference_log_probs", wrong)
 
 
-def loss_of_all_tokens(monkeypatch):
-    monkeypatch.setattr(etpo, "loss_columns", lambda *args, **kwargs: ALL_TOKENS)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("sabotage", [reference_of_all_tokens, loss_of_all_tokens])
-def test_oracle_training_with_choices_and_a_mistake_stays_away(run, monkeypatch, sabotage):
-    sabotage(monkeypatch)
+def test_oracle_training_with_choices_and_a_reference_of_all_tokens_stays_away(run, monkeypatch):
+    reference_of_all_tokens(monkeypatch)
     kl, value_error = distance(run("wrong", *SHORT, *CHOICES))
     assert kl > 0.02 or value_error > 0.1

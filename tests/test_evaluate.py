@@ -304,7 +304,7 @@ def test_a_run_of_any_environment_is_evaluated(name, command, checkpoint, tmp_pa
     if model:
         model += (f"model.name_or_path={checkpoint('llama')}",)
     sizes = ("rollout.num_envs=2", "rollout.actions_per_iteration=4", "rollout.minibatch_size=4")
-    sizes += ("rollout.update_epochs=1", "rollout.max_new_tokens=4", "trainer.max_epochs=1")
+    sizes += ("rollout.update_epochs=1", "rollout.max_new_tokens=6", "trainer.max_epochs=1")
     run = tmp_path / "run"
     ended = command(train.main, *RUNS[name], *model, *sizes, f"hydra.run.dir={run}")
     assert ended.status == 0, ended.err

@@ -5,32 +5,34 @@ import copy
 import pytest
 import torch
 
+from etpo.algorithms import etpo
 from etpo.models.critics import TrunkCritic
+from etpo.models.token_columns import ALL_TOKENS
 
 from .rooms import SPACES, Rooms, allowed_of
 
 BETA, ETA, CLIP, PENALTY, MIN_P, RARE = 0.3, 0.2, 0.1, 0.7, 0.3, 0.4
 
 
-def row_losses(models, critic, penalty, allowed, prompt, action, advantages):
-    """Return losses, ratios and KL(pi_old || pi) of an action's tokens [l], written out.
+def row_losses(models, critic, penalty, prompt, action, steps, allowed, advantages):
+    """Return losses, ratios and KL(pi_old || pi) of an action's steps [k], written out.
 
     models: the policy, the one that sampled and the reference; forwards of transformers alone.
-    allowed: bool [l, V].
+    steps: bool [l] of the action's tokens. allowed: bool [k, V]. advantages: [k].
     """
     ids, first = torch.cat([prompt, action[:-1]])[None], len(prompt) - 1
-    logits = [model(ids).logits[0, first:, : allowed.shape[1]] for model in models]
+    logits = [model(ids).logits[0, first:, : allowed.shape[1]][steps] for model in models]
     p_new, p_old, p_ref = (each.where(allowed, -torch.inf).softmax(-1) for each in logits)
     support = (allowed & (p_old >= MIN_P * p_old.amax(-1, keepdim=True))).detach()
     mass = (p_new * support).sum(-1)
     old = torch.where(support, p_old, 0.0)
     pi, old = torch.where(support, p_new, 0.0) / mass[:, None], old / old.sum(-1, keepdim=True)
     log_pi, log_old, log_ref = (torch.where(support, p, 1.0).log() for p in (pi, old, p_ref))
-    value, scores = critic.head(critic.trunk(ids).last_hidden_state[0, first:])
+    value, scores = critic.head(critic.trunk(ids).last_hidden_state[0, first:][steps])
     q = value[:, None] + scores - (old * scores).sum(-1, keepdim=True)
     q = torch.where(old < RARE, torch.minimum(q, value[:, None]), q).detach()
     cost = BETA * (log_pi - log_ref) + ETA * (log_pi - log_old) - q
-    taken = torch.arange(len(action)), action
+    taken = torch.arange(int(steps.sum())), action[steps]
     ratio = pi[taken] / old[taken].detach()
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
     losses = (pi * cost).sum(-1) - penalty * mass.log() - surrogate
@@ -75,14 +77,13 @@ def written_out(module, batch, old, allowed):
     for row, mask in enumerate(batch.step_mask):
         prompt = batch.prompt_ids[row][batch.prompt_mask[row]]
         steps = mask[: mask.nonzero().max() + 1]
-        each = (x[row, : len(steps)] for x in (allowed, batch.action_ids, batch.advantages))
-        allowed_here, action, advantages = each
-        losses, ratio, divergence = row_losses(
-            models, module.target_critic, penalty, allowed_here, prompt, action, advantages
+        tokens = prompt, batch.action_ids[row, : len(steps)], steps
+        at_steps = allowed[row, mask], batch.advantages[row, mask]
+        losses, ratios[row, mask], divergence = row_losses(
+            models, module.target_critic, penalty, *tokens, *at_steps
         )
-        ratios[row, mask] = ratio[steps]
-        total = total + batch.weights[row] * losses[steps].sum()
-        kl += float(divergence[steps].sum())
+        total = total + batch.weights[row] * losses.sum()
+        kl += float(divergence.sum())
     return module.scale * total / len(batch.weights), ratios, kl / len(batch.weights)
 
 
@@ -131,6 +132,14 @@ def test_the_loss_is_over_the_allowed_tokens_of_the_steps(
     assert inside == {1, 2, 3} | ({module.policy.vocabulary_size} if None in spaces else set())
     expected, ratios, kl = written_out(module, batch, old, allowed)
     assert_equal(module, batch, expected, ratios, kl, assert_same_gradient)
+
+
+def test_a_loss_over_tokens_that_are_not_allowed_is_another(shared, monkeypatch):
+    module, batch, old = shared(Rooms(8))
+    expected, _, _ = written_out(module, batch, old, allowed_of(module.policy, batch))
+    monkeypatch.setattr(etpo, "loss_columns", lambda *args, **options: ALL_TOKENS)
+    loss, _ = module.policy_loss(batch)
+    assert (loss - expected).abs() > 1e-2
 
 
 def test_advantages_of_both_signs_are_summed_separately(shared):

@@ -66,7 +66,7 @@ def test_choices_are_drawn_from_the_restricted_softmax(build, settings):
     expected = probabilities(policy, "go", ROOMS)
     assert expected.sum() == pytest.approx(1, abs=1e-5)
     assert (expected == 0).any() == ("min_p" in settings)
-    assert (expected > 1e-3).sum() > 3  # all of them occur, or all but one
+    assert (expected > 1e-3).sum() > (1 if "min_p" in settings else 3)
     for choice, p in zip(ROOMS, expected.tolist(), strict=True):
         # five standard deviations of a frequency
         assert abs(texts.count(choice) / count - p) <= 5 * (p * (1 - p) / count) ** 0.5

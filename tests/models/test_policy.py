@@ -99,13 +99,13 @@ def test_min_p_leaves_the_likely_tokens_and_those_that_were_taken(checkpoint):
 
 
 @pytest.mark.parametrize("lora", [None, LORA, LORA | {"target_modules": ["q_proj", "lm_head"]}])
-@pytest.mark.parametrize("family", ["llama", "cohere"])
+@pytest.mark.parametrize(("family", "min_p"), [("llama", 0.3), ("cohere", 0.95)])
 @pytest.mark.parametrize("reference", [False, True])
 @torch.no_grad()
 def test_a_distribution_over_some_columns_is_that_over_their_tokens(
-    checkpoint, family, lora, reference
+    checkpoint, family, min_p, lora, reference
 ):
-    policy = build(checkpoint(family), lora=lora, temperature=0.7, min_p=0.3)
+    policy = build(checkpoint(family), lora=lora, temperature=0.7, min_p=min_p)
     generator = torch.Generator().manual_seed(0)
     for parameter in policy.trainable_parameters():
         parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
@@ -117,7 +117,7 @@ def test_a_distribution_over_some_columns_is_that_over_their_tokens(
     assert 3 < len(ids) < size / 2
     support = unpack(policy.supported(hidden, bits)[2], None, size)
     p = (policy.logits(hidden) / 0.7).where(allowed, -torch.inf).softmax(-1)
-    assert torch.equal(support, allowed & (p >= 0.3 * p.amax(-1, keepdim=True)))
+    assert torch.equal(support, allowed & (p >= min_p * p.amax(-1, keepdim=True)))
     assert (support.sum(1) < allowed.sum(1)).any()
     logits = policy.logits(hidden, reference=reference) / 0.7
     whole = logits.where(allowed, -torch.inf).log_softmax(-1)

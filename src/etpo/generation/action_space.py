@@ -14,7 +14,7 @@ import numpy as np
 
 from etpo.environments.validation import shown
 from etpo.errors import ConfigError
-from etpo.generation.grammar import GrammarMatcher, compile_grammar
+from etpo.generation.grammar import GrammarMatcher, compile_grammar, per_policy
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import PromptBatch
 from etpo.models.token_text import continued_ids
@@ -106,7 +106,7 @@ def action_spaces(
     return spaces
 
 
-@functools.lru_cache(maxsize=4096)
+@per_policy
 def trie_of(
     policy: LanguageModelPolicy, choices: tuple[str, ...], rest: str, max_new_tokens: int
 ) -> Trie:

@@ -2,7 +2,9 @@
 
 import functools
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -10,7 +12,25 @@ from etpo.environments.validation import shown
 from etpo.errors import ConfigError, one_line
 from etpo.models.policy import LanguageModelPolicy
 
+CACHED = 4096
+Result = TypeVar("Result")
 KINDS = ("regex", "json_schema", "ebnf")
+
+
+def per_policy(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Cache up to `CACHED` results of a function of a policy and more, as long as it lives."""
+    results: WeakKeyDictionary[LanguageModelPolicy, dict[Any, Result]] = WeakKeyDictionary()
+
+    @functools.wraps(function)
+    def cached(policy: LanguageModelPolicy, *arguments: Any) -> Result:
+        known = results.setdefault(policy, {})
+        if arguments not in known:
+            if len(known) == CACHED:
+                known.clear()
+            known[arguments] = function(policy, *arguments)
+        return known[arguments]
+
+    return cached
 
 
 class GrammarMatcher:
@@ -55,7 +75,7 @@ def plain(part: Any) -> dict[str, Any] | list[Any]:
     return dict(part) if hasattr(part, "items") else list(part)
 
 
-@functools.lru_cache(maxsize=8)
+@per_policy
 def compile_grammar(
     policy: LanguageModelPolicy, grammar: tuple[tuple[str, str], ...], rest: str
 ) -> Any:
