@@ -60,7 +60,7 @@ $(VENV)/.bench-installed: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	@touch $@
 
-BENCHMARKS := scoring sampler vocabulary scaling ranks iteration
+BENCHMARKS := scoring sampler vocabulary scaling ranks tree iteration
 
 bench: $(VENV)/.bench-installed ## Run all benchmarks (43 minutes on 2 cores): tables, CSV and figures in benchmarks/results
 	@for name in $(BENCHMARKS); do \

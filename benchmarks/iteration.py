@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 from common import (
     ALL_MODELS,
+    MODELS,
     RESULTS,
     SMOLLM2,
     Iterations,
@@ -63,10 +64,10 @@ def workloads(model: str, folder: str) -> dict[str, Workload]:
     questions = [question for question, _ in worked_questions(64)]
     fours = [question for question in questions[:16] for _ in range(4)]
     return {
-        "32 x 64 tokens, one prompt": Workload([prompt] * 32, 32, 64, 16),
-        "64 x 4 tokens, 16 questions": Workload(fours, 4, 4, 64),
+        "64 x 4 tokens, 16 questions": Workload(fours, 4, 4, 16),
         # TRL needs a group of two, and computes equal rows as often as different ones
-        "64 x 4 tokens, 64 questions": Workload(questions, 2, 4, 64),
+        "64 x 4 tokens, 64 questions": Workload(questions, 2, 4, 16),
+        "32 x 64 tokens, one prompt": Workload([prompt] * 32, 32, 64, 4),
     }
 
 
@@ -75,8 +76,9 @@ def etpo_overrides(model: str) -> dict[str, tuple[str, ...]]:
     if model != SMOLLM2:
         critics = ("frozen_trunk", "full")
         return {f"ETPO, critic={critic}": (f"critic={critic}",) for critic in critics}
-    lora = f"model={SMOLLM2}", "model/prompt=completion", "algorithm.truncation_kl_coef=0"
-    return {f"ETPO, min_p={p}": (*lora, f"model.min_p={p}") for p in (0.02, 0)}
+    common = f"model={SMOLLM2}", "model/prompt=completion", "algorithm.truncation_kl_coef=0"
+    common += ("algorithm.logits_chunk_size=512",)  # 100 MB of logits at once
+    return {f"ETPO, min_p={p}": (*common, f"model.min_p={p}") for p in (0.02, 0)}
 
 
 class StepClock(TrainerCallback):
@@ -182,7 +184,7 @@ def figure(medians: pd.DataFrame) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=ALL_MODELS, default=ALL_MODELS)
+    parser.add_argument("--models", nargs="+", choices=ALL_MODELS, default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -26,6 +26,7 @@ import pandas as pd
 import torch
 from common import (
     ALL_MODELS,
+    MODELS,
     RESULTS,
     model_folder,
     policy_with_lora,
@@ -218,7 +219,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=ALL_MODELS, default=ALL_MODELS)
+    parser.add_argument("--models", nargs="+", choices=ALL_MODELS, default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
