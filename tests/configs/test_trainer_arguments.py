@@ -8,7 +8,7 @@ from etpo import train
 
 TINY = (
     *("environment=sokoban", "model=tiny", "rollout.num_envs=2", "rollout.actions_per_iteration=4"),
-    *("rollout.minibatch_size=4", "rollout.update_epochs=2", "rollout.max_new_tokens=4"),
+    *("rollout.minibatch_size=4", "rollout.update_epochs=2", "rollout.max_new_tokens=5"),
     "trainer.max_epochs=2",
 )
 
