@@ -38,7 +38,7 @@ class ArithmeticEnv(World):
         *,
         operations: Sequence[str] = tuple(OPERATIONS),
         smallest: int = 2,
-        largest: int = 12,
+        largest: int = 9,
         choices: bool = False,
         **kwargs: Any,
     ) -> None:

@@ -40,7 +40,7 @@ def test_operations_are_chosen():
     environment = ArithmeticEnv(operations=["differences"])
     questions = {environment.reset(seed=s)[0]["prefix"] for s in range(50)}
     pairs = [re.fullmatch(r"(\d+)-(\d+) = ", question).groups() for question in questions]
-    assert all(12 >= int(a) >= int(b) >= 2 for a, b in pairs)
+    assert all(9 >= int(a) >= int(b) >= 2 for a, b in pairs)
     zeros = ArithmeticEnv(operations=["products"], smallest=0)
     assert any("0" in zeros.reset(seed=s)[0]["prefix"] for s in range(50))
 

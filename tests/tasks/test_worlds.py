@@ -134,7 +134,7 @@ def test_a_group_size_that_does_not_fit_is_one_line(size):
         ("arithmetic", "operations", "sums"),
         ("arithmetic", "operations", ["sums", "roots"]),
         ("arithmetic", "operations", []),
-        ("arithmetic", "smallest", 8),
+        ("arithmetic", "smallest", 5),
         ("arithmetic", "choices", 1),
         ("arithmetic", "split_seed", -1),
         ("guess_number", "numbers", 1),
