@@ -58,6 +58,7 @@ NOT_RUN = {
     "make test-all": INSTALLS,
     "make attacks": INSTALLS,
     "make tokenizers": "needs the network",
+    "make agent": "needs the network and 12 minutes: docs/studies/agent.md",
     "make pretrained": "needs the network; tests/test_pretrained.py",
     "etpo-train trainer=gpu model=qwen3-4b model.quantization=nf4": (
         "needs a GPU; tests/models/test_quantization.py"
