@@ -213,3 +213,23 @@ def test_a_snapshot_keeps_the_weights_and_leaves_hooks_behind(policy):
         torch.testing.assert_close(copied(hidden), expected)
     assert not lock.locked()
     assert (copied.weight is head.weight) == (not head.weight.requires_grad)
+
+
+def test_a_tied_head_scores_tokens_against_the_shared_lm_head(policy):
+    critic = HeadCritic(policy, hidden_size=8, tie_embeddings=True)
+    size, width = policy.vocabulary_size, policy.hidden_size
+    trained = [p for p in critic.parameters() if p.requires_grad]
+    assert all(size not in p.shape for p in trained)
+    hidden, ids = torch.randn(3, width), torch.tensor([1, 5, size - 1])
+    value, advantage = critic.head(hidden)
+    assert advantage.shape == (3, size)
+    assert not value.any()
+    assert not advantage.any()
+    with torch.no_grad():
+        critic.head.advantage.weight.normal_()
+    whole, some = critic.head(hidden)[1], critic.head(hidden, ids)[1]
+    assert whole.abs().max() > 0
+    torch.testing.assert_close(some, whole[:, ids])
+    target = make_target_network(critic)
+    assert target.head.embeddings.weight is critic.head.embeddings.weight
+    assert target.head.advantage.weight is not critic.head.advantage.weight

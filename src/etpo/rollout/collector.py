@@ -187,15 +187,24 @@ def collect(
     finally:
         thread.stop()
     steps = [group.results[number] for number in range(rounds) for group in groups]
-    following = [observation for step in steps for observation in step.next_observations]
-    turns = [turn for step in steps for turn in step.turns]
-    decisions = None
-    if following:
-        prompts = policy.encode(following, turns)
-        decisions = first_decisions(policy, prompts, max_new_tokens, options[-1])
+    decisions = next_decisions(policy, steps, max_new_tokens, options[-1])
     return to_rollout(
         policy, steps, decisions, environment.num_envs, generate_seconds, score_seconds
     )
+
+
+def next_decisions(
+    policy: LanguageModelPolicy,
+    steps: list[GroupStep],
+    max_new_tokens: int,
+    grammar: Mapping[str, str] | None,
+) -> Decisions | None:
+    """Encode the true next observations of the truncated actions; None if there are none."""
+    following = [observation for step in steps for observation in step.next_observations]
+    if not following:
+        return None
+    prompts = policy.encode(following, [turn for step in steps for turn in step.turns])
+    return first_decisions(policy, prompts, max_new_tokens, grammar)
 
 
 def to_rollout(
