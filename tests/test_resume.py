@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning import Callback
 
 from etpo import train
 
@@ -120,6 +121,23 @@ def test_a_line_tells_that_the_iteration_is_kept(start_train, small_run, tmp_pat
         process.wait(timeout=30)
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt")["epoch"] == 0
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 2
+
+
+class InterruptBeforeTheCheckpoint(Callback):
+    """Interrupts the second iteration, when its metrics are logged."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            raise KeyboardInterrupt
+
+
+def test_an_iteration_without_a_checkpoint_is_not_counted(command, small_run, tmp_path):
+    interrupt = f"{__name__}.{InterruptBeforeTheCheckpoint.__name__}"
+    overrides = f"+callbacks.interrupt._target_={interrupt}", f"hydra.run.dir={tmp_path}"
+    ended = command(train.main, *small_run, *overrides)
+    assert ended.status == 130, ended.err
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt")["epoch"] == 0
+    assert counted(tmp_path)["iterations"] == 1
 
 
 SWEEP = (

@@ -141,10 +141,10 @@ def close(trainer: Trainer, cfg: DictConfig, status: str) -> dict[str, Any]:
         "model": cfg.model.name_or_path,
         "seed": cfg.seed,
         "sandbox": getattr(environment, "sandbox_level", None),
-        # not `current_epoch`: a signal may arrive before the iteration's checkpoint is written
-        "iterations": trainer.fit_loop.epoch_progress.current.completed,
         "last_metrics": {cfg.optimized_metric: float(value)} if finite else {},
         **numbers,
+        # not the iterations of `numbers`: a signal may arrive before the checkpoint is written
+        "iterations": trainer.fit_loop.epoch_progress.current.completed,
         "held_out_auc": held_out_auc,
     }
     folder = Path(cfg.paths.output_dir)
