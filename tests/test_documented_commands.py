@@ -95,7 +95,8 @@ EXTRAS = {
     "hydra/launcher=joblib": "hydra_plugins.hydra_joblib_launcher",
     "hydra/launcher=slurm": "hydra_plugins.hydra_submitit_launcher",
     "environment=textarena": "textarena",
-    "experiment=frozen_lake": "textarena",
+    "experiment=textarena": "textarena",
+    "experiment=reasoning_gym": "reasoning_gym",
 }
 TINY_RUN = ("trainer.max_epochs=1", "rollout.num_envs=2", "rollout.actions_per_iteration=4")
 TINY_RUN += ("rollout.minibatch_size=4", "rollout.max_new_tokens=8", "rollout.update_epochs=1")

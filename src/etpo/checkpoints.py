@@ -16,6 +16,7 @@ from yaml import YAMLError
 
 from etpo.errors import ConfigError, described
 from etpo.files import written
+from etpo.models.base_weights import BASE_SAMPLE, same_weights
 from etpo.resume import checkpoint_file, run_folder
 
 UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, UnpicklingError)
@@ -80,12 +81,26 @@ def saved_config(ckpt_path: str, overrides: list[str]) -> DictConfig:
 
 def load_weights(module: nn.Module, state: dict[str, Tensor], ckpt_path: str) -> None:
     """Load the trained weights. Raises ConfigError if `state` belongs to another model."""
+    check_base(module.state_dict(), state, ckpt_path)
     try:
         strange = module.load_state_dict(state, strict=False).unexpected_keys
     except RuntimeError as error:
         raise ConfigError(f"ckpt_path={ckpt_path}: its weights have other shapes") from error
     if strange:
         raise ConfigError(f"ckpt_path={ckpt_path}: the model has no weight {strange[0]}")
+
+
+def check_base(own: dict[str, Tensor], saved: dict[str, Tensor], ckpt_path: str) -> None:
+    """Raise ConfigError unless both states were trained from the same weights.
+
+    The frozen weights are not in a checkpoint, but a sample of them is.
+    """
+    for name in own.keys() & saved.keys():
+        if name.rpartition(".")[2] == BASE_SAMPLE and not same_weights(own[name], saved[name]):
+            raise ConfigError(
+                f"ckpt_path={ckpt_path}: model.name_or_path has other weights now than when the "
+                "run was started; allowed are the same ones"
+            )
 
 
 def load_resumable(ckpt_path: str, max_epochs: int) -> dict[str, Any]:
@@ -123,6 +138,7 @@ def check_fits(module: LightningModule, content: dict[str, Any], ckpt_path: str)
             f"ckpt_path={ckpt_path}: its weights do not fit the model ({name}); allowed are the "
             "model=, model.name_or_path=, model.lora= and critic= that it was trained with"
         )
+    check_base(*states, ckpt_path)
     configured: Any = module.configure_optimizers()
     optimizers = content.get("optimizer_states")
     if not configured or not optimizers:

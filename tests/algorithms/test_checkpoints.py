@@ -41,8 +41,9 @@ def saved(make_policy, build_algorithm, letter_env, fit, tmp_path):
 def test_nothing_is_kept_twice(tau, critic, lora, saved):
     module, best, last = saved(critic, tau, lora)
     policy = sum(p.nbytes for p in module.policy.trainable_parameters())
+    sample = module.policy.base_sample.nbytes
     value = sum(p.nbytes for p in module.critic.parameters() if p.requires_grad)
-    assert stored(best) == policy
+    assert stored(best) == policy + sample
     assert "optimizer_states" not in best
     trained = policy + value
     moments = 2 * trained  # AdamW's; its counts of steps are a few bytes each
@@ -53,7 +54,7 @@ def test_nothing_is_kept_twice(tau, critic, lora, saved):
         if p.requires_grad and not torch.equal(p, module.target_critic.get_parameter(n))
     )
     assert (moved == 0) == (tau == 1)
-    assert stored(last["state_dict"]) == trained + moved
+    assert stored(last["state_dict"]) == trained + moved + sample
     names = {n for n, p in module.critic.named_parameters() if p.requires_grad}
     assert {f"target_critic.{n}" for n in names} <= last["state_dict"].keys()
     for name in names:

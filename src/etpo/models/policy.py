@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from etpo.environments.text_env import TextObservation
 from etpo.errors import ConfigError, check_integer, check_range
 from etpo.models.adapters import add_adapter
+from etpo.models.base_weights import BASE_SAMPLE, weight_sample
 from etpo.models.causal_lm import trunk_of
 from etpo.models.chunked_logits import project_to_vocabulary
 from etpo.models.distribution import (
@@ -100,6 +101,7 @@ class LanguageModelPolicy(nn.Module):
                 "model.gradient_checkpointing=true: allowed is false, since "
                 f"{model.config.model_type} has no layers that can compute activations again"
             )
+        self.register_buffer(BASE_SAMPLE, weight_sample(model))
         self.reference_model = copy.deepcopy(model).requires_grad_(False) if lora is None else None
         self.model = model if lora is None else add_adapter(model, lora)
         self._set_sizes(model)
