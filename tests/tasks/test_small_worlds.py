@@ -50,7 +50,7 @@ def test_bisection_finds_every_number_in_four_guesses():
     for number in range(1, 16):
         environment.reset(seed=0)
         environment.number = number
-        guesses = [guess for guess, _ in bisection(number, 15)]
+        guesses = [guess for guess, _ in bisection(number, 1, 15)]
         rewards = [environment.step(guess)[1] for guess in guesses]
         assert len(guesses) <= 4
         assert rewards == [0.0] * (len(guesses) - 1) + [1.0]
@@ -68,6 +68,18 @@ def test_a_game_of_guesses_shows_its_answers_and_ends():
     assert environment.step("3 higher")[-1]["error"] is None
     _, reward, terminated, _, _ = environment.step("4")
     assert (reward, terminated) == (0.0, True)
+
+
+def test_a_game_names_its_range():
+    environment = GuessNumberEnv(starts=85, example_games=1)
+    observation, _ = environment.reset(seed=0)
+    low, high = environment.low, environment.low + 14
+    assert observation["choices"] == tuple(map(str, range(low, high + 1)))
+    assert observation["prefix"].partition("\n\n")[2] == f"{low} to {high}\n> "
+    assert f"from {low} to {high}." in observation["instruction"]
+    seen = {(environment.reset(seed=s), environment.low, environment.number)[1:] for s in range(99)}
+    assert len(seen) > 50
+    assert all(low <= number < low + 15 for low, number in seen)
 
 
 def board(*rows):
