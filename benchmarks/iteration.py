@@ -77,6 +77,7 @@ def etpo_overrides(model: str) -> dict[str, tuple[str, ...]]:
         critics = ("frozen_trunk", "full")
         return {f"ETPO, critic={critic}": (f"critic={critic}",) for critic in critics}
     common = f"model={SMOLLM2}", "model/prompt=completion", "algorithm.truncation_kl_coef=0"
+    common += ("model.gradient_checkpointing=false",)  # as TRL
     common += ("algorithm.logits_chunk_size=512",)  # 100 MB of logits at once
     return {f"ETPO, min_p={p}": (*common, f"model.min_p={p}") for p in (0.02, 0)}
 
