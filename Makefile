@@ -62,7 +62,7 @@ $(VENV)/.bench-installed: $(VENV)/.installed
 
 BENCHMARKS := scoring sampler vocabulary scaling ranks tree iteration
 
-bench: $(VENV)/.bench-installed ## Run all benchmarks (43 minutes on 2 cores): tables, CSV and figures in benchmarks/results
+bench: $(VENV)/.bench-installed ## Run all benchmarks (about 46 minutes on 2 cores): tables, CSV and figures in benchmarks/results
 	@for name in $(BENCHMARKS); do \
 		printf "\n%s\n" "$$name"; $(BIN)/python benchmarks/$$name.py || exit 1; \
 	done
