@@ -30,6 +30,7 @@ SMALL = {
     "rollout.minibatch_size": 2,
     "rollout.update_epochs": 1,
     "rollout.max_new_tokens": 8,
+    "environment.group_size": 2,
     "environment.n_splits": 1,
     "environment.sandbox.workers": 1,
     "critic.hidden_size": 8,
@@ -42,6 +43,7 @@ FAMILY = {
     "Qwen/Qwen2.5-Coder-1.5B": "qwen",
     "Qwen/Qwen2.5-Coder-7B": "qwen",
     "${pretrained:smollm2-135m}": "smollm2",
+    "logs/warm_start": "smollm2",
     "FILE.gguf": "qwen-instruct",  # tests/models/test_gguf.py
 }
 

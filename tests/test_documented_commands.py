@@ -204,7 +204,9 @@ class Runner:
         if "<id or folder>" in argument:
             family = "qwen-instruct" if "model/prompt=chat" in command.arguments else "llama"
             argument = argument.replace("<id or folder>", str(self.checkpoint(family)))
-        assert "<" not in argument, f"{argument}: a placeholder without anything in its place"
+        assert not re.search("<(?!/)", argument), (
+            f"{argument}: a placeholder without anything in its place"
+        )
         return argument
 
     def a_run(self, lora: bool) -> str:

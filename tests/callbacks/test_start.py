@@ -82,6 +82,7 @@ def test_a_larger_model_takes_what_is_expected(options, start_train, tmp_path):
     process = start_train(
         tmp_path,
         *("model=causal_lm", f"model.name_or_path={tmp_path / 'model'}", "environment=sokoban"),
+        "environment.kwargs.choices=false",  # actions have the greatest length
         *("model.max_prompt_tokens=256", "model.gradient_checkpointing=false"),
         *("rollout.num_envs=8", "rollout.actions_per_iteration=16", "rollout.minibatch_size=8"),
         *("rollout.update_epochs=1", "rollout.max_new_tokens=64", "trainer.max_epochs=1"),

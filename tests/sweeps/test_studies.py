@@ -21,14 +21,15 @@ TINY_BUDGET = (
     "rollout.minibatch_size=4",
     "rollout.update_epochs=1",
     "rollout.max_new_tokens=8",
-    "environment.n_splits=1",
-    "environment.sandbox.workers=1",
 )
+DATA_SCIENCE = "environment.n_splits=1", "environment.sandbox.workers=1"
 # study -> what else makes it small
 SMALLER = {
     "comparison": ["environment.dataset=tic_tac_toe"],
     "search": ["hydra.sweeper.n_trials=2"],
 }
+# study of a pretrained model -> the family of the small random one that takes its place
+PRETRAINED = {"agent": "smollm2"}
 FAMILY = {
     "qwen2.5-coder-1.5b": "qwen",
     "deepseek-coder-1.3b": "deepseek",
@@ -67,12 +68,18 @@ def test_every_model_of_the_study_is_run_here():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("study", [study for study in STUDIES if study != "models"])
-def test_a_study_runs_skips_what_is_finished_and_is_reported(study, command, tmp_path, monkeypatch):
+def test_a_study_runs_skips_what_is_finished_and_is_reported(
+    study, command, checkpoint, tmp_path, monkeypatch
+):
     needs(study)
     monkeypatch.chdir(tmp_path)
+    sizes = [*DATA_SCIENCE, *SMALLER.get(study, [])]
+    if study in PRETRAINED:
+        folder = checkpoint(PRETRAINED[study])
+        sizes = [f"model.name_or_path={folder}", "environment.group_size=2"]
     skipped = []
     for _ in range(2):
-        arguments = (f"sweep={study}", *TINY_BUDGET, *SMALLER.get(study, []))
+        arguments = (f"sweep={study}", *TINY_BUDGET, *sizes)
         ended = command(train.main, "-m", *arguments)
         assert ended.status == 0, ended
         skipped.append(ended.out.count("was finished before"))
@@ -94,7 +101,8 @@ def test_models_of_random_weights_run_as_the_study_of_models(
     monkeypatch.chdir(tmp_path)
     ended = command(
         train.main,
-        *("-m", "sweep=models", *TINY_BUDGET, "trainer=cpu", "trainer.accumulate_grad_batches=1"),
+        *("-m", "sweep=models", *TINY_BUDGET, *DATA_SCIENCE, "trainer=cpu"),
+        "trainer.accumulate_grad_batches=1",
         *(f"model={model}", f"model.name_or_path={checkpoint(FAMILY[model])}"),
         *("model.dtype=float32", "critic.hidden_size=8"),
     )
