@@ -1,4 +1,4 @@
-"""A sample of the weights that training starts from, which checkpoints hold instead of them all."""
+"""Sample the weights under a checkpoint, which does not hold them, to recognise other ones."""
 
 import torch
 from torch import Tensor, nn
