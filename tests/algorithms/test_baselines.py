@@ -341,6 +341,7 @@ def test_the_step_of_grpo_away_from_the_reference(build_baseline, assert_same_gr
             advantages=advantages,
             returns=torch.zeros(MASK.shape),
             weights=torch.ones(4),
+            sample_weights=torch.ones(MASK.shape),
         )
     )
     difference = log_ref - log_pi

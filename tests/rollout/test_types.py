@@ -23,7 +23,8 @@ def token_batch():
     sets = prefixes.int() << 8
     states = PrefixStates(prefixes, 2 * prefixes, sets, sets + 1, 4 * prefixes[:, 0], 3 * prefixes)
     weights = torch.arange(6.0)
-    return TokenBatch(*inputs, *[log_probs] * 4, weights=weights, tree=tree, states=states)
+    numbers = {"weights": weights, "sample_weights": log_probs}
+    return TokenBatch(*inputs, *[log_probs] * 4, **numbers, tree=tree, states=states)
 
 
 def test_rows_keep_their_tokens_and_the_states_of_their_prefixes():

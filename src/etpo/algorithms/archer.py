@@ -76,7 +76,9 @@ class ArCHer(OnPolicyAlgorithm):
         targets = from_trajectories(rewards + steps.discounts * following, steps.layout, like=first)
         value, q = self.action_values(self.target_critic, old.tree, old.states)
         advantages = standardized(self, (q - value)[:, None], whole)
-        batch = policy_gradient_batch(self, rollout, actions, old, advantages, targets, mask)
+        ratios = torch.ones_like(advantages)  # no actions are replayed
+        outputs = advantages, targets, ratios, mask
+        batch = policy_gradient_batch(self, rollout, actions, old, *outputs)
         return batch._replace(action_values=q)
 
     def scores(

@@ -45,6 +45,7 @@ class OnPolicyAlgorithm(LightningModule):
     settings_class: ClassVar[type[Settings]] = Settings
     critic_head: ClassVar[type[nn.Module] | None] = None  # head that `from_config` gives the critic
     has_target_critic: ClassVar[bool] = False  # a Polyak average of the critic, with `settings.tau`
+    replays: ClassVar[bool] = False  # trains on actions of earlier iterations too
     settings: Any
     target_critic: Any
 
@@ -104,7 +105,8 @@ class OnPolicyAlgorithm(LightningModule):
     def compute_targets(self, rollout: Rollout) -> TokenBatch:
         """Build the training batch of an iteration and set `iteration_metrics`.
 
-        Called before the first update, when the policy equals the one that sampled `rollout`.
+        Called before the first update, when the policy equals the one that sampled the fresh
+        actions of `rollout`. All quantities "old" are of this policy, for replayed actions too.
         """
         raise NotImplementedError
 
@@ -114,15 +116,37 @@ class OnPolicyAlgorithm(LightningModule):
         # copies trained parameters only; not a submodule, so checkpoints do not contain it
         object.__setattr__(self, "old_lm_head", critics.snapshot(self.policy.lm_head))
         tree = actions.tree()
-        # recompute in bfloat16: rounding of generation and training differs, ratios would not be 1
-        autocast = torch.is_autocast_enabled(self.device.type)
-        recorded = actions.hidden_states.dtype == torch.float32 and not autocast
         hidden, allowed, support = (
             x.flatten(0, 1)[tree.first]
             for x in (actions.hidden_states, actions.allowed, actions.support)
         )
         self.mean_length = float(self.mean_over_ranks(actions.step_mask.float().sum(1).mean()))
+        if rollout.replayed_log_mu is not None:
+            return actions, self.evaluate(tree, allowed)
+        # recompute in bfloat16: rounding of generation and training differs, ratios would not be 1
+        autocast = torch.is_autocast_enabled(self.device.type)
+        recorded = actions.hidden_states.dtype == torch.float32 and not autocast
         return actions, self.evaluate(tree, allowed, support, hidden if recorded else None)
+
+    def replay_ratios(self, rollout: Rollout, old: evaluation.TokenEvaluation) -> Tensor:
+        """Compute pi_old/mu of the taken tokens, 1 for fresh actions: [B, L].
+
+        mu is the policy that sampled the action.
+        """
+        ratios = torch.ones_like(old.log_pi)
+        if rollout.replayed_log_mu is not None:
+            fresh = rollout.num_fresh
+            log_mu = rollout.replayed_log_mu.to(self.device)
+            ratios[fresh:] = (old.log_pi[fresh:] - log_mu).exp()
+        return ratios
+
+    def replay_metrics(self, rollout: Rollout, ratios: Tensor, mask: Tensor) -> dict[str, float]:
+        """Return the mean of min(1, pi_old/mu) over the replayed steps; ratios, mask: [B, K]."""
+        if rollout.replayed_log_mu is None:
+            return {}
+        replayed = slice(rollout.num_fresh, None)
+        truncated = ratios[replayed].clamp(max=1)
+        return {"rollout/replay_ratio": float(self.mean_over_tokens(truncated, mask[replayed]))}
 
     def evaluate(self, tree: PrefixTree, *recorded: Tensor | None) -> evaluation.TokenEvaluation:
         """Evaluate policy, reference and critic at the taken tokens.
@@ -262,6 +286,8 @@ class OnPolicyAlgorithm(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = trained_state(self, checkpoint)
+        if "optimizer_states" not in checkpoint:  # nothing to resume
+            checkpoint.pop("RolloutDataModule", None)
 
     def log_iteration(self) -> None:
         """Log the metrics of the rollout and the scheduled values."""

@@ -34,7 +34,8 @@ from etpo.algorithms.evaluation import (
     reference_log_probs,
     support_columns,
 )
-from etpo.algorithms.settings import Settings, bounded, one_of
+from etpo.algorithms.settings import TraceSettings, bounded, one_of
+from etpo.algorithms.traces import level_traces
 from etpo.models.chunked_logits import in_chunks, reduce_in_chunks
 from etpo.models.critics import Critic, DuelingHead
 from etpo.models.prefix_tree import PrefixTree, first_step
@@ -51,14 +52,14 @@ from etpo.rollout.types import PrefixStates, Rollout, TokenBatch
 
 
 @dataclass(frozen=True, kw_only=True)
-class ETPOSettings(Settings):
-    """Settings of `ETPO` in addition to `Settings`.
+class ETPOSettings(TraceSettings):
+    """Settings of `ETPO` in addition to `TraceSettings`.
 
     Args:
         gamma: discount between actions; inside an action it is 1.
-        lambda_: TD(lambda) of the targets in the first iteration.
-        lambda_anneal_iters: number of iterations in which lambda is annealed linearly to 1. None:
-            constant.
+        lambda_: TD(lambda) of the returns in the first iteration.
+        lambda_anneal_iters: number of iterations in which lambda, at both levels, is annealed
+            linearly to 1. None: constant.
         eta: weight of the proximal term KL(pi || pi_old).
         pessimism_threshold: tokens with pi_old below it use min(Q, V). 0: none, 1: all.
         doubly_robust: add the sampled correction of the critic's error to the objective.
@@ -85,22 +86,33 @@ class ETPOSettings(Settings):
 class ETPO(OnPolicyAlgorithm):
     """Entropy-regularized token-level policy optimization with a token critic over the vocabulary.
 
+    The returns of replayed actions are Retrace's. Their exact term needs no ratio, because it is an
+    expectation under the present policy at a stored prefix; the correction is weighted by
+    min(max_replay_ratio, pi_old/mu).
+
     Arguments as in `OnPolicyAlgorithm`; `settings` is an `ETPOSettings`.
     """
 
     settings_class = ETPOSettings
     critic_head = DuelingHead
     has_target_critic = True
+    replays = True
     critic: Critic
     scale = 1.0  # of the policy objective in this iteration
 
     @property
     def lambda_(self) -> float:
-        """Lambda of this iteration's targets."""
+        """Lambda of this iteration's returns inside actions."""
+        return self.annealed_lambda(self.settings.lambda_)
+
+    def annealed_lambda(self, first: float) -> float:
+        """Return a lambda of this iteration from that of the first one."""
         s = self.settings
-        if s.lambda_anneal_iters is None:
-            return float(s.lambda_)
-        return self.annealed(s.lambda_, 1.0, s.lambda_anneal_iters)
+        return (
+            first
+            if s.lambda_anneal_iters is None
+            else self.annealed(first, 1.0, s.lambda_anneal_iters)
+        )
 
     @torch.no_grad()
     def compute_targets(self, rollout: Rollout) -> TokenBatch:
@@ -108,14 +120,17 @@ class ETPO(OnPolicyAlgorithm):
         assert old.q_taken is not None
         mask = actions.step_mask
         steps = trajectory_steps(actions, mask, rollout.num_envs, self.settings.gamma)
+        ratios = self.replay_ratios(rollout, old)
         values, q_taken = (to_trajectories(x, steps.layout) for x in (old.value, old.q_taken))
-        targets = returns.lambda_returns(
-            steps.rewards,
-            steps.discounts,
-            next_values(steps, values, self.bootstrap_values(rollout)),
-            shifted(q_taken),
-            self.lambda_,
-            steps.continues,
+        following = next_values(steps, values, self.bootstrap_values(rollout))
+        # of the policy's objective and of the critic
+        targets, critic_targets = (
+            returns.lambda_returns(
+                *(steps.rewards, steps.discounts, following, shifted(q_taken)),
+                trace,
+                steps.continues,
+            )
+            for trace in level_traces(self.settings, steps, mask, ratios, self.annealed_lambda)
         )
         errors, valid = targets - q_taken, steps.layout.valid
         baselines = returns.leave_one_out_baseline(
@@ -123,16 +138,21 @@ class ETPO(OnPolicyAlgorithm):
         )
         errors = errors - baselines.view(-1, len(errors))[self.global_rank][:, None]
         advantages = from_trajectories(errors, steps.layout, like=old.value)
+        sample_weights = ratios.clamp(max=self.settings.max_replay_ratio)
         if self.settings.normalize_by_advantage_rms:
-            square = self.mean_over_tokens(advantages.square(), mask)
+            square = self.mean_over_tokens((sample_weights * advantages).square(), mask)
             self.scale = float(losses.inverse_rms(square))
+        critic_returns = from_trajectories(critic_targets, steps.layout, like=old.value)
+        count = rollout.num_fresh
+        fresh = mask[:count]
         self.iteration_metrics = rollout_metrics(rollout) | {
-            "rollout/kl_to_reference": float((old.kl * mask).sum(1).mean()),
-            "rollout/value": float(old.value.gather(1, first_step(mask)).mean()),
+            "rollout/kl_to_reference": float((old.kl * mask)[:count].sum(1).mean()),
+            "rollout/value": float(old.value.gather(1, first_step(mask))[:count].mean()),
             "rollout/explained_variance": returns.explained_variance(
-                q_taken[valid], targets[valid]
+                old.q_taken[:count][fresh], critic_returns[:count][fresh]
             ),
-            "train/entropy": float(self.mean_over_tokens(old.entropy, mask)),
+            "train/entropy": float(self.mean_over_tokens(old.entropy[:count], fresh)),
+            **self.replay_metrics(rollout, ratios, mask),
         }
         return TokenBatch(
             *actions[:3],
@@ -140,8 +160,9 @@ class ETPO(OnPolicyAlgorithm):
             old_log_probs=old.log_pi,
             ref_log_probs=old.log_ref,
             advantages=advantages,
-            returns=from_trajectories(targets, steps.layout, like=old.value),
+            returns=critic_returns,
             weights=losses.action_weights(self.settings.gamma, actions.step).float(),
+            sample_weights=sample_weights,
             tree=old.tree,
             states=old.states,
         )
@@ -222,7 +243,7 @@ class ETPO(OnPolicyAlgorithm):
         """
         s, tree = self.settings, batch.tree
         weights = batch.weights[:, None] * batch.step_mask
-        advantages = weights * batch.advantages
+        advantages = weights * batch.sample_weights * batch.advantages
         correction = [tree.sum_to_taken(advantages.clamp(min=0))]
         correction += [tree.sum_to_taken(advantages.clamp(max=0))]
         with_mass = s.truncation_kl_coef > 0

@@ -10,7 +10,7 @@ from etpo.models.chunked_logits import in_chunks
 from etpo.models.distribution import restricted
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prefix_tree import PrefixTree, first_step
-from etpo.models.token_columns import TokenColumns, columns_of, unpack
+from etpo.models.token_columns import TokenColumns, columns_of, pack_ids, unpack
 from etpo.rollout.types import PrefixStates, TokenBatch
 
 
@@ -56,7 +56,7 @@ def prefix_states(
     Args:
         chunk: number of prefixes whose logits are in memory at once.
         allowed: int32 [N, W], the action space; W = 0 or None for the whole vocabulary.
-        support: int32 [N, W], of the policy that sampled; None: of the policy.
+        support: int32 [N, W], of the policy that sampled; None: of the policy, with taken tokens.
         old_hidden: [N, D], hidden states recorded during generation; None computes them.
     """
     if allowed is None:
@@ -66,7 +66,12 @@ def prefix_states(
     if support is None and policy.min_p == 0:
         support = allowed
     elif support is None:
-        (support,) = in_chunks(lambda *x: policy.supported(*x)[2:], chunk, old_hidden, allowed)
+
+        def supported(hidden: Tensor, allowed: Tensor, taken: Tensor) -> tuple[Tensor]:
+            support = policy.supported(hidden, allowed)[2]
+            return (support | pack_ids(taken, policy.vocabulary_size),)
+
+        (support,) = in_chunks(supported, chunk, old_hidden, allowed, tree.taken)
     ref_hidden = policy.hidden_states(tree, reference=True)
     log_mass = torch.zeros(len(allowed), device=allowed.device)
     if policy.min_p > 0:

@@ -19,25 +19,31 @@ def policy_gradient_batch(
     old: TokenEvaluation,
     advantages: Tensor,
     returns: Tensor,
+    ratios: Tensor,
     trained_prefixes: Tensor | None = None,
 ) -> TokenBatch:
     """Build the training batch and set the metrics of the iteration.
 
     Args:
         advantages, returns: [B, L] or, for whole actions, [B, 1].
+        ratios: pi_old/mu of the steps, shaped as the advantages.
         trained_prefixes: bool [B, L], prefixes that train the critic; None without a critic.
     """
-    mask = actions.step_mask
-    advantages, returns = (x.expand_as(old.value) for x in (advantages, returns))
+    mask, count = actions.step_mask, rollout.num_fresh
+    weights = ratios.clamp(max=module.settings.max_replay_ratio)
+    advantages, returns, weights = (x.expand_as(old.value) for x in (advantages, returns, weights))
+    fresh = mask[:count]
     module.iteration_metrics = rollout_metrics(rollout) | {
-        "rollout/kl_to_reference": float((old.kl * mask).sum(1).mean()),
-        "train/entropy": float(module.mean_over_tokens(old.entropy, mask)),
+        "rollout/kl_to_reference": float((old.kl * mask)[:count].sum(1).mean()),
+        "train/entropy": float(module.mean_over_tokens(old.entropy[:count], fresh)),
+        **module.replay_metrics(rollout, ratios, step_mask(mask, ratios)),
     }
     if trained_prefixes is not None:
+        trained = trained_prefixes[:count]
         module.iteration_metrics |= {
-            "rollout/value": float(old.value.gather(1, first_step(mask)).mean()),
+            "rollout/value": float(old.value.gather(1, first_step(mask))[:count].mean()),
             "rollout/explained_variance": explained_variance(
-                old.value[trained_prefixes], returns[trained_prefixes]
+                old.value[:count][trained], returns[:count][trained]
             ),
         }
     return TokenBatch(
@@ -48,9 +54,17 @@ def policy_gradient_batch(
         advantages=advantages,
         returns=returns,
         weights=actions.rewards.new_ones(len(mask)),
+        sample_weights=weights,
         tree=old.tree,
         states=old.states,
     )
+
+
+def step_mask(mask: Tensor, steps: Tensor) -> Tensor:
+    """Return the mask [B, K] of steps [B, K]: that of tokens [B, L], or whole actions if K < L."""
+    if steps.shape[1] == mask.shape[1]:
+        return mask
+    return torch.ones_like(steps, dtype=torch.bool)
 
 
 def standardized(module: OnPolicyAlgorithm, values: Tensor, mask: Tensor) -> Tensor:
@@ -78,9 +92,7 @@ def surrogate_loss(
         log_pi, log_mass: [B, L], outputs of `taken_log_probs`.
         surrogate, clipped: [B, K] of the steps; K = L for tokens, 1 for whole actions.
     """
-    mask = batch.step_mask
-    if surrogate.shape[1] < mask.shape[1]:  # every action is one step
-        mask = torch.ones_like(surrogate, dtype=torch.bool)
+    mask = step_mask(batch.step_mask, surrogate)
     loss = ((surrogate * mask).sum(1) - truncation_kl_coef * log_mass.sum(1)).mean()
     kl = (losses.k3(batch.old_log_probs, log_pi.detach()) * batch.step_mask).sum(1).mean()
     count = int(mask.sum())

@@ -10,7 +10,14 @@ from etpo.algorithms import losses, returns
 from etpo.algorithms.base import Metrics, OnPolicyAlgorithm
 from etpo.algorithms.evaluation import PrefixValues, values_of_first
 from etpo.algorithms.policy_gradient import policy_gradient_batch, standardized, surrogate_loss
-from etpo.algorithms.settings import PolicyGradientSettings, bounded, one_of
+from etpo.algorithms.settings import (
+    PolicyGradientSettings,
+    TraceSettings,
+    bounded,
+    one_of,
+)
+from etpo.algorithms.traces import level_traces
+from etpo.errors import ConfigError
 from etpo.models.critics import ValueHead
 from etpo.models.prefix_tree import PrefixTree, first_step
 from etpo.rollout.trajectories import (
@@ -23,27 +30,42 @@ from etpo.rollout.types import PrefixStates, Rollout, TokenBatch
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOSettings(PolicyGradientSettings):
-    """Settings of `PPO` in addition to `PolicyGradientSettings`.
+class PPOSettings(TraceSettings, PolicyGradientSettings):
+    """Settings of `PPO` in addition to `TraceSettings` and `PolicyGradientSettings`.
+
+    With `lambda_between` the advantages of tokens are bi-level (VAGEN, arXiv 2510.16907).
 
     Args:
-        lambda_: lambda of the generalized advantages.
         unit: step of the MDP, token or action; a step has one value and one ratio.
         token_discount: discount between the tokens of an action. 1: POAD (arXiv 2405.15821); gamma:
             the naive variant NTPO, which changes the optimum.
     """
 
-    lambda_: float = bounded(0.95, 0, 1)
     unit: str = one_of("token", "action")
     token_discount: float = bounded(1.0, 0, 1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.unit == "action" and self.lambda_length_alpha is not None:
+            raise ConfigError(
+                f"algorithm.lambda_length_alpha={self.lambda_length_alpha}: allowed with "
+                "algorithm.unit=action is null, since an action is one step"
+            )
 
 
 class PPO(OnPolicyAlgorithm):
     """PPO (arXiv 1707.06347) with a scalar critic of prefixes.
 
     The reward of each step includes -beta log(pi/pi_ref) (arXiv 2203.02155). Unlike in the paper,
-    POAD has this KL penalty instead of an entropy bonus.
+    POAD has this KL penalty instead of an entropy bonus. The surrogate of a replayed step, a token
+    or a whole action, is weighted by min(max_replay_ratio, pi_old/mu) and clipped around pi_old
+    (decoupled objective, arXiv 2110.00641); values are V-trace's (arXiv 1802.01561).
+
+    Raises:
+        ConfigError: `lambda_length_alpha` with whole actions as steps.
     """
+
+    replays = True
 
     settings_class = PPOSettings
     critic_head = ValueHead
@@ -58,27 +80,34 @@ class PPO(OnPolicyAlgorithm):
         s = self.settings
         actions, old = self.start_iteration(rollout)
         mask, values, log_pi, log_ref = actions.step_mask, old.value, old.log_pi, old.log_ref
+        ratios = self.replay_ratios(rollout, old)
         if self.over_actions:
             log_pi, log_ref = (x.sum(1, keepdim=True) for x in (log_pi, log_ref))
+            ratios = ratios.prod(1, keepdim=True)
             values = values.gather(1, first_step(mask))
             mask = torch.ones_like(values, dtype=torch.bool)
         steps = trajectory_steps(actions, mask, rollout.num_envs, s.gamma, s.token_discount)
         layout = steps.layout
         value, log_pi, log_ref = (to_trajectories(x, layout) for x in (values, log_pi, log_ref))
-        errors = returns.generalized_advantages(
-            returns.kl_penalized_rewards(steps.rewards, log_pi, log_ref, self.beta, layout.valid),
-            steps.discounts,
-            value,
-            next_values(steps, value, self.bootstrap_values(rollout)),
-            s.lambda_,
-            steps.continues,
+        rewards = returns.kl_penalized_rewards(
+            steps.rewards, log_pi, log_ref, self.beta, layout.valid
         )
-        advantages, targets = (
-            from_trajectories(x, layout, like=values) for x in (errors, errors + value)
+        following = next_values(steps, value, self.bootstrap_values(rollout))
+        # of the policy's objective and of the critic
+        errors, critic_errors = (
+            returns.generalized_advantages(
+                *(rewards, steps.discounts, value, following), trace, steps.continues
+            )
+            for trace in level_traces(s, steps, mask, ratios)
         )
+        advantages, errors = (
+            from_trajectories(x, layout, like=values) for x in (errors, critic_errors)
+        )
+        targets = values + ratios.clamp(max=1) * errors
         advantages = standardized(self, advantages, mask)
         trained = self.trained_prefixes(actions.step_mask)
-        return policy_gradient_batch(self, rollout, actions, old, advantages, targets, trained)
+        outputs = advantages, targets, ratios, trained
+        return policy_gradient_batch(self, rollout, actions, old, *outputs)
 
     def trained_prefixes(self, step_mask: Tensor) -> Tensor:
         """Return the mask [B, L] of the prefixes on which the critic is trained."""
@@ -97,7 +126,7 @@ class PPO(OnPolicyAlgorithm):
 
     def policy_loss(self, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """Sum the clipped surrogate over steps and average it over actions."""
-        clip, advantages = self.settings.clip, batch.advantages
+        clip, advantages = self.settings.clip, batch.sample_weights * batch.advantages
         log_pi, log_mass = self.taken_log_probs(batch)
         new, old = log_pi, batch.old_log_probs
         if self.over_actions:  # the ratio of a whole action

@@ -35,10 +35,13 @@ class ReinforceSettings(PolicyGradientSettings):
 class Reinforce(OnPolicyAlgorithm):
     """Use the action's discounted return minus a baseline as the advantage of each token.
 
-    Returns end with the episode or at its truncation, without bootstrapping.
+    Returns end with the episode or at its truncation, without bootstrapping. The terms of a
+    replayed token are weighted by min(max_replay_ratio, pi_old/mu) and clipped around pi_old; its
+    baseline is that of its iteration, and its return that of the policy that sampled the action.
     """
 
     settings_class = ReinforceSettings
+    replays = True
 
     @torch.no_grad()
     def compute_targets(self, rollout: Rollout) -> TokenBatch:
@@ -54,9 +57,23 @@ class Reinforce(OnPolicyAlgorithm):
         rewards = returns.kl_penalized_rewards(steps.rewards, log_pi, log_ref, beta, layout.valid)
         packed = returns.discounted_returns(rewards, steps.discounts, steps.continues)
         action_returns = from_trajectories(packed, layout, like=old.value[:, :1])
-        group = returns.prompt_groups(actions.prompt_ids, actions.prompt_mask)
-        advantages = self.subtract_baseline(action_returns.squeeze(1), group)[:, None]
-        return policy_gradient_batch(self, rollout, actions, old, advantages, action_returns)
+        iterations = zip(
+            *(
+                x.split(rollout.num_fresh)
+                for x in (action_returns.squeeze(1), actions.prompt_ids, actions.prompt_mask)
+            ),
+            strict=True,
+        )
+        advantages = torch.cat(
+            [
+                self.subtract_baseline(each, returns.prompt_groups(*prompts))
+                for each, *prompts in iterations
+            ]
+        )[:, None]
+        ratios = self.replay_ratios(rollout, old)
+        return policy_gradient_batch(
+            self, rollout, actions, old, advantages, action_returns, ratios
+        )
 
     def subtract_baseline(self, action_returns: Tensor, group: Tensor) -> Tensor:
         """Return advantages [B] from returns [B] and the prompt group of every action [B]."""
@@ -71,9 +88,10 @@ class Reinforce(OnPolicyAlgorithm):
         s, mask = self.settings, batch.step_mask
         log_pi, log_mass = self.taken_log_probs(batch)
         old = batch.old_log_probs
-        surrogate = losses.clipped_surrogate(log_pi, old, batch.advantages, s.clip)
+        sampled = batch.sample_weights
+        surrogate = losses.clipped_surrogate(log_pi, old, sampled * batch.advantages, s.clip)
         if s.kl_in_loss:
-            surrogate = surrogate + self.beta * losses.k3(log_pi, batch.ref_log_probs)
+            surrogate = surrogate + sampled * self.beta * losses.k3(log_pi, batch.ref_log_probs)
         if s.average_tokens:
             lengths = mask.sum(1, keepdim=True)
             surrogate, log_mass = surrogate / lengths, log_mass / lengths

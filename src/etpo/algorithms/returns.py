@@ -10,6 +10,7 @@ function keeps the dtype of its inputs.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -50,7 +51,7 @@ def lambda_returns(
     discounts: Tensor,
     next_values: Tensor,
     next_q_taken: Tensor,
-    lambda_: float,
+    trace: Tensor | float,
     continues: Tensor,
 ) -> Tensor:
     """Compute soft TD(lambda) targets with Q as control variate; all [N, K].
@@ -60,25 +61,52 @@ def lambda_returns(
     the true next observation. Padding has rewards and discounts 0.
 
     On-policy with lambda = 1 the return is unbiased for Q^pi with any critic, if V and Q come from
-    the same critic. Q^pi is a fixed point for every lambda and every behaviour policy, but the
-    update may not contract far off-policy. lambda = 0 is the paper's one-step update (equation 12).
-    Soft form of Q(lambda) with off-policy corrections (Harutyunyan et al., arXiv 1602.04951).
+    the same critic. Q^pi is a fixed point for every lambda and every behaviour policy; with the
+    truncated ratios of `traces` the update contracts for every behaviour policy. lambda = 0 is the
+    paper's one-step update (equation 12). Soft form of Retrace(lambda) (arXiv 1606.02647, equation
+    3), and without ratios of Q(lambda) with off-policy corrections (arXiv 1602.04951).
 
     Args:
         rewards, discounts, next_values: R_k, g_k and V_{k+1}.
         next_q_taken: Q(x_{k+1}, w_{k+1}); ignored if `continues` is false.
-        lambda_: in [0, 1].
+        trace: c_{k+1} in [0, 1], lambda or the output of `traces`.
         continues: bool, true if the data contain step k + 1 of the same episode; otherwise the
             return bootstraps with V_{k+1}.
     """
+    c = torch.as_tensor(trace, dtype=rewards.dtype).expand_as(rewards)
     after = torch.zeros_like(rewards[:, 0])  # G_{k+1}
     returns = torch.empty_like(rewards)
     for k in reversed(range(rewards.shape[1])):
         error = torch.where(continues[:, k], after - next_q_taken[:, k], 0.0)
-        # G_k = R_k + g_k [ V_{k+1} + lambda ( G_{k+1} - Q_{k+1}(w_{k+1}) ) ]
-        after = rewards[:, k] + discounts[:, k] * (next_values[:, k] + lambda_ * error)
+        # G_k = R_k + g_k [ V_{k+1} + c_{k+1} ( G_{k+1} - Q_{k+1}(w_{k+1}) ) ]
+        after = rewards[:, k] + discounts[:, k] * (next_values[:, k] + c[:, k] * error)
         returns[:, k] = after
     return returns
+
+
+def traces(last: Tensor, inside: Tensor | float, between: float, ratios: Tensor) -> Tensor:
+    """Compute the trace from step k to k + 1, lambda min(1, pi/mu); all [N, K].
+
+    Lambda depends on the level: `inside` from a token to the next one of its action, `between` from
+    an action to the next one. Both have the same fixed point; a lambda below 1 between actions
+    lowers the variance of late rewards, and one inside an action biases the credit of its early
+    tokens (bi-level GAE, arXiv 2510.16907). The truncated ratio is Retrace's (arXiv 1606.02647).
+
+    Args:
+        last: bool, true at the last step of an action.
+        inside, between: in [0, 1].
+        ratios: pi/mu of the taken step k, where mu is the policy that sampled it.
+    """
+    following = F.pad(ratios[:, 1:], (0, 1), value=1.0).clamp(max=1)
+    return torch.where(last, between, inside) * following
+
+
+def adaptive_lambda(lengths: Tensor, alpha: float) -> Tensor:
+    """Return 1 - 1 / (alpha l), at least 0, of actions with l steps; any shape, float.
+
+    Length-adaptive lambda of the policy's advantages (VAPO, arXiv 2504.05118).
+    """
+    return (1 - 1 / (alpha * lengths)).clamp(min=0)
 
 
 def generalized_advantages(
@@ -86,19 +114,23 @@ def generalized_advantages(
     discounts: Tensor,
     values: Tensor,
     next_values: Tensor,
-    lambda_: float,
+    trace: Tensor | float,
     continues: Tensor,
 ) -> Tensor:
-    """Compute A_k = d_k + g_k lambda A_{k+1} with d_k = R_k + g_k V_{k+1} - V_k; all [N, K].
+    """Compute A_k = d_k + g_k c_{k+1} A_{k+1} with d_k = R_k + g_k V_{k+1} - V_k; all [N, K].
 
-    Generalized advantage estimation (arXiv 1506.02438, equation 16) with one discount per step.
-    Arguments as in `lambda_returns`.
+    Generalized advantage estimation (arXiv 1506.02438, equation 16) with one discount and one trace
+    per step. Arguments as in `lambda_returns`. With V^pi and whole ratios pi/mu the mean of A_k
+    given step k is Q^pi - V^pi for every behaviour policy mu. Truncated ratios bias it, unlike in
+    `lambda_returns`: the fixed point is then V-trace's (arXiv 1802.01561, equation 4), the value of
+    a policy between mu and pi.
     """
+    c = torch.as_tensor(trace, dtype=rewards.dtype).expand_as(rewards)
     after = torch.zeros_like(rewards[:, 0])
     advantages = torch.empty_like(rewards)
     for k in reversed(range(rewards.shape[1])):
         error = rewards[:, k] + discounts[:, k] * next_values[:, k] - values[:, k]
-        after = error + discounts[:, k] * lambda_ * torch.where(continues[:, k], after, 0.0)
+        after = error + discounts[:, k] * c[:, k] * torch.where(continues[:, k], after, 0.0)
         advantages[:, k] = after
     return advantages
 

@@ -51,6 +51,8 @@ class Settings(BatchSettings):
             not updated in the rest of the iteration. None: no limit.
         policy_lr, critic_lr: learning rates of the first iteration.
         max_grad_norm: limit of the gradient norm, of policy and critic separately.
+        max_replay_ratio: limit c of the weight min(c, pi_old/mu) of a replayed action's sampled
+            terms; mu is the policy that sampled it.
     """
 
     beta: float = bounded(0.02)
@@ -61,6 +63,7 @@ class Settings(BatchSettings):
     policy_lr: float = bounded(5e-4)
     critic_lr: float = bounded(1e-3)
     max_grad_norm: float = bounded(1.0, above=True)
+    max_replay_ratio: float = bounded(1.0, above=True)
 
 
 def check_value(key: str, value: Any, hint: Any, setting: Any) -> None:
@@ -89,6 +92,29 @@ def build_settings(kind: type[Kind], values: dict[str, Any]) -> Kind:
         return kind(**values)
     except TypeError as error:
         raise ConfigError(f"algorithm: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceSettings(Settings):
+    """Lambdas of algorithms with a critic, in addition to `Settings`.
+
+    Args:
+        lambda_: lambda of the advantages; inside actions only if `lambda_between` is set.
+        lambda_between: lambda from an action to the next one; None: `lambda_`.
+        lambda_length_alpha: lambda of an action of l steps is 1 - 1 / (alpha l) inside the action
+            (VAPO, arXiv 2504.05118); None: `lambda_`.
+        critic_lambda: lambda of the critic's targets at both levels; None: as for the advantages.
+    """
+
+    lambda_: float = bounded(0.95, 0, 1)
+    lambda_between: float | None = bounded(None, 0, 1)
+    lambda_length_alpha: float | None = bounded(None, above=True)
+    critic_lambda: float | None = bounded(None, 0, 1)
+
+    @property
+    def between(self) -> float:
+        """Lambda from an action to the next one."""
+        return self.lambda_ if self.lambda_between is None else self.lambda_between
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,6 +64,15 @@ def unpack(bits: Tensor, ids: Tensor | None, vocabulary_size: int) -> Tensor:
     return (bits[..., ids >> 5] >> (ids & 31)) & 1 == 1
 
 
+def pack_ids(tokens: Tensor, vocabulary_size: int) -> Tensor:
+    """Return sets of tokens as bits: int64 [n, C] -> int32 [n, W]."""
+    bits = tokens.new_zeros(len(tokens), -(-vocabulary_size // 32), dtype=torch.int32)
+    rows = torch.arange(len(tokens), device=tokens.device)
+    for token in tokens.unbind(1):
+        bits[rows, token >> 5] |= (1 << (token & 31)).to(torch.int32)
+    return bits
+
+
 def pack(mask: Tensor, ids: Tensor | None, vocabulary_size: int) -> Tensor:
     """Return sets of tokens as bits: bool [n, U] of the tokens `ids`, or of all -> int32 [n, W]."""
     words = -(-vocabulary_size // 32)

@@ -1,4 +1,4 @@
-"""On-policy buffer: the actions of one iteration in shuffled minibatches."""
+"""Buffer of an iteration: fresh and replayed actions in shuffled minibatches."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,8 +10,12 @@ from torch.utils.data import IterableDataset
 class OnPolicyBuffer(IterableDataset[Any]):
     """Collect new actions in every epoch and yield `epochs` passes of minibatches over them.
 
+    Each minibatch has `minibatch_size` fresh actions and as many of every replayed iteration, so
+    that the number of optimizer steps does not depend on the window.
+
     Args:
-        fill: returns a batch (`TokenBatch` or `Actions`) and the generator that shuffles it.
+        fill: returns a batch (`TokenBatch` or `Actions`) and the generator that shuffles it. Its
+            rows are those of the iterations one after another, the fresh ones first.
     """
 
     def __init__(
@@ -31,8 +35,14 @@ class OnPolicyBuffer(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         batch, generator = self.fill()
-        order = [torch.randperm(len(batch[0]), generator=generator) for _ in range(self.epochs)]
-        minibatches = [rows for each in order for rows in torch.split(each, self.minibatch_size)]
+        size = self.batches_per_epoch * self.minibatch_size
+        starts = range(0, len(batch[0]), size)  # of the iterations
+        orders = [
+            [torch.randperm(size, generator=generator) + start for _ in range(self.epochs)]
+            for start in starts
+        ]
+        parts = [torch.cat(order).split(self.minibatch_size) for order in orders]
+        minibatches = [torch.cat(rows) for rows in zip(*parts, strict=True)]
         for number, rows in enumerate(minibatches, start=1):
             minibatch = batch.select(rows)
             if number == len(minibatches):

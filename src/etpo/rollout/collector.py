@@ -16,7 +16,7 @@ from etpo.generation.prompt_cache import PromptCache
 from etpo.generation.sampler import Sample, decode_actions, first_decisions, generate
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prompting import PromptBatch, Turn
-from etpo.rollout.types import Actions, Decisions, Record, Rollout, pad_stack
+from etpo.rollout.types import Actions, Decisions, Record, Rollout, stack
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -225,15 +225,3 @@ def to_rollout(
         generate_seconds=generate_seconds,
         score_seconds=score_seconds,
     )
-
-
-def stack(steps: list[Actions], pad_id: int) -> Actions:
-    """Concatenate the steps to one batch, in their order."""
-    fields = {}
-    for name, column in zip(Actions._fields, zip(*steps, strict=True), strict=True):
-        blocks, value = list(column), pad_id if name.endswith("_ids") else 0
-        if name in ("allowed", "support"):  # none of a round without an action space: all tokens
-            words = max(block.shape[-1] for block in blocks)
-            blocks = [b if b.shape[-1] else b.new_full((*b.shape[:2], words), -1) for b in blocks]
-        fields[name] = pad_stack(blocks, value, left=name.startswith("prompt"))
-    return Actions(**fields)

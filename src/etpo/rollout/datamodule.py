@@ -13,6 +13,7 @@ from etpo.environments.text_env import TextVectorEnv
 from etpo.errors import ConfigError, check_integer
 from etpo.rollout.buffer import OnPolicyBuffer
 from etpo.rollout.collector import OnProgress, collect
+from etpo.rollout.replay import ReplayWindow
 from etpo.rollout.types import Rollout
 from etpo.sharding import full_parameters
 
@@ -45,6 +46,7 @@ class RolloutDataModule(LightningDataModule):
         seed: seed of sampling, minibatches and environment.
         pipeline_groups: number of groups of environments; the actions of one group are scored while
             the next group generates. More than 1 needs `environment.step_part`.
+        replay_window: iterations whose actions are trained on; 1 for the fresh ones only.
 
     Raises:
         ConfigError: a value is out of range.
@@ -62,6 +64,7 @@ class RolloutDataModule(LightningDataModule):
         num_envs: int | None = None,
         seed: int = 0,
         pipeline_groups: int = 1,
+        replay_window: int = 1,
     ) -> None:
         super().__init__()
         self.environment = environment
@@ -78,6 +81,8 @@ class RolloutDataModule(LightningDataModule):
         self.rollout: Rollout | None = None
         self.policy_checked = False
         self.check_sizes(world_size=1)
+        check_integer("replay.window", replay_window, 1)
+        self.replay_window, self.replay = replay_window, ReplayWindow(replay_window)
 
     def check_sizes(self, world_size: int) -> None:
         """Raise ConfigError if the sizes do not fit together on `world_size` ranks."""
@@ -121,6 +126,11 @@ class RolloutDataModule(LightningDataModule):
                 "because log-probabilities are float32; model.dtype=bfloat16 stores weights in "
                 "bfloat16"
             )
+        if self.replay_window > 1 and not getattr(self.algorithm, "replays", False):
+            raise ConfigError(
+                f"replay.window={self.replay_window}: allowed with "
+                f"{type(self.algorithm).__name__} is 1, because it trains on fresh actions only"
+            )
         policy = self.algorithm.policy
         if has_messages(self.environment):
             policy.prompt.check_conversations(policy.tokenizer)
@@ -132,11 +142,21 @@ class RolloutDataModule(LightningDataModule):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the environment's state; a checkpoint holds the state of rank zero."""
-        return self.environment.state_dict()
+        """Return the environment's state on rank zero and the replay window of every rank."""
+        state = self.environment.state_dict()
+        if self.replay_window == 1:
+            return state
+        windows: list[Any] = [self.replay.state_dict()]
+        if self.attached_trainer.world_size > 1:
+            windows = [None] * self.attached_trainer.world_size
+            torch.distributed.all_gather_object(windows, self.replay.state_dict())
+        return state | {"replay": windows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        windows = state_dict.pop("replay", [])
         self.environment.load_state_dict(state_dict)
+        if len(windows) == self.attached_trainer.world_size:  # else it starts empty
+            self.replay.load_state_dict(windows[self.attached_trainer.global_rank])
 
     @property
     def attached_trainer(self) -> Trainer:
@@ -184,7 +204,10 @@ class RolloutDataModule(LightningDataModule):
             if not self.policy_checked:
                 module.check_rollout(self.rollout)
                 self.policy_checked = True
-            batch = module.compute_targets(self.rollout)
+            extended = self.replay.extended(self.rollout, module.policy.pad_id)
+            batch = module.compute_targets(extended)
+            if self.replay_window > 1:
+                self.replay.append(self.rollout, batch.old_log_probs)
             if self.on_targets_computed is not None:
                 self.on_targets_computed(self.rollout, batch)
         return batch, torch.Generator().manual_seed(derived_seed(*keys, 2))

@@ -16,11 +16,11 @@ def first_episode_reward(rollout: Rollout) -> Tensor:
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    """Compute means over the actions, and times, of this rank."""
+    """Compute means over the fresh actions, and times, of this rank."""
     records = rollout.records
     first = [r.reward for r in records if r.attempt == 1]
     episodes = sum(r.attempt == 1 for r in records)
-    tokens = int(rollout.actions.action_mask.sum())
+    tokens = int(rollout.actions.action_mask[: rollout.num_fresh].sum())
     return {
         "rollout/reward": sum(r.reward for r in records) / len(records),
         "rollout/first_attempt_reward": sum(first) / len(first),

@@ -25,13 +25,14 @@ class Steps(NamedTuple):
     """Trajectories of steps, [N, K] each; a step is a token or a whole action.
 
     rewards: reward of the action at its last token, 0 elsewhere. discounts: factor of the next
-    value, 0 after a termination. ends: true at a termination or truncation. continues: true if the
-    next step belongs to the same episode.
+    value, 0 after a termination. last: true at the last step of an action. ends: true at a
+    termination or truncation. continues: true if the next step belongs to the same episode.
     """
 
     layout: TrajectoryLayout
     rewards: Tensor
     discounts: Tensor
+    last: Tensor
     ends: Tensor
     continues: Tensor
 
@@ -78,8 +79,8 @@ def trajectory_steps(
     discounts = torch.where(last, between[:, None], token_discount)
     layout = trajectory_layout(mask, num_envs)
     ends = to_trajectories(last & (actions.terminated | actions.truncated)[:, None], layout)
-    rewards, discounts = (to_trajectories(x, layout) for x in (rewards, discounts))
-    return Steps(layout, rewards, discounts, ends, layout.valid & ~ends)
+    rewards, discounts, last = (to_trajectories(x, layout) for x in (rewards, discounts, last))
+    return Steps(layout, rewards, discounts, last, ends, layout.valid & ~ends)
 
 
 def shifted(values: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Data types of rollouts and training batches: B actions, P prompt tokens, L action tokens."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -80,7 +80,9 @@ class Rollout(NamedTuple):
     """Actions, readable records and timings.
 
     bootstrap: of the true next observations of the truncated actions, in their order; None if there
-    are none.
+    are none. records: of the fresh actions, which come first; replayed actions of earlier
+    iterations follow. replayed_log_mu: float32 [B - num_fresh, L], log-probabilities of the
+    replayed actions' tokens under the policies that sampled them; None without such actions.
     """
 
     actions: Actions
@@ -90,6 +92,13 @@ class Rollout(NamedTuple):
     dropped_prompt_tokens: int
     generate_seconds: float
     score_seconds: float
+    replayed_log_mu: Tensor | None = None
+
+    @property
+    def num_fresh(self) -> int:
+        """Number of actions that the present policy sampled."""
+        replayed = 0 if self.replayed_log_mu is None else len(self.replayed_log_mu)
+        return len(self.actions.rewards) - replayed
 
 
 class PrefixStates(NamedTuple):
@@ -124,6 +133,7 @@ class TokenBatch(NamedTuple):
     advantages: Tensor  # float32 [B, L]
     returns: Tensor  # float32 [B, L], regression targets of the critic
     weights: Tensor  # float32 [B], weight of the action in the policy objective
+    sample_weights: Tensor  # float32 [B, L], min(c, pi_old/mu) of the taken steps, 1 of fresh ones
     tree: PrefixTree
     states: PrefixStates
     action_values: Tensor | None = None  # float32 [B], Q(o, a) of the target critic
@@ -136,6 +146,22 @@ class TokenBatch(NamedTuple):
         tree = prefix_tree(*(fields[name] for name in TokenBatch._fields[:4]))
         prefixes = self.tree.prefix[rows.to(tree.first.device)].flatten()[tree.first]
         return self._replace(**fields, tree=tree, states=self.states.select(prefixes))
+
+
+Rows = TypeVar("Rows", Actions, Decisions)
+
+
+def stack(blocks: Sequence[Rows], pad_id: int) -> Rows:
+    """Concatenate batches of actions or decisions, in their order."""
+    kind = type(blocks[0])
+    fields = {}
+    for name, column in zip(kind._fields, zip(*blocks, strict=True), strict=True):
+        parts, value = list(column), pad_id if name.endswith("_ids") else 0
+        if name in ("allowed", "support"):  # none of a round without an action space: all tokens
+            words = max(part.shape[-1] for part in parts)
+            parts = [p if p.shape[-1] else p.new_full((*p.shape[:2], words), -1) for p in parts]
+        fields[name] = pad_stack(parts, value, left=name.startswith("prompt"))
+    return kind(**fields)
 
 
 def pad_stack(blocks: Sequence[Tensor], value: float, *, left: bool) -> Tensor:
