@@ -88,7 +88,8 @@ def distribution(policy, prompt_ids, prompt_mask, action_ids, reference=False, *
 def critic_outputs(critic, policy, prompt_ids, prompt_mask, action_ids):
     """Compute the outputs of a critic before each token: [B, L] and [B, L, V]."""
     tree = tree_of(prompt_ids, prompt_mask, action_ids)
-    outputs = critic(tree, policy.hidden_states(tree, reference=True))
+    states = (policy.hidden_states(tree, reference) for reference in (True, False))
+    outputs = critic(tree, *states)
     if torch.is_tensor(outputs):
         return tree.of_tokens(outputs)
     return tuple(x if x is None else tree.of_tokens(x) for x in outputs)

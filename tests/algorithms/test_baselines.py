@@ -114,7 +114,7 @@ def test_archer_targets(credit):
 class LastToken(torch.nn.Module):
     """V of a prefix is a tenth of its last token, A of a token w after it is w^2 / 100."""
 
-    def hidden_states(self, tree, ref_hidden):
+    def hidden_states(self, tree, ref_hidden, old_hidden):
         return tree.nodes.token[tree.node, None].float()
 
     def head(self, hidden, ids=None):

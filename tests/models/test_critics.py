@@ -12,6 +12,7 @@ from etpo.models.critics import (
     HeadCritic,
     LanguageModelCritic,
     LoraCritic,
+    PolicyHeadCritic,
     TrunkCritic,
     ValueHead,
     make_target_network,
@@ -25,7 +26,7 @@ from ..by_token import tree_of
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 ADAPTED = functools.partial(LoraCritic, lora=LORA)
-WITH_HEADS = [HeadCritic, TrunkCritic, ADAPTED]
+WITH_HEADS = [HeadCritic, PolicyHeadCritic, TrunkCritic, ADAPTED]
 
 
 @pytest.fixture(
@@ -40,7 +41,8 @@ def inputs_of(policy):
     texts = [{"instruction": "", "prefix": p, "suffix": ""} for p in ("hello", "a longer prompt")]
     prompts = policy.encode(texts)
     tree = tree_of(prompts.ids, prompts.mask, torch.tensor([[5, 6, 7], [8, 9, 10]]))
-    return tree, policy.hidden_states(tree, reference=True)
+    with torch.no_grad():
+        return tree, policy.hidden_states(tree, reference=True), policy.hidden_states(tree)
 
 
 def log_probs(policy, inputs, reference=True):

@@ -91,7 +91,7 @@ class ArCHer(OnPolicyAlgorithm):
             value, advantage = critic.head(hidden, columns.ids)
             return value, advantage.gather(-1, columns.places(taken))
 
-        inputs = critic.hidden_states(tree, states.ref), tree.taken, states.support
+        inputs = critic.hidden_states(tree, states.ref, states.old), tree.taken, states.support
         value, advantage = in_chunks(of_hidden, self.settings.logits_chunk_size, *inputs)
         return value, advantage
 

@@ -169,7 +169,7 @@ class OnPolicyAlgorithm(LightningModule):
     def prefix_values(self, tree: PrefixTree, states: PrefixStates) -> Tensor:
         """Return the critic's values [N] of the prefixes."""
         assert self.critic is not None
-        return torch.as_tensor(self.critic(tree, states.ref))
+        return torch.as_tensor(self.critic(tree, states.ref, states.old))
 
     def bootstrap_values(self, rollout: Rollout) -> Tensor:
         """Return the value of the true next prompt of truncated actions, 0 for others: [B]."""

@@ -169,7 +169,9 @@ class ETPO(OnPolicyAlgorithm):
 
     def evaluate(self, tree: PrefixTree, *recorded: Tensor | None) -> TokenEvaluation:
         states = self.prefix_states(tree, *recorded)
-        states = states._replace(critic=self.target_critic.hidden_states(tree, states.ref))
+        states = states._replace(
+            critic=self.target_critic.hidden_states(tree, states.ref, states.old)
+        )
 
         def quantities(taken: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
             states = PrefixStates(*parts)
@@ -227,7 +229,7 @@ class ETPO(OnPolicyAlgorithm):
                 q_taken = q_taken + losses.dueling_baseline(value, scores, log_old)[:, None]
             return (q_taken,)
 
-        hidden = self.critic.hidden_states(tree, states.ref)
+        hidden = self.critic.hidden_states(tree, states.ref, states.old)
         (q_taken,) = in_chunks(q_of_taken, s.logits_chunk_size, hidden, tree.taken, *states)
         each = losses.critic_loss(
             tree.of_taken(q_taken), batch.returns, batch.step_mask, s.critic_loss, s.huber_delta
@@ -301,7 +303,7 @@ class ETPO(OnPolicyAlgorithm):
         log_pi: Tensor,
         log_ref: Tensor,
     ) -> PrefixValues:
-        critic_hidden = self.target_critic.hidden_states(tree, states.ref)
+        critic_hidden = self.target_critic.hidden_states(tree, states.ref, states.old)
         q = self.pessimistic_q(critic_hidden, columns, log_pi)
         return PrefixValues(returns.soft_value(log_pi, log_ref, q, self.beta), q)
 

@@ -19,7 +19,7 @@ from etpo.models.tree_forward import forward_tree
 
 Copied = TypeVar("Copied", bound=nn.Module)
 Head = type[nn.Module]
-WITH_HEAD = ("full", "lora", "frozen_trunk")
+WITH_HEAD = ("full", "lora", "frozen_trunk", "policy_trunk")
 
 
 def zero_init(layer: nn.Linear) -> nn.Linear:
@@ -128,10 +128,11 @@ class Critic(nn.Module):
         """Return the language model, without LM head, that the critic trains, if any."""
         return None
 
-    def hidden_states(self, tree: PrefixTree, ref_hidden: Tensor) -> Tensor:
+    def hidden_states(self, tree: PrefixTree, ref_hidden: Tensor, old_hidden: Tensor) -> Tensor:
         """Compute the critic's hidden states [N, C] of the prefixes of `tree`.
 
-        ref_hidden: the reference's hidden states [N, D] of the same prefixes.
+        ref_hidden, old_hidden: hidden states [N, D] of the same prefixes, of the reference and of
+            the policy at the start of the iteration.
         """
         if self.trunk is None:
             return ref_hidden
@@ -141,9 +142,9 @@ class Critic(nn.Module):
         """Return the trained parameters of `head`."""
         return [p for p in self.head.parameters() if p.requires_grad]
 
-    def forward(self, tree: PrefixTree, ref_hidden: Tensor) -> Any:
+    def forward(self, tree: PrefixTree, ref_hidden: Tensor, old_hidden: Tensor) -> Any:
         """Return the outputs of `head` at the hidden states; arguments as of `hidden_states`."""
-        return self.head(self.hidden_states(tree, ref_hidden))
+        return self.head(self.hidden_states(tree, ref_hidden, old_hidden))
 
     def train(self, mode: bool = True) -> "Critic":
         """Keep evaluation mode: dropout is off in every forward."""
@@ -152,6 +153,16 @@ class Critic(nn.Module):
 
 class HeadCritic(Critic):
     """A head on the frozen reference's last hidden states: no further language model."""
+
+
+class PolicyHeadCritic(Critic):
+    """A head on the policy's last hidden states, without a gradient to the policy.
+
+    They are recorded while sampling, so the critic needs no forward of a language model.
+    """
+
+    def hidden_states(self, tree: PrefixTree, ref_hidden: Tensor, old_hidden: Tensor) -> Tensor:
+        return old_hidden.detach()
 
 
 class TrunkCritic(Critic):
@@ -235,7 +246,7 @@ def trainable_copy(module: Copied, critic: str) -> Copied:
     if not has_float_weights(module):
         raise ConfigError(
             f"critic={critic}: it trains a copy of the language model; allowed with "
-            "model.quantization are lora, frozen_trunk"
+            "model.quantization are lora, frozen_trunk, policy_trunk"
         )
     return copy.deepcopy(module).requires_grad_(True).float()
 
