@@ -1,4 +1,4 @@
-"""Baselines that keep the policy gradient, and such as depend on the action and change it.
+"""Baselines that keep the policy gradient, and baselines that depend on the action and change it.
 
 A batch has two independent episodes of a small MDP, in which the policy decides when an episode
 ends. Expected gradients are sums over all pairs. docs/credit_bugs.md lists where the wrong ones are
@@ -60,7 +60,7 @@ def observation_with_its_own_return(case):
 
 
 def rewards_centred_by_turn_index(case):
-    """The return of rewards less the other episode's reward of the same turn, up to one's end."""
+    """Subtract the other episode's reward of the same turn from every reward of this one."""
     e, (other, _) = case.e, rows(case)
     reward = (other & same(e.step)[0]) * e.rewards[None, :, None, :]
     centred = (e.rewards[:, None] - reward.sum(-1)) * e.valid[:, None]
@@ -69,7 +69,7 @@ def rewards_centred_by_turn_index(case):
 
 
 def all_other_actions(case):
-    """Less the mean of all actions but this one: those of its own episode depend on it."""
+    """Subtract the mean of all other actions; later ones of the episode depend on this one."""
     other, own = rows(case)
     own = own & ~torch.eye(own.shape[-1], dtype=torch.bool)
     return case.returns[:, None] - mean_return(case, other, own)
@@ -80,7 +80,7 @@ def mean_of_the_batch(case):
 
 
 def standardized_over_the_batch(case):
-    """Advantage whitening: shifted by the mean of all tokens and divided by their deviation."""
+    """Whiten: subtract the mean of all tokens and divide by their deviation."""
     other, own = rows(case)
     squares = (other * case.returns.square()[None, :, None, :]).sum(-1)
     squares = squares + (own * case.returns.square()[:, None, None, :]).sum(-1)

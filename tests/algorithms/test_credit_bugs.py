@@ -58,7 +58,7 @@ def averaged_over_the_action(case):
 
 
 def averaged_over_the_batch(case):
-    """Divided by the number of tokens of both episodes, which depends on the actions."""
+    """Divide by the number of tokens of both episodes, which depends on the actions."""
     lengths = case.e.valid.sum(1).double()
     return case.weight * case.expectation(1 / (lengths[:, None] + lengths))[:, None]
 
@@ -155,7 +155,7 @@ def robust_gradient(case, critics):
 
 @pytest.mark.parametrize("step", [0.5, 1.0])
 def test_a_critic_of_the_same_batch_is_caught(step):
-    """It moves by `step` to the returns of its own episode before the advantages are computed."""
+    """Fit it by `step` to the returns of its episode before the advantages are computed."""
     for seed in SEEDS:
         case = EnumeratedGradient(seed, length=2, beta=0.3)
         earlier = case.mdp.random_policy(seed + 3).expand(len(case.e.state), -1, -1, -1)
