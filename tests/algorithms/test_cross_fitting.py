@@ -154,5 +154,5 @@ def test_what_cannot_be_cross_fitted_is_refused(build, letter_env, fit):
         build(TrunkCritic)
     with pytest.raises(ConfigError, match=r"critic.cross_fit=true: .*num_envs of 2 or more"):
         fit(build(), letter_env(1), 1, minibatch_size=8)
-    with pytest.raises(ConfigError, match=r"rollout.critic_epochs=1: .* critic.cross_fit=true"):
+    with pytest.raises(ConfigError, match=r"rollout.critic_epochs=1: .*critic.cross_fit=true"):
         fit(build(cross_fit=False), letter_env(4), 1, critic_epochs=1)
