@@ -139,7 +139,7 @@ def figure(runs: pd.DataFrame) -> Figure:
         axes.set(xscale="log", yscale="log", xlabel=label, ylabel="actions to 90% of the optimum")
         values = sorted(set(own[arm]))
         axes.set_xticks(values, [str(value) for value in values])
-        axes.minorticks_off()
+        axes.set_xticks([], minor=True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(linewidth=0.5, alpha=0.4)
     drawing.legend(*panels[0].get_legend_handles_labels(), loc="outside right", frameon=False)

@@ -31,6 +31,7 @@ SMALL = {
     "rollout.update_epochs": 1,
     "rollout.max_new_tokens": 8,
     "environment.group_size": 2,
+    "environment.turns": 2,
     "environment.n_splits": 1,
     "environment.sandbox.workers": 1,
     "critic.hidden_size": 8,

@@ -99,8 +99,9 @@ class Dials:
         count, free = self.deciding_tokens, self.length - self.deciding_tokens
         if self.deciding == "spread":
             return (2 * np.arange(count) + 1) * self.length // (2 * count)
-        first = {"first": 0, "last": free, "middle": free // 2}
-        return np.arange(count) + first.get(str(self.deciding), self.deciding)
+        named = {"first": 0, "last": free, "middle": free // 2}
+        first = named[self.deciding] if isinstance(self.deciding, str) else self.deciding
+        return np.arange(count) + first
 
     @property
     def paydays(self) -> np.ndarray:
