@@ -104,10 +104,10 @@ def test_episodes_of_an_iteration():
 
 
 def test_mean_of_other_episodes_by_hand():
-    returns, episode = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([0, 0, 2, 3])
+    returns, episode = torch.tensor([1.0, 2.0, 3.0, 8.0]), torch.tensor([0, 0, 2, 3])
     prompt, all_ = torch.tensor([0, 1, 0, 2]), torch.zeros(4, dtype=torch.long)
-    assert mean_of_other_episodes(returns, episode, prompt).tolist() == [4, 0, 1, 0]
-    assert mean_of_other_episodes(returns, episode, prompt, all_).tolist() == [4, 6, 1, 7 / 3]
+    assert mean_of_other_episodes(returns, episode, prompt).tolist() == [3, 0, 1, 0]
+    assert mean_of_other_episodes(returns, episode, prompt, all_).tolist() == [3, 5.5, 1, 2]
     assert mean_of_other_episodes(returns[:2], episode[:2], all_[:2]).tolist() == [0, 0]
 
 
