@@ -39,7 +39,7 @@ class GiGPO(Reinforce):
         starts, episode = torch.unique(groups.episode, return_inverse=True)
         of_episodes = self.compare(action_returns[starts], groups.select(starts))
         of_steps = self.compare(action_returns, groups)
-        return of_episodes[episode] + self.settings.step_weight * of_steps
+        return torch.add(of_episodes[episode], of_steps, alpha=self.settings.step_weight)
 
     def compare(self, action_returns: Tensor, groups: returns.Groups) -> Tensor:
         """Return the advantages [B] of returns [B] among those with the same prompt."""

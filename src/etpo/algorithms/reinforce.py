@@ -57,12 +57,17 @@ class Reinforce(OnPolicyAlgorithm):
         rewards = returns.kl_penalized_rewards(steps.rewards, log_pi, log_ref, beta, layout.valid)
         packed = returns.discounted_returns(rewards, steps.discounts, steps.continues)
         action_returns = from_trajectories(packed, layout, like=old.value[:, :1])
-        columns = action_returns[:, 0], actions.prompt_ids, actions.prompt_mask, actions.step
-        iterations = zip(*(x.split(rollout.num_fresh) for x in columns), strict=True)
+        ids, mask, fresh = actions.prompt_ids, actions.prompt_mask, rollout.num_fresh
+        iterations = [slice(row, row + fresh) for row in range(0, len(whole), fresh)]
         advantages = torch.cat(
             [
-                self.subtract_baseline(each, returns.action_groups(*groups, rollout.num_envs))
-                for each, *groups in iterations
+                self.subtract_baseline(
+                    action_returns[rows, 0],
+                    returns.action_groups(
+                        ids[rows], mask[rows], actions.step[rows], rollout.num_envs
+                    ),
+                )
+                for rows in iterations
             ]
         )[:, None]
         ratios = self.replay_ratios(rollout, old)

@@ -218,7 +218,8 @@ def group_standardized(returns: Tensor, group: Tensor, epsilon: float = 1e-4) ->
 def prompt_groups(prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
     """Number the distinct prompts: [B, P], bool [B, P] -> int64 [B]."""
     both = torch.cat([torch.where(prompt_mask, prompt_ids, -1), prompt_mask.long()], dim=1)
-    return torch.unique(both, dim=0, return_inverse=True)[1]
+    _, group = torch.unique(both, dim=0, return_inverse=True)
+    return torch.as_tensor(group)
 
 
 def unique_as_one_group(group: Tensor) -> Tensor:
