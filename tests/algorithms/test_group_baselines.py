@@ -13,6 +13,8 @@ row env t  prompt  reward  ends        return
 7   1   1  8       5       truncated   5
 """
 
+import itertools
+
 import pytest
 import torch
 
@@ -41,9 +43,10 @@ ACTIONS = actions_of(
     truncated=torch.tensor([0, 0, 0, 0, 0, 0, 1, 1]).bool(),
     step=torch.tensor([0, 0, 1, 1, 2, 0, 0, 1]),
 )
-RLOO = [0.0, -1.5, 0.0, -1.0, 2.0, 1.5, 1.5, 3.0]
-# the mean of episodes that begin with prompt 5 is over 2, 1 and 3; for prompt 7 it is over all
-EPISODES = [0.0, -1.5, 0.0, -1.5, 0.0, 1.5, 1.5, 1.5]
+# the episode of row 6 follows that of rows 0, 2 and 4: it is in none of their means
+RLOO = [1.0, -1.5, 0.0, -1.0, 2.0, 1.5, 1.5, 3.0]
+# episodes on prompt 5 have returns 2, 1 and 3; the one that begins with prompt 7 is compared to all
+EPISODES = [1.0, -1.5, 1.0, -1.5, 1.0, 1.5, 1.5, 1.5]
 ROOT = (4 / 3) ** 0.5  # deviation of 2, 2, 4 on prompt 6; that of 2, 1, 3 is 1
 STANDARDIZED = [0, -1, -2 / 3 / ROOT, -2 / 3 / ROOT, 4 / 3 / ROOT, 0, 1, 0]
 STANDARDIZED_EPISODES = [0, -1, 0, -1, 0, 0, 1, 0]
@@ -101,14 +104,23 @@ def test_groups_do_not_mix_iterations(credit, baseline):
 def test_episodes_of_an_iteration():
     groups = action_groups(ACTIONS.prompt_ids, ACTIONS.prompt_mask, ACTIONS.step, num_envs=2)
     assert groups.episode.tolist() == [0, 1, 0, 1, 0, 5, 6, 5]
+    assert groups.environment.tolist() == [0, 1] * 4
+    one_turn = action_groups(
+        ACTIONS.prompt_ids, ACTIONS.prompt_mask, torch.zeros_like(ACTIONS.step), num_envs=2
+    )
+    assert one_turn.environment.tolist() == one_turn.episode.tolist() == list(range(8))
 
 
 def test_mean_of_other_episodes_by_hand():
-    returns, episode = torch.tensor([1.0, 2.0, 3.0, 8.0]), torch.tensor([0, 0, 2, 3])
-    prompt, all_ = torch.tensor([0, 1, 0, 2]), torch.zeros(4, dtype=torch.long)
-    assert mean_of_other_episodes(returns, episode, prompt).tolist() == [3, 0, 1, 0]
-    assert mean_of_other_episodes(returns, episode, prompt, all_).tolist() == [3, 5.5, 1, 2]
-    assert mean_of_other_episodes(returns[:2], episode[:2], all_[:2]).tolist() == [0, 0]
+    """Rows 0 and 1 are an episode, row 4 is the next one of its environment."""
+    returns, environment = torch.tensor([1.0, 2.0, 3.0, 8.0, 5.0]), torch.tensor([0, 0, 1, 2, 0])
+    prompt, everyone = torch.tensor([0, 1, 0, 2, 0]), torch.zeros(5, dtype=torch.long)
+    groups = Groups(prompt, torch.tensor([0, 0, 2, 3, 4]), environment, everyone)
+    assert mean_of_other_episodes(returns, groups, prompt).tolist() == [3, 0, 3, 0, 2]
+    actual = mean_of_other_episodes(returns, groups, prompt, everyone)
+    assert actual.tolist() == [3, 5.5, 3, 2.75, 2]
+    alone = groups.select(torch.arange(2))
+    assert mean_of_other_episodes(returns[:2], alone, everyone[:2]).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("prompts", [[0] * 6, [0, 1, 0, 1, 2, 2], [0, 1, 2, 3, 4, 5]])
@@ -146,7 +158,7 @@ def credit_of_pairs(case, advantages, observation):
             for x in (case.returns, observation(e.state), e.step)
         )
         episode = torch.tensor([0] * lengths[i] + [lengths[i]] * lengths[j])
-        both = advantages(values, Groups(prompt, episode, step))
+        both = advantages(values, Groups(prompt, episode, episode, step))
         credit[i, j, own], credit[j, i, other] = both[: lengths[i]], both[lengths[i] :]
     return case.expectation(credit)
 
@@ -177,13 +189,14 @@ def test_gigpo_keeps_the_gradient_of_several_turns(observation, build_baseline):
 def unique_prompts_in_one_group(values, groups):
     """Subtract the mean of all other actions of a group, of one's own episode too."""
     rows = torch.arange(len(values))
-    return values - mean_of_other_episodes(values, rows, unique_as_one_group(groups.prompt))
+    each = groups._replace(episode=rows, environment=rows)
+    return values - mean_of_other_episodes(values, each, unique_as_one_group(groups.prompt))
 
 
 def no_credit_without_another_episode(values, groups):
     same = groups.prompt[:, None] == groups.prompt[None, :]
     other = groups.episode[:, None] != groups.episode[None, :]
-    advantages = values - mean_of_other_episodes(values, groups.episode, groups.prompt)
+    advantages = values - mean_of_other_episodes(values, groups, groups.prompt)
     return advantages * (same & other).any(1)
 
 
@@ -200,3 +213,63 @@ def test_a_group_that_changes_the_gradient_is_caught(wrong):
         case = EnumeratedGradient(seed)
         gradient = case.credited(credit_of_pairs(case, wrong, each_state))
         assert case.misdirection(gradient) > WRONG
+
+
+def enumerate_rounds(mdp, rounds, state=None, step=0):
+    """Yield (probability, [(state, action, step, reward, continues)]) of one environment."""
+    if rounds == 0:
+        yield 1.0, []
+        return
+    if state is None:
+        for first, chance in enumerate(mdp.start.tolist()):
+            for probability, rows in enumerate_rounds(mdp, rounds, first):
+                yield chance * probability, rows
+        return
+    for action in range(mdp.rewards.shape[1]):
+        stop, reward = mdp.termination[state, action].item(), mdp.rewards[state, action].item()
+        following = [(stop, None)] if stop else []
+        if stop < 1:
+            moves = enumerate(mdp.transitions[state, action].tolist())
+            following += [((1 - stop) * chance, after) for after, chance in moves if chance]
+        for chance, after in following:
+            goes_on = after is not None
+            row = state, action, step, reward, goes_on and rounds > 1
+            for probability, rows in enumerate_rounds(
+                mdp, rounds - 1, after, step + 1 if goes_on else 0
+            ):
+                yield chance * probability, [row, *rows]
+
+
+def baseline_gradient(case, advantages, groups_of):
+    """Return the expected gradient that the baseline adds in two environments of two rounds."""
+    log_pi, total = case.log_pi[:, 0], 0.0
+    rollouts = list(enumerate_rounds(case.mdp, 2))
+    for (p, rows), (q, others) in itertools.product(rollouts, repeat=2):
+        both = [row for pair in zip(rows, others, strict=True) for row in pair]
+        state, action, step, *_ = (torch.tensor(x) for x in zip(*both, strict=True))
+        values = torch.tensor([row[3] for row in both], dtype=torch.float64)
+        goes_on = torch.tensor([row[4] for row in both])[:2]
+        values[:2] += case.mdp.gamma * values[2:] * goes_on
+        groups = groups_of(state[:, None], torch.ones(4, 1).bool(), step, 2)
+        taken = log_pi[state, action]
+        baseline = values - advantages(values, groups)
+        total = total + p * q * taken.detach().sum().exp() * (baseline * taken).sum()
+    return case.gradient(total)
+
+
+def test_later_episodes_of_an_environment_would_change_the_gradient(build_baseline):
+    """They begin when the episode ends, and end with the last round."""
+    case, module = EnumeratedGradient(0), build_baseline("rloo")
+
+    def by_environment(*columns):
+        return action_groups(*columns)._replace(environment=torch.tensor([0, 1, 0, 1]))
+
+    actual = baseline_gradient(case, module.subtract_baseline, by_environment)
+    assert actual.abs().max() < EXACT
+
+    def own_episode_alone(*columns):
+        groups = action_groups(*columns)
+        return groups._replace(environment=groups.episode)
+
+    wrong = baseline_gradient(case, module.subtract_baseline, own_episode_alone)
+    assert wrong.norm() > WRONG * case.exact.norm()

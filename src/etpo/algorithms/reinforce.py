@@ -77,14 +77,11 @@ class Reinforce(OnPolicyAlgorithm):
 
     def subtract_baseline(self, action_returns: Tensor, groups: returns.Groups) -> Tensor:
         """Return the advantages [B] of an iteration from its returns [B] and groups."""
-        prompt, episode, step = groups
         if self.settings.baseline == "leave_one_out":
-            everyone = torch.zeros_like(step)
-            return action_returns - returns.mean_of_other_episodes(
-                action_returns, episode, prompt, step, everyone
-            )
+            keys = groups.prompt, groups.step, torch.zeros_like(groups.step)
+            return action_returns - returns.mean_of_other_episodes(action_returns, groups, *keys)
         if self.settings.baseline == "group":
-            group = returns.unique_as_one_group(prompt)
+            group = returns.unique_as_one_group(groups.prompt)
             return returns.group_standardized(action_returns, group)
         return action_returns - self.mean_over_ranks(action_returns.mean())
 

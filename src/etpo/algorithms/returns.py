@@ -174,12 +174,13 @@ def leave_one_out_baseline(errors: Tensor, valid: Tensor) -> Tensor:
 class Groups(NamedTuple):
     """Groups of the B actions of an iteration; int64 [B] each.
 
-    prompt: equal for equal prompts. episode: row of the first action of the episode. step: index of
-    the action in its episode, from 0.
+    prompt: equal for equal prompts. episode: row of the first action of the episode. environment:
+    in which the episodes follow one another. step: index of the action in its episode, from 0.
     """
 
     prompt: Tensor
     episode: Tensor
+    environment: Tensor
     step: Tensor
 
     def select(self, rows: Tensor) -> "Groups":
@@ -187,17 +188,20 @@ class Groups(NamedTuple):
         return Groups(*(x[rows] for x in self))
 
 
-def mean_of_other_episodes(returns: Tensor, episode: Tensor, *groups: Tensor) -> Tensor:
-    """Average the returns over the group's actions of other episodes: [B], int64 [B] -> [B].
+def mean_of_other_episodes(returns: Tensor, groups: Groups, *keys: Tensor) -> Tensor:
+    """Average the returns over actions of other episodes with the same key: [B] -> [B].
 
-    Of several groups per action, the first that has an action of another episode counts; 0 without
-    one. Episodes are independent, so the baseline depends on the past of an action alone, and
-    subtracting it keeps the policy gradient unbiased.
+    Of several `keys`, int64 [B], the first that such an action shares counts; 0 without one. Other
+    episodes are those of other environments and earlier ones of the same environment. A later one
+    begins, and is cut, when the action's episode ends. So the baseline does not depend on the
+    action, and subtracting it keeps the policy gradient unbiased.
     """
-    other = episode[:, None] != episode[None, :]
+    episode, environment = groups.episode, groups.environment
+    other = environment[:, None] != environment[None, :]
+    other = other | (episode[:, None] > episode[None, :])
     baseline = torch.zeros_like(returns)
-    for group in reversed(groups):
-        same = (other & (group[:, None] == group[None, :])).to(returns.dtype)
+    for key in reversed(keys):
+        same = (other & (key[:, None] == key[None, :])).to(returns.dtype)
         count = same.sum(1)
         baseline = torch.where(count > 0, same @ returns / count.clamp(min=1), baseline)
     return baseline
@@ -232,12 +236,14 @@ def action_groups(prompt_ids: Tensor, prompt_mask: Tensor, step: Tensor, num_env
     """Build the groups of an iteration; [B, P], bool [B, P], int64 [B].
 
     Rows are ordered by round, then by environment. Every environment begins with an episode, whose
-    first action has `step` 0.
+    first action has `step` 0. Episodes of one action do not delay one another: if there are no
+    others, each counts as an environment.
     """
     rows = torch.arange(len(step), device=step.device)
     started = torch.where(step == 0, rows, 0).view(-1, num_envs)
     episode = started.cummax(0).values.flatten()
-    return Groups(prompt_groups(prompt_ids, prompt_mask), episode, step)
+    environment = rows % num_envs if step.any() else episode
+    return Groups(prompt_groups(prompt_ids, prompt_mask), episode, environment, step)
 
 
 def explained_variance(predictions: Tensor, targets: Tensor) -> float:
