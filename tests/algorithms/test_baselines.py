@@ -151,8 +151,8 @@ def test_reinforce(credit):
 
 
 def test_rloo(credit):
-    # rows 0, 1 and 3 share a prompt, row 3 follows row 1; the others' means are -0.325, -0.71, -0.03
-    # row 2 is alone on its prompt and its turn: the mean of rows 1 and 3 is -0.325
+    # rows 0, 1 and 3 share a prompt; row 3 follows row 1, and row 2 is alone on prompt and turn;
+    # the others' means are -0.325, -0.71, -0.325 (rows 1 and 3) and -0.03
     advantages, _ = credit("rloo")
     assert advantages == near([[-0.385] * 2, [1.36], [0.875], [-1.27] * 2])
 

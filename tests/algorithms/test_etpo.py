@@ -52,7 +52,7 @@ def old_distributions(module, batch):
     """log pi_old, log pi_ref and Q [B, L, V] of a training batch."""
     with torch.no_grad():
         columns = whole_columns(module.policy, batch.states)
-        found = module.old_distributions(batch.states, columns)
+        found = module.old_distributions(batch.states, columns, batch.tree.fold)
     return tuple(batch.tree.of_tokens(each) for each in found)
 
 
@@ -62,7 +62,7 @@ def change(module, **settings):
 
 def test_tokens_below_min_p_have_no_gradient_and_no_nan(build_etpo, letter_env, fit):
     module = build_etpo(TrunkCritic, min_p=0.3)
-    batch, _ = fit(module, letter_env(8), 3).collect_targets()
+    _, batch = fit(module, letter_env(8), 3).collect_targets()
     valid = batch.step_mask
     log_old, _, q = old_distributions(module, batch)
     support = log_old.isfinite()
@@ -101,7 +101,11 @@ def test_the_truncation_penalty_keeps_what_min_p_cut_off_unlikely(build_etpo, le
 def loop_returns(module, rollout, values, q_taken):
     """G [B, L] of V and of Q of the taken tokens, token by token from the ends backwards."""
     tree = rollout.bootstrap.tree()
-    bootstrap = iter(module.evaluate(tree, any_token(len(tree.node))).value[:, 0].tolist())
+    bootstrap = iter(
+        module.evaluate(tree, module.prefix_states(tree, any_token(len(tree.node))))
+        .value[:, 0]
+        .tolist()
+    )
     actions, num_envs = rollout.actions, rollout.num_envs
     gamma, lambda_ = module.settings.gamma, module.lambda_
     at_end = [next(bootstrap) if cut else 0.0 for cut in actions.truncated.tolist()]
@@ -155,7 +159,7 @@ def test_the_step_is_the_doubly_robust_gradient_of_the_rollout(
         truncation_kl_coef=0.0,
     )
     data = fit(module, letter_env(4), 3)
-    batch, _ = data.collect_targets()
+    _, batch = data.collect_targets()
     rollout = data.rollout
     actions, mask = rollout.actions, rollout.actions.action_mask
     inputs = actions.prompt_ids, actions.prompt_mask, actions.action_ids
@@ -225,7 +229,7 @@ def test_a_batch_has_the_losses_of_its_selected_rows(
     """Shared prefixes, orders and numbers of rows change nothing."""
     module = build_etpo(critic=critic, min_p=0.01, max_kl=None)
     data = fit(module, letter_env(6), 1, actions_per_iteration=42, minibatch_size=14)
-    batch, _ = data.collect_targets()
+    _, batch = data.collect_targets()
     with torch.no_grad():
         for parameter in module.policy.trainable_parameters():
             parameter += 0.01 * torch.randn(parameter.shape)
@@ -346,9 +350,9 @@ def test_recorded_hidden_states_equal_a_forward_of_the_policy(build_etpo, letter
     with torch.no_grad():
         fields = actions.allowed, actions.support, actions.hidden_states
         recorded = [x.flatten(0, 1)[tree.first] for x in fields]
-        given = module.evaluate(tree, *recorded)
+        given = module.evaluate(tree, module.prefix_states(tree, *recorded))
         assert not runs
-        computed = module.evaluate(tree, recorded[0])
+        computed = module.evaluate(tree, module.prefix_states(tree, recorded[0]))
         assert runs
     torch.testing.assert_close(given.states.old, computed.states.old, rtol=1e-3, atol=1e-4)
     for name in ("log_pi", "q_taken", "value", "kl"):

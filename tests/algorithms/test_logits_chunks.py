@@ -161,7 +161,7 @@ def test_scaled_and_capped_logits_equal_a_forward_of_the_model(
     ids = torch.randint(3, 200, (3, 10), generator=generator)
     prompts, actions = ids[:, :4], ids[:, 4:]
     tree = tree_of(prompts, torch.ones_like(prompts).bool(), actions)
-    evaluation = module.evaluate(tree, any_token(len(tree.node)))
+    evaluation = module.evaluate(tree, module.prefix_states(tree, any_token(len(tree.node))))
 
     def plain(model):
         return model(ids).logits[:, 3:-1, : module.policy.vocabulary_size]

@@ -356,20 +356,22 @@ def test_leave_one_out_baseline_by_hand():
     # valid tokens sum to 3, 3, 12 in 2, 1, 2 tokens; what is not valid counts nowhere
     errors = torch.stack([f64(1, 2), f64(3, torch.nan), f64(5, 7)])
     valid = torch.tensor([[True, True], [True, False], [True, True]])
-    assert leave_one_out_baseline(errors, valid).tolist() == [15 / 3, 15 / 4, 6 / 3]
-    assert leave_one_out_baseline(errors[:1], valid[:1]).tolist() == [0]
+    one = torch.zeros(3, dtype=torch.long)
+    assert leave_one_out_baseline(errors, valid, one).tolist() == [15 / 3, 15 / 4, 6 / 3]
+    assert leave_one_out_baseline(errors[:1], valid[:1], one[:1]).tolist() == [0]
 
 
-def test_a_row_has_no_part_in_its_own_baseline():
+@pytest.mark.parametrize("group", [[0, 0, 0, 0], [0, 1, 0, 1]])
+def test_a_row_has_no_part_in_its_own_baseline(group):
     """So that the baseline is independent of the row's actions and adds no bias."""
-    errors, valid = normal(4, 6), normal(4, 6, seed=1) > -1
-    before = leave_one_out_baseline(errors, valid)
+    errors, valid, group = normal(4, 6), normal(4, 6, seed=1) > -1, torch.tensor(group)
+    before = leave_one_out_baseline(errors, valid, group)
     for row in range(4):
         changed = errors.clone()
         changed[row] += normal(6, seed=2)
-        after = leave_one_out_baseline(changed, valid)
-        others = torch.arange(4) != row
-        torch.testing.assert_close(after[row], before[row])
+        after = leave_one_out_baseline(changed, valid, group)
+        others = (torch.arange(4) != row) & (group == group[row])
+        torch.testing.assert_close(after[~others], before[~others])
         assert ((after - before)[others].abs() > 1e-3).all()
 
 

@@ -53,7 +53,7 @@ def shared(build_etpo, letter_env, fit):
         )
         sizes = {"minibatch_size": 32, "max_new_tokens": 5 if env is None else 9}
         data = fit(module, env or letter_env(12, length=1), 2, **sizes)
-        batch, _ = data.collect_targets()
+        _, batch = data.collect_targets()
         generator = torch.Generator().manual_seed(0)
         batch = batch._replace(
             advantages=torch.randn(batch.advantages.shape, generator=generator),

@@ -37,7 +37,9 @@ class Kept(Callback):
         batch, q = module.compute_targets(rollout), None
         if isinstance(module, ETPO):
             columns = whole_columns(module.policy, batch.states)
-            q = batch.tree.of_tokens(module.old_distributions(batch.states, columns)[2])
+            q = batch.tree.of_tokens(
+                module.old_distributions(batch.states, columns, batch.tree.fold)[2]
+            )
         self.seen.append((rollout, batch, alone, module.beta, q))
 
 

@@ -34,9 +34,9 @@ def test_buffer_serves_every_action_once_per_epoch_and_refills():
     def fill():
         fills.append(len(fills))
         rows = torch.arange(6) + 10 * len(fills)
-        return Batch(rows, 2 * rows), torch.Generator().manual_seed(len(fills))
+        yield Batch(rows, 2 * rows), 2
 
-    buffer = OnPolicyBuffer(fill, batches_per_epoch=2, minibatch_size=3, epochs=2)
+    buffer = OnPolicyBuffer(fill, torch.Generator, batches_per_epoch=2, minibatch_size=3, epochs=2)
     for iteration in (1, 2):
         batches = list(buffer)
         assert len(batches) == len(buffer) == 4
@@ -53,9 +53,12 @@ def test_the_actions_of_an_iteration_are_freed_with_the_last_minibatch():
     def fill():
         batch = Batch(torch.arange(6), torch.zeros(6))
         filled.append(weakref.ref(batch.double))
-        return batch, torch.Generator()
+        held = [batch]
+        del batch
+        yield held.pop(), 1
 
-    minibatches = iter(OnPolicyBuffer(fill, batches_per_epoch=2, minibatch_size=3, epochs=1))
+    buffer = OnPolicyBuffer(fill, torch.Generator, batches_per_epoch=2, minibatch_size=3, epochs=1)
+    minibatches = iter(buffer)
     next(minibatches)
     assert filled[0]() is not None
     next(minibatches)

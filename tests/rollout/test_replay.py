@@ -1,5 +1,3 @@
-import copy
-
 import pytest
 import torch
 from lightning import Trainer
@@ -84,9 +82,10 @@ def test_every_minibatch_has_actions_of_every_iteration():
             return self[0][rows].tolist()
 
     def fill():
-        return Numbers([torch.arange(12)]), torch.Generator()  # two iterations of six
+        yield Numbers([torch.arange(12)]), 2  # two iterations of six
 
-    minibatches = list(OnPolicyBuffer(fill, batches_per_epoch=2, minibatch_size=3, epochs=2))
+    buffer = OnPolicyBuffer(fill, torch.Generator, batches_per_epoch=2, minibatch_size=3, epochs=2)
+    minibatches = list(buffer)
     for first, second in zip(minibatches[::2], minibatches[1::2], strict=True):
         assert sorted(first + second) == list(range(12))
     assert all(len(each) == 6 for each in minibatches)
@@ -162,20 +161,13 @@ def test_a_checkpoint_without_optimizer_has_no_window(build, letter_env, tmp_pat
     assert len(whole["RolloutDataModule"]["replay"][0]) == 2
 
 
-def past_and_present(module, data):
-    """The extended rollout of one more iteration, and its training batch."""
-    before = copy.deepcopy(data.replay)
-    batch, _ = data.collect_targets()
-    return before.extended(data.rollout, module.policy.pad_id), batch
-
-
 @pytest.mark.parametrize("min_p", [0.0, 0.1])
 @pytest.mark.parametrize("name", REPLAYING)
 def test_replayed_actions_are_evaluated_again(build, letter_env, name, min_p, tmp_path):
     """By the present policy, with the weights min(1, pi_old/mu)."""
     module = build(name, min_p=min_p)
     data = train(module, letter_env(4), 3, tmp_path)
-    rollout, batch = past_and_present(module, data)
+    rollout, batch = data.collect_targets()
     mask, fresh = batch.step_mask, rollout.num_fresh
     assert len(mask) == 3 * fresh
     with torch.no_grad():
@@ -199,7 +191,7 @@ def test_sampled_terms_are_weighted(build, letter_env, name, tmp_path):
     """With weights of 0 only the terms without a sample remain: the exact term, KL, truncation."""
     module = build(name, **({"kl_in_loss": False} if name == "grpo" else {}))
     data = train(module, letter_env(4), 2, tmp_path)
-    _, batch = past_and_present(module, data)
+    _, batch = data.collect_targets()
     weighted, _ = module.policy_loss(batch)
     none = torch.zeros_like(batch.sample_weights)
     zero, _ = module.policy_loss(batch._replace(sample_weights=none))

@@ -26,6 +26,7 @@ DATA_SCIENCE = "environment.n_splits=1", "environment.sandbox.workers=1"
 # study -> what else makes it small
 SMALLER = {
     "comparison": ["environment.dataset=tic_tac_toe"],
+    "credit_scaling": ["point=l4_t1,l8_t1", "algorithm=etpo,grpo"],
     "search": ["hydra.sweeper.n_trials=2"],
 }
 # study of a pretrained model -> the family of the small random one that takes its place

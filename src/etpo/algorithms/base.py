@@ -46,6 +46,7 @@ class OnPolicyAlgorithm(LightningModule):
     critic_head: ClassVar[type[nn.Module] | None] = None  # head that `from_config` gives the critic
     has_target_critic: ClassVar[bool] = False  # a Polyak average of the critic, with `settings.tau`
     replays: ClassVar[bool] = False  # trains on actions of earlier iterations too
+    cross_fits: ClassVar[bool] = False  # evaluates actions with the other fold's head
     settings: Any
     target_critic: Any
 
@@ -90,6 +91,8 @@ class OnPolicyAlgorithm(LightningModule):
             raise ConfigError("critic=null: allowed is a critic, which this algorithm needs")
         model = policy()
         built = None if critic is None else critic(model, head=cls.critic_head)
+        if built is not None and built.cross_fit and not cls.cross_fits:
+            raise ConfigError(f"critic.cross_fit=true: allowed with {cls.__name__} is false")
         return cls(model, built, checked, optimizer, scheduler)
 
     @property
@@ -105,7 +108,7 @@ class OnPolicyAlgorithm(LightningModule):
     def compute_targets(self, rollout: Rollout) -> TokenBatch:
         """Build the training batch of an iteration and set `iteration_metrics`.
 
-        Called before the first update, when the policy equals the one that sampled the fresh
+        Called before the policy's first update, when it equals the policy that sampled the fresh
         actions of `rollout`. All quantities "old" are of this policy, for replayed actions too.
         """
         raise NotImplementedError
@@ -115,18 +118,44 @@ class OnPolicyAlgorithm(LightningModule):
         actions = Actions(*(x.to(self.device) for x in rollout.actions))
         # copies trained parameters only; not a submodule, so checkpoints do not contain it
         object.__setattr__(self, "old_lm_head", critics.snapshot(self.policy.lm_head))
-        tree = actions.tree()
+        tree = actions.tree(self.folds(rollout))
+        self.mean_length = float(self.mean_over_ranks(actions.step_mask.float().sum(1).mean()))
+        states = rollout.states
+        if states is None:
+            states = self.prefix_states(tree, *self.recorded_states(rollout, actions, tree))
+        return actions, self.evaluate(tree, states)
+
+    def recorded_states(
+        self, rollout: Rollout, actions: Actions, tree: PrefixTree
+    ) -> tuple[Tensor | None, ...]:
+        """Return action space, support and hidden states as far as the sampler's are valid."""
         hidden, allowed, support = (
             x.flatten(0, 1)[tree.first]
             for x in (actions.hidden_states, actions.allowed, actions.support)
         )
-        self.mean_length = float(self.mean_over_ranks(actions.step_mask.float().sum(1).mean()))
         if rollout.replayed_log_mu is not None:
-            return actions, self.evaluate(tree, allowed)
+            return allowed, None, None
         # recompute in bfloat16: rounding of generation and training differs, ratios would not be 1
         autocast = torch.is_autocast_enabled(self.device.type)
         recorded = actions.hidden_states.dtype == torch.float32 and not autocast
-        return actions, self.evaluate(tree, allowed, support, hidden if recorded else None)
+        return allowed, support, hidden if recorded else None
+
+    @property
+    def fits_critic_first(self) -> bool:
+        """True if the critic may be fitted to the actions before the policy."""
+        return self.critic is not None and self.critic.cross_fit
+
+    def folds(self, rollout: Rollout) -> Tensor | None:
+        """Return the half of the environments of each action if the critic is cross-fitted: [B]."""
+        if self.critic is None or not self.critic.cross_fit:
+            return None
+        if rollout.num_envs < 2:
+            raise ConfigError(
+                "critic.cross_fit=true: allowed with rollout.num_envs of 2 or more, whose halves "
+                "train one head each"
+            )
+        rows = torch.arange(len(rollout.actions.rewards), device=self.device)
+        return rows % rollout.num_envs % 2
 
     def replay_ratios(self, rollout: Rollout, old: evaluation.TokenEvaluation) -> Tensor:
         """Compute pi_old/mu of the taken tokens, 1 for fresh actions: [B, L].
@@ -148,12 +177,8 @@ class OnPolicyAlgorithm(LightningModule):
         truncated = ratios[replayed].clamp(max=1)
         return {"rollout/replay_ratio": float(self.mean_over_tokens(truncated, mask[replayed]))}
 
-    def evaluate(self, tree: PrefixTree, *recorded: Tensor | None) -> evaluation.TokenEvaluation:
-        """Evaluate policy, reference and critic at the taken tokens.
-
-        recorded: action space, support and hidden states, as for `evaluation.prefix_states`.
-        """
-        states = self.prefix_states(tree, *recorded)
+    def evaluate(self, tree: PrefixTree, states: PrefixStates) -> evaluation.TokenEvaluation:
+        """Evaluate policy, reference and critic at the taken tokens."""
         size = self.settings.logits_chunk_size
         taken = evaluation.evaluate_tokens(self.policy, tree, states, size)
         if self.critic is None:
@@ -162,7 +187,10 @@ class OnPolicyAlgorithm(LightningModule):
         return taken._replace(value=tree.of_tokens(values))
 
     def prefix_states(self, tree: PrefixTree, *recorded: Tensor | None) -> PrefixStates:
-        """Compute what is not recorded; arguments as of `evaluate`."""
+        """Compute what is not recorded.
+
+        recorded: action space, support and hidden states, as for `evaluation.prefix_states`.
+        """
         size = self.settings.logits_chunk_size
         return evaluation.prefix_states(self.policy, tree, size, *recorded)
 
@@ -176,9 +204,11 @@ class OnPolicyAlgorithm(LightningModule):
         values = torch.zeros_like(rollout.actions.rewards, device=self.device)
         if rollout.bootstrap is not None:
             following = Decisions(*(x.to(self.device) for x in rollout.bootstrap))
-            tree = following.tree()
-            after = self.evaluate(tree, following.allowed.flatten(0, 1)[tree.first])
-            values[rollout.actions.truncated.to(self.device)] = after.value.sum(1)
+            truncated, fold = rollout.actions.truncated.to(self.device), self.folds(rollout)
+            tree = following.tree(None if fold is None else fold[truncated])
+            allowed = following.allowed.flatten(0, 1)[tree.first]
+            after = self.evaluate(tree, self.prefix_states(tree, allowed))
+            values[truncated] = after.value.sum(1)
         return values
 
     def check_rollout(self, rollout: Rollout) -> None:
@@ -235,20 +265,19 @@ class OnPolicyAlgorithm(LightningModule):
             apply_configured_options(self.trainer, self.configure_optimizers())
 
     def on_train_epoch_start(self) -> None:
-        self.kl_stopped = False
+        self.kl_stopped = self.current_epoch < getattr(self.settings, "critic_warmup_iters", 0)
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         if batch_idx == 0:
             self.log_iteration()
         loss, metrics = self.critic_loss(batch)
-        if not self.kl_stopped:
+        if not (self.kl_stopped or batch.critic_only):
             policy_loss, policy_metrics = self.policy_loss(batch)
             loss, metrics = loss + policy_loss, metrics | policy_metrics
             self.step_kls.append(torch.as_tensor(policy_metrics["train/kl_to_old"][0]))
         self.log_metrics(metrics)
-        if (
-            self.kl_stopped and self.critic is None
-        ):  # backward needs a graph; the gradient is removed below
+        # backward needs a graph; the gradient is removed below
+        if self.kl_stopped and self.critic is None:
             loss = 0.0 * self.policy.trainable_parameters()[0].sum()
         return loss
 
@@ -274,6 +303,10 @@ class OnPolicyAlgorithm(LightningModule):
                 self.log_metrics({f"train/grad_norm/{name}": (norm, 1)})
 
     def on_train_epoch_end(self) -> None:
+        self.update_target_critic()
+
+    def update_target_critic(self) -> None:
+        """Move the target critic, if there is one, by a Polyak step."""
         if self.critic is not None and self.has_target_critic:
             critics.polyak_update(self.target_critic, self.critic, self.settings.tau)
 

@@ -96,7 +96,7 @@ class ETPO(OnPolicyAlgorithm):
     settings_class = ETPOSettings
     critic_head = DuelingHead
     has_target_critic = True
-    replays = True
+    replays = cross_fits = True
     critic: Critic
     scale = 1.0  # of the policy objective in this iteration
 
@@ -133,10 +133,7 @@ class ETPO(OnPolicyAlgorithm):
             for trace in level_traces(self.settings, steps, mask, ratios, self.annealed_lambda)
         )
         errors, valid = targets - q_taken, steps.layout.valid
-        baselines = returns.leave_one_out_baseline(
-            self.all_gather_padded(errors), self.all_gather_padded(valid.long()).bool()
-        )
-        errors = errors - baselines.view(-1, len(errors))[self.global_rank][:, None]
+        errors = errors - self.baselines(errors, valid)[:, None]
         advantages = from_trajectories(errors, steps.layout, like=old.value)
         sample_weights = ratios.clamp(max=self.settings.max_replay_ratio)
         if self.settings.normalize_by_advantage_rms:
@@ -165,25 +162,34 @@ class ETPO(OnPolicyAlgorithm):
             sample_weights=sample_weights,
             tree=old.tree,
             states=old.states,
+            fold=self.folds(rollout),
         )
 
-    def evaluate(self, tree: PrefixTree, *recorded: Tensor | None) -> TokenEvaluation:
-        states = self.prefix_states(tree, *recorded)
+    def baselines(self, errors: Tensor, valid: Tensor) -> Tensor:
+        """Return the leave-one-out baseline of each environment over all ranks: [N, K] -> [N]."""
+        count = len(errors)
+        errors, valid = self.all_gather_padded(errors), self.all_gather_padded(valid.long()).bool()
+        fold = torch.arange(len(errors), device=errors.device) % count % 2
+        baselines = returns.leave_one_out_baseline(errors, valid, fold * self.critic.cross_fit)
+        return baselines.view(-1, count)[self.global_rank]
+
+    def evaluate(self, tree: PrefixTree, states: PrefixStates) -> TokenEvaluation:
         states = states._replace(
             critic=self.target_critic.hidden_states(tree, states.ref, states.old)
         )
 
-        def quantities(taken: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+        def quantities(taken: Tensor, fold: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
             states = PrefixStates(*parts)
             columns = support_columns(self.policy, states)
-            log_old, log_ref, q = self.old_distributions(states, columns)
+            log_old, log_ref, q = self.old_distributions(states, columns, fold)
             places = columns.places(taken)
             of_taken = (each.gather(-1, places) for each in (log_old, log_ref, q))
             kl = returns.kl_divergence(log_old, log_ref)
             value = returns.soft_value(log_old, log_ref, q, self.beta)
             return *of_taken, kl, returns.entropy(log_old), value
 
-        outputs = in_chunks(quantities, self.settings.logits_chunk_size, tree.taken, *states)
+        inputs = tree.taken, tree.fold, *states
+        outputs = in_chunks(quantities, self.settings.logits_chunk_size, *inputs)
         log_pi, log_ref, q_taken = (tree.of_taken(each) for each in outputs[:3])
         kl, entropy, value = (tree.of_tokens(each) for each in outputs[3:])
         return TokenEvaluation(tree, states, log_pi, log_ref, kl, entropy, value, q_taken)
@@ -196,18 +202,21 @@ class ETPO(OnPolicyAlgorithm):
         return log_old
 
     def old_distributions(
-        self, states: PrefixStates, columns: TokenColumns
+        self, states: PrefixStates, columns: TokenColumns, fold: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute log pi_old, log pi_ref and the target critic's pessimistic Q: [n, U] each."""
         log_old = self.old_log_probs(states, columns)
         log_ref = reference_log_probs(self.policy, states, columns)
-        return log_old, log_ref, self.pessimistic_q(states.critic, columns, log_old)
+        return log_old, log_ref, self.pessimistic_q(states.critic, columns, log_old, fold)
 
     def pessimistic_q(
-        self, critic_hidden: Tensor, columns: TokenColumns, log_old: Tensor
+        self, critic_hidden: Tensor, columns: TokenColumns, log_old: Tensor, fold: Tensor
     ) -> Tensor:
-        """Compute the pessimistic Q [n, U] of the target critic."""
-        value, scores = self.target_critic.head(critic_hidden, columns.ids)
+        """Compute the pessimistic Q [n, U] of the target critic.
+
+        fold: [n], of the actions; a cross-fitted critic evaluates them with the other fold's head.
+        """
+        value, scores = self.target_critic.outputs(critic_hidden, columns.ids, 1 - fold)
         if value is None:  # the critic's output is Q
             value, q = returns.expectation(log_old, scores), scores
         else:
@@ -218,10 +227,12 @@ class ETPO(OnPolicyAlgorithm):
         """Average the regression loss of Q(x, w) over the taken tokens."""
         s, tree, states = self.settings, batch.tree, batch.states
 
-        def q_of_taken(hidden: Tensor, taken: Tensor, *parts: Tensor) -> tuple[Tensor]:
+        def q_of_taken(
+            hidden: Tensor, taken: Tensor, fold: Tensor, *parts: Tensor
+        ) -> tuple[Tensor]:
             states = PrefixStates(*parts)
             columns = support_columns(self.policy, states)
-            value, scores = self.critic.head(hidden, columns.ids)
+            value, scores = self.critic.outputs(hidden, columns.ids, fold)
             q_taken = scores.gather(-1, columns.places(taken))
             if value is not None:
                 with torch.no_grad():
@@ -230,7 +241,8 @@ class ETPO(OnPolicyAlgorithm):
             return (q_taken,)
 
         hidden = self.critic.hidden_states(tree, states.ref, states.old)
-        (q_taken,) = in_chunks(q_of_taken, s.logits_chunk_size, hidden, tree.taken, *states)
+        inputs = hidden, tree.taken, tree.fold, *states
+        (q_taken,) = in_chunks(q_of_taken, s.logits_chunk_size, *inputs)
         each = losses.critic_loss(
             tree.of_taken(q_taken), batch.returns, batch.step_mask, s.critic_loss, s.huber_delta
         )
@@ -253,6 +265,7 @@ class ETPO(OnPolicyAlgorithm):
         def prefix_losses(
             hidden: Tensor,
             taken: Tensor,
+            fold: Tensor,
             weight: Tensor,
             positive: Tensor,
             negative: Tensor,
@@ -261,7 +274,7 @@ class ETPO(OnPolicyAlgorithm):
             states = PrefixStates(*parts)
             columns = loss_columns(self.policy, states.allowed, states.support, with_mass=with_mass)
             with torch.no_grad():
-                log_old, log_ref, q = self.old_distributions(states, columns)
+                log_old, log_ref, q = self.old_distributions(states, columns, fold)
             log_pi, log_mass = self.policy.log_probs(hidden, columns)
             loss = weight * (
                 losses.policy_objective(log_pi, log_ref, log_old, q, self.beta, s.eta)
@@ -281,6 +294,7 @@ class ETPO(OnPolicyAlgorithm):
             s.logits_chunk_size,
             self.policy.hidden_states(tree),
             tree.taken,
+            tree.fold,
             tree.sum_to_prefixes(weights),
             *correction,
             *batch.states,
@@ -304,7 +318,7 @@ class ETPO(OnPolicyAlgorithm):
         log_ref: Tensor,
     ) -> PrefixValues:
         critic_hidden = self.target_critic.hidden_states(tree, states.ref, states.old)
-        q = self.pessimistic_q(critic_hidden, columns, log_pi)
+        q = self.pessimistic_q(critic_hidden, columns, log_pi, tree.fold)
         return PrefixValues(returns.soft_value(log_pi, log_ref, q, self.beta), q)
 
     def all_gather_padded(self, rows: Tensor) -> Tensor:

@@ -157,18 +157,19 @@ def kl_penalized_rewards(
     return torch.where(valid, rewards - beta * (log_pi - log_ref), torch.zeros_like(rewards))
 
 
-def leave_one_out_baseline(errors: Tensor, valid: Tensor) -> Tensor:
-    """Average the errors over the valid steps of all OTHER rows: [N, K], bool [N, K] -> [N].
+def leave_one_out_baseline(errors: Tensor, valid: Tensor, group: Tensor) -> Tensor:
+    """Average the errors over the valid steps of the OTHER rows of a row's group.
 
-    0 if no other row has a valid step. Rows are independent (one environment each), so the baseline
-    of row n does not depend on its actions. Subtracting it from the errors G - Q shifts Q(x, .) by
-    a constant and keeps the doubly robust gradient unbiased. REINFORCE leave-one-out (Kool et al.,
-    2019), applied to the critic's errors.
+    [N, K], bool [N, K], int64 [N] -> [N]; 0 if no other row has a valid step. Rows are independent
+    (one environment each), so the baseline of row n does not depend on its actions. Subtracting it
+    from the errors G - Q shifts Q(x, .) by a constant and keeps the doubly robust gradient
+    unbiased. REINFORCE leave-one-out (Kool et al., 2019), applied to the critic's errors. Groups
+    are the folds of a cross-fitted critic: the errors of the other fold come from the head that was
+    trained on the row itself.
     """
     errors = torch.where(valid, errors, torch.zeros_like(errors)).sum(1)
-    counts = valid.sum(1)
-    others = counts.sum() - counts
-    return (errors.sum() - errors) / others.clamp(min=1)
+    others = (group[:, None] == group).to(errors.dtype).fill_diagonal_(0)
+    return others @ errors / (others @ valid.sum(1).to(errors.dtype)).clamp(min=1)
 
 
 class Groups(NamedTuple):

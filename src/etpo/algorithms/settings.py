@@ -104,12 +104,15 @@ class TraceSettings(Settings):
         lambda_length_alpha: lambda of an action of l steps is 1 - 1 / (alpha l) inside the action
             (VAPO, arXiv 2504.05118); None: `lambda_`.
         critic_lambda: lambda of the critic's targets at both levels; None: as for the advantages.
+        critic_warmup_iters: first iterations, in which the critic alone is trained, on the returns
+            of the first policy (VC-PPO, arXiv 2503.01491).
     """
 
     lambda_: float = bounded(0.95, 0, 1)
     lambda_between: float | None = bounded(None, 0, 1)
     lambda_length_alpha: float | None = bounded(None, above=True)
     critic_lambda: float | None = bounded(None, 0, 1)
+    critic_warmup_iters: int = bounded(0)
 
     @property
     def between(self) -> float:

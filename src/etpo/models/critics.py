@@ -97,6 +97,19 @@ class DuelingHead(ValueHead):
         return value, query @ weight.float().T
 
 
+class FoldHeads(nn.ModuleList):
+    """Dueling heads, one per fold."""
+
+    def forward(self, hidden: Tensor, ids: Tensor | None, fold: Tensor) -> Any:
+        """Return the outputs of the head of each row's fold; hidden: [N, C], fold: int64 [N]."""
+        rows = [(fold == number).nonzero()[:, 0] for number in range(len(self))]
+        parts = zip(
+            *(head(hidden[each], ids) for head, each in zip(self, rows, strict=True)), strict=True
+        )
+        back = torch.argsort(torch.cat(rows))
+        return tuple(torch.cat(part)[back] for part in parts)
+
+
 class Critic(nn.Module):
     """A head on hidden states at every prefix of an action.
 
@@ -105,6 +118,11 @@ class Critic(nn.Module):
         hidden_size: Units of the head.
         head: Type of the head.
         tie_embeddings: Score tokens against the frozen LM head instead of weights of the head.
+        cross_fit: Train two heads, each on one half of the environments, and evaluate an action
+            with the head that was not trained on it (cross-fitting; Chernozhukov et al., 2018).
+
+    Raises:
+        ConfigError: `cross_fit` with a trunk, which both halves would train.
     """
 
     trunk: nn.Module | None  # computes the hidden states; None: the frozen reference does
@@ -117,12 +135,20 @@ class Critic(nn.Module):
         hidden_size: int = 512,
         head: Head = DuelingHead,
         tie_embeddings: bool = False,
+        cross_fit: bool = False,
     ) -> None:
         super().__init__()
         self.trunk = self.make_trunk(policy)
-        self.packs_prefixes = policy.packs_prefixes
+        if cross_fit and self.trunk is not None:
+            raise ConfigError(
+                "critic.cross_fit=true: allowed are critic=frozen_trunk, policy_trunk, which "
+                "train heads only"
+            )
+        self.packs_prefixes, self.cross_fit = policy.packs_prefixes, cross_fit
         embeddings = base_model_of(policy).get_output_embeddings() if tie_embeddings else None
-        self.head = head(policy.hidden_size, policy.vocabulary_size, hidden_size, embeddings)
+        sizes = policy.hidden_size, policy.vocabulary_size, hidden_size
+        heads = [head(*sizes, embeddings) for _ in range(2 if cross_fit else 1)]
+        self.head = FoldHeads(heads) if cross_fit else heads[0]
 
     def make_trunk(self, policy: LanguageModelPolicy) -> nn.Module | None:
         """Return the language model, without LM head, that the critic trains, if any."""
@@ -137,6 +163,13 @@ class Critic(nn.Module):
         if self.trunk is None:
             return ref_hidden
         return forward_tree(self.trunk, tree, self.packs_prefixes)
+
+    def outputs(self, hidden: Tensor, ids: Tensor | None, fold: Tensor) -> Any:
+        """Return the outputs of `head`, of a cross-fitted critic those of the head `fold` [N].
+
+        hidden: [N, C]. ids: tokens [U], or None for all.
+        """
+        return self.head(hidden, ids, fold) if self.cross_fit else self.head(hidden, ids)
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Return the trained parameters of `head`."""
@@ -215,7 +248,7 @@ class LanguageModelCritic(Critic):
         if head is not DuelingHead:
             raise ConfigError(f"critic=lm_copy: allowed are {', '.join(WITH_HEAD)}")
         self.model = trainable_copy(base_model_of(policy), "lm_copy")
-        self.packs_prefixes = policy.packs_prefixes
+        self.packs_prefixes, self.cross_fit = policy.packs_prefixes, False
         self.vocabulary_size = policy.vocabulary_size
 
     @property

@@ -51,6 +51,7 @@ class PrefixTree(NamedTuple):
     prefix: Tensor  # int64 [B, L], the prefix before each step; 0 elsewhere
     child: Tensor  # int64 [B, L], place in [N * C] of each step's token; 0 elsewhere
     mask: Tensor  # bool [B, L], steps: tokens that were drawn
+    fold: Tensor  # int64 [N], of the actions; a prefix of both folds is two
 
     def of_tokens(self, values: Tensor) -> Tensor:
         """Return the values [N, ...] of the steps' prefixes: [B, L, ...], 0 elsewhere."""
@@ -90,6 +91,7 @@ def prefix_tree(
     prompt_mask: Tensor,
     action_ids: Tensor,
     step_mask: Tensor,
+    fold: Tensor | None = None,
     *,
     limit: int = PACKED_TOKENS,
 ) -> PrefixTree:
@@ -99,6 +101,8 @@ def prefix_tree(
         prompt_ids, prompt_mask: [B, P], padded on the left.
         action_ids: [B, L], padded on the right.
         step_mask: bool [B, L], tokens before which a prefix ends; at least one per action.
+        fold: int64 [B], 0 or 1. Prefixes of different folds are different, on the same nodes.
+            None: all 0.
         limit: number of tokens of a packed row.
     """
     prompt, seen, ids, mask = (
@@ -113,7 +117,10 @@ def prefix_tree(
     at, token, depth, end = nodes_of(rows, sizes)
     before = (prompts - 1)[:, None] + np.arange(ids.shape[1])
     last = np.take_along_axis(at, np.where(mask, before, 0), axis=1)
-    node, first, prefix = np.unique(last[mask], return_index=True, return_inverse=True)
+    half = np.zeros(len(ids), dtype=np.int64) if fold is None else fold.cpu().numpy()
+    both = 2 * last + half[:, None]
+    number, first, prefix = np.unique(both[mask], return_index=True, return_inverse=True)
+    node = number // 2
     pairs, pair = np.unique(np.stack([prefix, ids[mask]], 1), axis=0, return_inverse=True)
     begin = np.searchsorted(pairs[:, 0], np.arange(len(node)))
     rank = np.arange(len(pairs)) - begin[pairs[:, 0]]
@@ -132,6 +139,7 @@ def prefix_tree(
         prefix=tensor(by_token[0]),
         child=tensor(by_token[1]),
         mask=step_mask,
+        fold=tensor(number % 2),
     )
 
 

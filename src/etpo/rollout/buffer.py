@@ -14,18 +14,21 @@ class OnPolicyBuffer(IterableDataset[Any]):
     that the number of optimizer steps does not depend on the window.
 
     Args:
-        fill: returns a batch (`TokenBatch` or `Actions`) and the generator that shuffles it. Its
-            rows are those of the iterations one after another, the fresh ones first.
+        fill: yields pairs of a batch (`TokenBatch` or `Actions`) and its number of passes. The rows
+            of a batch are those of the iterations one after another, the fresh ones first.
+        shuffle: returns the generator that shuffles the iteration.
+        epochs: passes of all batches.
     """
 
     def __init__(
         self,
-        fill: Callable[[], tuple[Any, torch.Generator]],
+        fill: Callable[[], Iterator[tuple[Any, int]]],
+        shuffle: Callable[[], torch.Generator],
         batches_per_epoch: int,
         minibatch_size: int,
         epochs: int,
     ) -> None:
-        self.fill = fill
+        self.fill, self.shuffle = fill, shuffle
         self.batches_per_epoch = batches_per_epoch
         self.minibatch_size = minibatch_size
         self.epochs = epochs
@@ -34,17 +37,22 @@ class OnPolicyBuffer(IterableDataset[Any]):
         return self.epochs * self.batches_per_epoch
 
     def __iter__(self) -> Iterator[Any]:
-        batch, generator = self.fill()
+        generator = self.shuffle()
+        for batch, epochs in self.fill():
+            minibatches = self.rows(len(batch[0]), epochs, generator)
+            for number, rows in enumerate(minibatches, start=1):
+                minibatch = batch.select(rows)
+                if number == len(minibatches):
+                    del batch  # free it before the next iteration fills the buffer
+                yield minibatch
+
+    def rows(self, count: int, epochs: int, generator: torch.Generator) -> list[torch.Tensor]:
+        """Return the rows of each minibatch of `epochs` passes over `count` actions."""
         size = self.batches_per_epoch * self.minibatch_size
-        starts = range(0, len(batch[0]), size)  # of the iterations
+        starts = range(0, count, size)  # of the iterations
         orders = [
-            [torch.randperm(size, generator=generator) + start for _ in range(self.epochs)]
+            [torch.randperm(size, generator=generator) + start for _ in range(epochs)]
             for start in starts
         ]
         parts = [torch.cat(order).split(self.minibatch_size) for order in orders]
-        minibatches = [torch.cat(rows) for rows in zip(*parts, strict=True)]
-        for number, rows in enumerate(minibatches, start=1):
-            minibatch = batch.select(rows)
-            if number == len(minibatches):
-                del batch  # free it before the next iteration fills the buffer
-            yield minibatch
+        return [torch.cat(rows) for rows in zip(*parts, strict=True)]

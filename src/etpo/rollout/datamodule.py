@@ -39,6 +39,8 @@ class RolloutDataModule(LightningDataModule):
             ranks * minibatch_size.
         minibatch_size: actions per training step and rank.
         update_epochs: passes over the actions of an iteration.
+        critic_epochs: passes that train the critic alone before these; then the targets are
+            computed again with the new critic.
         max_new_tokens: length limit of an action.
         validation_steps: greedy actions per environment in a validation; 1 is enough if the first
             action ends an episode or is what counts.
@@ -59,6 +61,7 @@ class RolloutDataModule(LightningDataModule):
         actions_per_iteration: int = 64,
         minibatch_size: int = 64,
         update_epochs: int = 10,
+        critic_epochs: int = 0,
         max_new_tokens: int = 64,
         validation_steps: int = 1,
         num_envs: int | None = None,
@@ -70,7 +73,7 @@ class RolloutDataModule(LightningDataModule):
         self.environment = environment
         self.actions_per_iteration = actions_per_iteration
         self.minibatch_size = minibatch_size
-        self.update_epochs = update_epochs
+        self.update_epochs, self.critic_epochs = update_epochs, critic_epochs
         self.max_new_tokens = max_new_tokens
         self.validation_steps = validation_steps
         self.num_envs = environment.num_envs if num_envs is None else num_envs
@@ -86,6 +89,7 @@ class RolloutDataModule(LightningDataModule):
 
     def check_sizes(self, world_size: int) -> None:
         """Raise ConfigError if the sizes do not fit together on `world_size` ranks."""
+        check_integer("rollout.critic_epochs", self.critic_epochs, 0)
         sizes = ("num_envs", "minibatch_size", "update_epochs", "max_new_tokens")
         for key in ("actions_per_iteration", *sizes, "validation_steps"):
             check_integer(f"rollout.{key}", getattr(self, key), 1)
@@ -130,6 +134,12 @@ class RolloutDataModule(LightningDataModule):
             raise ConfigError(
                 f"replay.window={self.replay_window}: allowed with "
                 f"{type(self.algorithm).__name__} is 1, because it trains on fresh actions only"
+            )
+        if self.critic_epochs > 0 and not getattr(self.algorithm, "fits_critic_first", False):
+            raise ConfigError(
+                f"rollout.critic_epochs={self.critic_epochs}: allowed is 0 unless the critic is "
+                "cross-fitted (critic.cross_fit=true), because a critic that was fitted to an "
+                "action biases the policy's gradient at that action"
             )
         policy = self.algorithm.policy
         if has_messages(self.environment):
@@ -179,14 +189,41 @@ class RolloutDataModule(LightningDataModule):
         return self.actions_per_rank // self.minibatch_size
 
     def train_dataloader(self) -> DataLoader[Any]:
-        sizes = self.batches_per_pass, self.minibatch_size, self.update_epochs
-        return DataLoader(OnPolicyBuffer(self.collect_targets, *sizes), batch_size=None)
+        buffer = OnPolicyBuffer(
+            self.batches,
+            self.shuffling_generator,
+            self.batches_per_pass,
+            self.minibatch_size,
+            self.critic_epochs + self.update_epochs,
+        )
+        return DataLoader(buffer, batch_size=None)
 
     def val_dataloader(self) -> DataLoader[Any]:
         return DataLoader(GreedyRollout(self), batch_size=None)
 
-    def collect_targets(self) -> tuple[Any, torch.Generator]:
-        """Collect a rollout of the current policy and compute its training batch."""
+    def batches(self) -> Iterator[tuple[Any, int]]:
+        """Yield the batches of an iteration and their passes: of the critic alone, then of both."""
+        rollout, *batch = self.collect_targets()
+        if self.critic_epochs > 0:
+            states = batch[0].states
+            yield batch.pop()._replace(critic_only=True), self.critic_epochs
+            module, trainer = self.algorithm, self.attached_trainer
+            module.update_target_critic()
+            with full_parameters(module), trainer.precision_plugin.forward_context():
+                batch.append(module.compute_targets(rollout._replace(states=states)))
+        yield batch.pop(), self.update_epochs  # no reference is kept
+
+    def shuffling_generator(self) -> torch.Generator:
+        """Return the generator that shuffles the minibatches of this iteration."""
+        trainer = self.attached_trainer
+        keys = self.seed, trainer.current_epoch, trainer.global_rank
+        return torch.Generator().manual_seed(derived_seed(*keys, 2))
+
+    def collect_targets(self) -> tuple[Rollout, Any]:
+        """Collect a rollout of the current policy and compute its training batch.
+
+        The rollout has the replayed actions too; `self.rollout` has the fresh ones.
+        """
         module, trainer = self.algorithm, self.attached_trainer
         keys = self.seed, trainer.current_epoch, trainer.global_rank
         generator = torch.Generator(module.policy.device).manual_seed(derived_seed(*keys, 0))
@@ -210,7 +247,7 @@ class RolloutDataModule(LightningDataModule):
                 self.replay.append(self.rollout, batch.old_log_probs)
             if self.on_targets_computed is not None:
                 self.on_targets_computed(self.rollout, batch)
-        return batch, torch.Generator().manual_seed(derived_seed(*keys, 2))
+        return extended, batch
 
 
 class GreedyRollout(IterableDataset[Rollout]):

@@ -36,9 +36,10 @@ class Actions(NamedTuple):
         """Return the actions `rows` [b]."""
         return Actions(*(x[rows.to(x.device)] for x in self))
 
-    def tree(self) -> PrefixTree:
-        """Build the tree of the prefixes of the steps."""
-        return prefix_tree(self.prompt_ids, self.prompt_mask, self.action_ids, self.step_mask)
+    def tree(self, fold: Tensor | None = None) -> PrefixTree:
+        """Build the tree of the prefixes of the steps; fold: int64 [B]."""
+        prompts = self.prompt_ids, self.prompt_mask
+        return prefix_tree(*prompts, self.action_ids, self.step_mask, fold)
 
 
 class Decisions(NamedTuple):
@@ -53,9 +54,9 @@ class Decisions(NamedTuple):
     step_mask: Tensor
     allowed: Tensor
 
-    def tree(self) -> PrefixTree:
-        """Build the tree of the prefixes of the steps."""
-        return prefix_tree(*self[:4])
+    def tree(self, fold: Tensor | None = None) -> PrefixTree:
+        """Build the tree of the prefixes of the steps; fold: int64 [B]."""
+        return prefix_tree(*self[:4], fold)
 
 
 class Record(NamedTuple):
@@ -83,6 +84,7 @@ class Rollout(NamedTuple):
     are none. records: of the fresh actions, which come first; replayed actions of earlier
     iterations follow. replayed_log_mu: float32 [B - num_fresh, L], log-probabilities of the
     replayed actions' tokens under the policies that sampled them; None without such actions.
+    states: of an earlier evaluation by the present policy, so that only the critic computes again.
     """
 
     actions: Actions
@@ -93,6 +95,7 @@ class Rollout(NamedTuple):
     generate_seconds: float
     score_seconds: float
     replayed_log_mu: Tensor | None = None
+    states: "PrefixStates | None" = None
 
     @property
     def num_fresh(self) -> int:
@@ -137,13 +140,15 @@ class TokenBatch(NamedTuple):
     tree: PrefixTree
     states: PrefixStates
     action_values: Tensor | None = None  # float32 [B], Q(o, a) of the target critic
+    fold: Tensor | None = None  # int64 [B], half of the environments, if the critic is cross-fitted
+    critic_only: bool = False  # no update of the policy
 
     def select(self, rows: Tensor) -> "TokenBatch":
         """Return the actions `rows` [b] with the tree of their own prefixes."""
         fields = {
             name: x[rows.to(x.device)] for name, x in self._asdict().items() if torch.is_tensor(x)
         }
-        tree = prefix_tree(*(fields[name] for name in TokenBatch._fields[:4]))
+        tree = prefix_tree(*(fields[name] for name in TokenBatch._fields[:4]), fields.get("fold"))
         prefixes = self.tree.prefix[rows.to(tree.first.device)].flatten()[tree.first]
         return self._replace(**fields, tree=tree, states=self.states.select(prefixes))
 
