@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from etpo.algorithms.archer import ArCHer
 from etpo.algorithms.etpo import ETPO
+from etpo.algorithms.gigpo import GiGPO
 from etpo.algorithms.ppo import PPO
 from etpo.algorithms.reinforce import Reinforce
 from etpo.environments.text_env import TextVectorEnv
@@ -40,6 +41,7 @@ ALGORITHMS = {
     "reinforce": (Reinforce, BASELINE_SETTINGS),
     "rloo": (Reinforce, BASELINE_SETTINGS | {"baseline": "leave_one_out"}),
     "grpo": (Reinforce, BASELINE_SETTINGS | GROUPS),
+    "gigpo": (GiGPO, BASELINE_SETTINGS),
 }
 LORA_CRITIC = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 
@@ -50,7 +52,7 @@ def build_algorithm():
 
     def build(name, policy, critic, hidden_size=16, **changes):
         algorithm, settings = ALGORITHMS[name]
-        if algorithm is Reinforce or critic is None:
+        if issubclass(algorithm, Reinforce) or critic is None:
             make = None
         elif critic is LanguageModelCritic:
             make = critic

@@ -151,9 +151,10 @@ def test_reinforce(credit):
 
 
 def test_rloo(credit):
-    # rows 0, 1 and 3 share a prompt; the others' means are -0.325, -1.005, -0.03; row 2 is alone
+    # rows 0, 1 and 3 share a prompt; row 3 follows row 1, and row 2 is alone on prompt and turn;
+    # the others' means are -0.325, -0.71, -0.325 (rows 1 and 3) and -0.03
     advantages, _ = credit("rloo")
-    assert advantages == near([[-0.385] * 2, [1.655], [0.0], [-1.27] * 2])
+    assert advantages == near([[-0.385] * 2, [1.36], [0.875], [-1.27] * 2])
 
 
 def test_grpo(credit):
@@ -201,7 +202,7 @@ def test_standardized_advantages_do_not_count_padding(build_baseline, monkeypatc
     assert standardized(module, torch.full(MASK.shape, -0.9), MASK).abs().max() < 0.01
 
 
-ALL = ["poad", "ntpo", "ppo_kl", "archer", "reinforce", "rloo", "grpo"]
+ALL = ["poad", "ntpo", "ppo_kl", "archer", "reinforce", "rloo", "grpo", "gigpo"]
 
 
 @pytest.fixture

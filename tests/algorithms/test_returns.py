@@ -9,13 +9,13 @@ from etpo.algorithms.returns import (
     discounted_returns,
     expectation,
     generalized_advantages,
-    group_mean_of_others,
     group_standardized,
     kl_divergence,
     kl_penalized_rewards,
     lambda_returns,
     prompt_groups,
     soft_value,
+    unique_as_one_group,
 )
 
 from ..token_mdp_oracle import TokenMDP
@@ -247,12 +247,14 @@ def test_equal_prompts_form_a_group_for_any_padding():
     mask = torch.tensor([[0, 1], [0, 1], [1, 1], [0, 1], [1, 1]]).bool()
     group = prompt_groups(ids, mask).tolist()
     assert group[0] == group[1]
+    assert len(set(group)) == 4
+    group = unique_as_one_group(prompt_groups(ids, mask)).tolist()
+    assert group[0] == group[1]
     assert group[2] == group[3] == group[4] != group[0]
 
 
 def test_a_group_of_one_has_no_advantage():
     returns, group = torch.tensor([1.0, 2.0, 6.0, 5.0]), torch.tensor([0, 0, 0, 1])
-    assert group_mean_of_others(returns, group).tolist() == [4.0, 3.5, 1.5, 5.0]
     standardized = group_standardized(returns, group, epsilon=0.0)
     assert standardized[:3].tolist() == pytest.approx([-2 / 7**0.5, -1 / 7**0.5, 3 / 7**0.5])
     assert group_standardized(returns, group)[3] == 0

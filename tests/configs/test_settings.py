@@ -21,6 +21,7 @@ DEFAULTS = {
     "poad": (),
     "reinforce": (),
     "archer": ("policy_lr",),
+    "gigpo": ("policy_lr",),
     "zero_shot": (),
     "reflexion": (),
 }

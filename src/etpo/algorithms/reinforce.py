@@ -19,8 +19,8 @@ class ReinforceSettings(PolicyGradientSettings):
 
     Args:
         baseline: iteration: mean return of the iteration (Williams, 1992).
-            leave_one_out: mean of the prompt's other actions, RLOO (arXiv 2402.14740).
-            group: standardize over the prompt's actions, GRPO (arXiv 2402.03300).
+            leave_one_out: mean over the prompt's actions in other episodes, RLOO (arXiv
+            2402.14740). group: standardize over the prompt's actions, GRPO (arXiv 2402.03300).
         kl_in_loss: add beta KL(pi || pi_ref) to the loss (`k3` estimate) instead of subtracting
             beta log(pi/pi_ref) from the reward.
         average_tokens: divide the loss of an action by its number of tokens.
@@ -57,17 +57,17 @@ class Reinforce(OnPolicyAlgorithm):
         rewards = returns.kl_penalized_rewards(steps.rewards, log_pi, log_ref, beta, layout.valid)
         packed = returns.discounted_returns(rewards, steps.discounts, steps.continues)
         action_returns = from_trajectories(packed, layout, like=old.value[:, :1])
-        iterations = zip(
-            *(
-                x.split(rollout.num_fresh)
-                for x in (action_returns.squeeze(1), actions.prompt_ids, actions.prompt_mask)
-            ),
-            strict=True,
-        )
+        ids, mask, fresh = actions.prompt_ids, actions.prompt_mask, rollout.num_fresh
+        iterations = [slice(row, row + fresh) for row in range(0, len(whole), fresh)]
         advantages = torch.cat(
             [
-                self.subtract_baseline(each, returns.prompt_groups(*prompts))
-                for each, *prompts in iterations
+                self.subtract_baseline(
+                    action_returns[rows, 0],
+                    returns.action_groups(
+                        ids[rows], mask[rows], actions.step[rows], rollout.num_envs
+                    ),
+                )
+                for rows in iterations
             ]
         )[:, None]
         ratios = self.replay_ratios(rollout, old)
@@ -75,11 +75,13 @@ class Reinforce(OnPolicyAlgorithm):
             self, rollout, actions, old, advantages, action_returns, ratios
         )
 
-    def subtract_baseline(self, action_returns: Tensor, group: Tensor) -> Tensor:
-        """Return advantages [B] from returns [B] and the prompt group of every action [B]."""
+    def subtract_baseline(self, action_returns: Tensor, groups: returns.Groups) -> Tensor:
+        """Return the advantages [B] of an iteration from its returns [B] and groups."""
         if self.settings.baseline == "leave_one_out":
-            return action_returns - returns.group_mean_of_others(action_returns, group)
+            keys = groups.prompt, groups.step, torch.zeros_like(groups.step)
+            return action_returns - returns.mean_of_other_episodes(action_returns, groups, *keys)
         if self.settings.baseline == "group":
+            group = returns.unique_as_one_group(groups.prompt)
             return returns.group_standardized(action_returns, group)
         return action_returns - self.mean_over_ranks(action_returns.mean())
 

@@ -8,6 +8,7 @@ function keeps the dtype of its inputs.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -171,16 +172,40 @@ def leave_one_out_baseline(errors: Tensor, valid: Tensor, group: Tensor) -> Tens
     return others @ errors / (others @ valid.sum(1).to(errors.dtype)).clamp(min=1)
 
 
-def group_mean_of_others(returns: Tensor, group: Tensor) -> Tensor:
-    """Average the returns of the other actions of each group; [B], int64 [B] -> [B].
+class Groups(NamedTuple):
+    """Groups of the B actions of an iteration; int64 [B] each.
 
-    A group of one keeps its return, so its advantage is 0. Leave-one-out baseline of RLOO (Ahmadian
-    et al., arXiv 2402.14740).
+    prompt: equal for equal prompts. episode: row of the first action of the episode. environment:
+    in which the episodes follow one another. step: index of the action in its episode, from 0.
     """
-    same = (group[:, None] == group[None, :]).to(returns.dtype)
-    others = same.sum(1) - 1
-    mean = (same @ returns - returns) / others.clamp(min=1)
-    return torch.where(others > 0, mean, returns)
+
+    prompt: Tensor
+    episode: Tensor
+    environment: Tensor
+    step: Tensor
+
+    def select(self, rows: Tensor) -> "Groups":
+        """Return the groups of the actions `rows` [b]."""
+        return Groups(*(x[rows] for x in self))
+
+
+def mean_of_other_episodes(returns: Tensor, groups: Groups, *keys: Tensor) -> Tensor:
+    """Average the returns over actions of other episodes with the same key: [B] -> [B].
+
+    Of several `keys`, int64 [B], the first that such an action shares counts; 0 without one. Other
+    episodes are those of other environments and earlier ones of the same environment. A later one
+    begins, and is cut, when the action's episode ends. So the baseline does not depend on the
+    action, and subtracting it keeps the policy gradient unbiased.
+    """
+    episode, environment = groups.episode, groups.environment
+    other = environment[:, None] != environment[None, :]
+    other = other | (episode[:, None] > episode[None, :])
+    baseline = torch.zeros_like(returns)
+    for key in reversed(keys):
+        same = (other & (key[:, None] == key[None, :])).to(returns.dtype)
+        count = same.sum(1)
+        baseline = torch.where(count > 0, same @ returns / count.clamp(min=1), baseline)
+    return baseline
 
 
 def group_standardized(returns: Tensor, group: Tensor, epsilon: float = 1e-4) -> Tensor:
@@ -196,13 +221,30 @@ def group_standardized(returns: Tensor, group: Tensor, epsilon: float = 1e-4) ->
 
 
 def prompt_groups(prompt_ids: Tensor, prompt_mask: Tensor) -> Tensor:
-    """Return the group number of every action: [B, P], bool [B, P] -> int64 [B].
-
-    Actions with equal prompts form a group. All actions with a unique prompt form one group.
-    """
+    """Number the distinct prompts: [B, P], bool [B, P] -> int64 [B]."""
     both = torch.cat([torch.where(prompt_mask, prompt_ids, -1), prompt_mask.long()], dim=1)
-    _, group, counts = torch.unique(both, dim=0, return_inverse=True, return_counts=True)
+    _, group = torch.unique(both, dim=0, return_inverse=True)
+    return torch.as_tensor(group)
+
+
+def unique_as_one_group(group: Tensor) -> Tensor:
+    """Join the groups of one to a single group; int64 [B] -> int64 [B]."""
+    counts = torch.bincount(group)
     return torch.where(counts[group] == 1, len(counts), group)
+
+
+def action_groups(prompt_ids: Tensor, prompt_mask: Tensor, step: Tensor, num_envs: int) -> Groups:
+    """Build the groups of an iteration; [B, P], bool [B, P], int64 [B].
+
+    Rows are ordered by round, then by environment. Every environment begins with an episode, whose
+    first action has `step` 0. Episodes of one action do not delay one another: if there are no
+    others, each counts as an environment.
+    """
+    rows = torch.arange(len(step), device=step.device)
+    started = torch.where(step == 0, rows, 0).view(-1, num_envs)
+    episode = started.cummax(0).values.flatten()
+    environment = rows % num_envs if step.any() else episode
+    return Groups(prompt_groups(prompt_ids, prompt_mask), episode, environment, step)
 
 
 def explained_variance(predictions: Tensor, targets: Tensor) -> float:
