@@ -1,7 +1,7 @@
 """A randomly initialised language model of the credit suite with a uniform output distribution."""
 
 from pathlib import Path
-from string import ascii_lowercase
+from string import ascii_lowercase, digits
 from typing import Any
 
 import torch
@@ -17,16 +17,16 @@ from etpo_tasks.random_init import save_checkpoint
 
 EOS = "</s>"
 # learned positions: the number of letters so far is known at every token
-SIZES = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": MAX_LENGTH + MAX_NOISE_BITS + 8}
+SIZES = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": MAX_LENGTH + MAX_NOISE_BITS + 12}
 
 
 def suite_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer with one token per letter, bit and word of the suite's observations."""
-    words = [EOS, *ascii_lowercase[:MAX_LETTERS], "0", "1", "open", "lost"]
+    words = [EOS, *ascii_lowercase[:MAX_LETTERS], *digits, "open", "lost", "earned"]
     words += [f"turn{turn}" for turn in range(MAX_TURNS)]
     words += [f"cue{cue}" for cue in range(MAX_LETTERS)]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}))
-    pattern = Regex(rf"turn\d+|cue\d+|open|lost|[01a-{ascii_lowercase[MAX_LETTERS - 1]}]")
+    pattern = Regex(rf"turn\d+|cue\d+|earned|open|lost|[0-9a-{ascii_lowercase[MAX_LETTERS - 1]}]")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, "removed", invert=True)
     tokenizer.decoder = decoders.ByteLevel()  # the words are ASCII; llguidance needs the type
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -37,6 +37,8 @@ class Dials:
             It forfeits what this turn and all later ones earn. 0: no such letter.
         cues: Number of cues. The observation shows one of them, which selects the right letters.
         cue_drawn: episode: a cue is drawn at the start of an episode; turn: at every turn.
+        shows_earnings: The observation shows the number of right deciding letters that are not paid
+            yet, so that the return is a function of what follows.
         noise_bits: Number of random bits in the observation, drawn at every turn, without meaning.
         letters: Size of the alphabet, k. Uniform play has 1 / k of the deciding letters right.
         target_seed: Seed of the right letters, independent of the run's seed.
@@ -54,6 +56,7 @@ class Dials:
     distractor: float = 0.0
     cues: int = 1
     cue_drawn: str = "episode"
+    shows_earnings: bool = True
     noise_bits: int = 0
     letters: int = 4
     target_seed: int = 0
@@ -155,16 +158,21 @@ class CreditSuiteEnv(TextVectorEnv):
         """Return the present observations of `envs`, with fresh noise."""
         d = self.dials
         bits = self.np_random.integers(2, size=(len(envs), d.noise_bits))
-        rows = zip(self.turn[envs], self.open[envs], self.cue[envs], bits, strict=True)
+        states = self.turn[envs], self.open[envs], self.cue[envs], self.unpaid[envs]
+        rows = zip(*states, bits, strict=True)
         return tuple(self.text(*row) for row in rows)
 
-    def text(self, turn: int, is_open: bool, cue: int, bits: np.ndarray) -> TextObservation:
+    def text(
+        self, turn: int, is_open: bool, cue: int, unpaid: int, bits: np.ndarray
+    ) -> TextObservation:
         """Return the observation of one environment; what is constant is left out."""
         d, words = self.dials, [f"turn{turn}"]
         if d.has_status:
             words.append("open" if is_open else "lost")
         if d.cues > 1:
             words.append(f"cue{cue}")
+        if d.shows_earnings and d.turns > 1:
+            words.append(f"earned{unpaid}")
         if d.noise_bits:
             words.append("".join(map(str, bits)))
         prefix = " ".join(words)
@@ -191,7 +199,7 @@ class CreditSuiteEnv(TextVectorEnv):
         }
         for row in np.flatnonzero(ended):  # there is no later turn: the last one once more
             env, no_bits = envs[row], np.zeros(self.dials.noise_bits, dtype=np.int64)
-            last = self.dials.turns - 1, self.open[env], self.cue[env], no_bits
+            last = self.dials.turns - 1, self.open[env], self.cue[env], self.unpaid[env], no_bits
             infos["final_obs"][row] = self.text(*last)
         self.open[envs[ended]], self.unpaid[envs[ended]] = True, 0
         self.cue[redrawn] = self.np_random.integers(self.dials.cues, size=len(redrawn))

@@ -24,4 +24,4 @@ def doubly_robust_objective(
     correction = clipped_surrogate(
         gather_tokens(log_pi, taken), gather_tokens(log_old, taken), advantages, clip
     )
-    return policy_objective(log_pi, log_ref, log_old, q, beta, eta) + correction
+    return policy_objective(log_pi, log_ref, log_old, q, beta, eta, clip) + correction

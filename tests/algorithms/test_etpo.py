@@ -147,6 +147,25 @@ def test_lambda_returns_equal_a_loop_over_episodes(build_etpo, letter_env, fit, 
     assert bootstrap[actions.truncated].all()
 
 
+def loop_baselines(rollout, errors):
+    """Means over other environments' steps: of all, at the prompt, at the prefix; [B, L]."""
+    actions, baselines = rollout.actions, torch.zeros_like(errors)
+    steps = []
+    for row, column in actions.action_mask.nonzero().tolist():
+        prompt = tuple(actions.prompt_ids[row][actions.prompt_mask[row]].tolist())
+        prefix = (*prompt, *actions.action_ids[row, :column].tolist())
+        steps.append((row % rollout.num_envs, prompt, prefix, float(errors[row, column])))
+    places = actions.action_mask.nonzero().tolist()
+    for place, (env, *state, _) in zip(places, steps, strict=True):
+        others = [step for step in steps if step[0] != env]
+        baseline = sum(step[-1] for step in others) / len(others)
+        for key in (0, 1):
+            same = [step[-1] for step in others if step[1 + key] == state[key]]
+            baseline = (sum(same) + baseline) / (len(same) + 1)
+        baselines[tuple(place)] = baseline
+    return baselines
+
+
 def test_the_step_is_the_doubly_robust_gradient_of_the_rollout(
     build_etpo, letter_env, fit, assert_same_gradient
 ):
@@ -175,17 +194,18 @@ def test_the_step_is_the_doubly_robust_gradient_of_the_rollout(
             return x.gather(-1, actions.action_ids[..., None])[..., 0]
 
         errors = (loop_returns(module, rollout, soft, taken(q)) - taken(q)) * mask
-        env = torch.arange(len(errors)) % rollout.num_envs
-        others = [errors[env != n].sum() / mask[env != n].sum() for n in env.tolist()]
-        advantages = errors - torch.stack(others)[:, None]
+        advantages = errors - loop_baselines(rollout, errors)
         generator = torch.Generator().manual_seed(0)
         for parameter in module.policy.trainable_parameters():  # pi is no longer pi_old
             parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
     log_pi = by_token.log_probs(module.policy, *inputs)
-    cost = module.beta * (log_pi - log_ref) + 0.2 * (log_pi - log_old) - q
+    cost = (module.beta * (log_pi - log_ref) + 0.2 * (log_pi - log_old) - q).detach()
+    gain = (log_old.exp() * cost).sum(-1, keepdim=True) - cost
+    each = (log_pi - log_old).exp()
+    exact = (log_old.exp() * torch.minimum(each * gain, each.clamp(0.95, 1.05) * gain)).sum(-1)
     ratio = (taken(log_pi) - taken(log_old)).exp()
     correction = torch.minimum(ratio * advantages, ratio.clamp(0.95, 1.05) * advantages)
-    losses = ((log_pi.exp() * cost).sum(-1) - correction) * mask
+    losses = -(exact + correction) * mask
     expected = (0.9**actions.step * losses.sum(1)).mean()
     assert {True, False} == set((q < raw)[mask].flatten().tolist())
     assert (ratio[mask] < 0.95).any()

@@ -22,7 +22,9 @@ from etpo.algorithms.returns import (
     kl_divergence,
     lambda_returns,
     leave_one_out_baseline,
+    prefix_keys,
     soft_value,
+    state_baseline,
 )
 
 from ..token_mdp_oracle import TokenMDP
@@ -50,9 +52,8 @@ def test_policy_objective_is_the_formula():
     torch.testing.assert_close(proximal, plain + 0.2 * kl_divergence(log_pi, log_old))
 
 
-@pytest.mark.parametrize("clip", [None, 0.2])
 @pytest.mark.parametrize("eta", [0.0, 0.2])
-def test_gradcheck_through_the_log_softmax(eta, clip):
+def test_gradcheck_through_the_log_softmax(eta):
     logits = normal(4, 5).requires_grad_()
     log_ref, log_old = normal(2, 4, 5, seed=1).log_softmax(-1)
     q, advantages, taken = normal(4, 5, seed=2), normal(4, seed=3), torch.tensor([0, 3, 4, 1])
@@ -62,11 +63,55 @@ def test_gradcheck_through_the_log_softmax(eta, clip):
 
     def robust(x):
         return doubly_robust_objective(
-            x.log_softmax(-1), log_ref, log_old, q, taken, advantages, BETA, eta, clip
+            x.log_softmax(-1), log_ref, log_old, q, taken, advantages, BETA, eta, None
         )
 
     assert torch.autograd.gradcheck(plain, logits)
     assert torch.autograd.gradcheck(robust, logits)
+
+
+def test_the_clipped_objective_by_hand():
+    """pi_old = (1/2, 1/4, 1/4), ratios 1.2, 1.0, 0.6 and advantages 1/2, -1/2, -1/2."""
+    log_old, log_pi = f64(0.5, 0.25, 0.25).log(), f64(0.6, 0.25, 0.15).log().requires_grad_()
+    q, log_ref = f64(1.0, 0.0, 0.0), f64(0.2, 0.3, 0.5).log()
+    for clip, bound in ((0.1, 1.1), (0.3, 1.2)):
+        loss = policy_objective(log_pi, log_ref, log_old, q, 0.0, clip=clip)
+        # the last ratio is below the range, and its advantage is negative
+        kept = max(0.6, 1 - clip)
+        assert loss.item() == pytest.approx(-(0.5 * bound / 2 - 0.25 / 2 - 0.25 * kept / 2))
+        (gradient,) = torch.autograd.grad(loss, log_pi)
+        moved = 0.6 / 2 if clip == 0.3 else 0.0
+        torch.testing.assert_close(-gradient, f64(moved, -0.25 / 2, 0.0))
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.2])
+def test_a_clip_does_not_change_the_gradient_at_the_old_policy(eta):
+    logits = normal(4, 5).requires_grad_()
+    log_pi, log_ref = logits.log_softmax(-1), normal(4, 5, seed=1).log_softmax(-1)
+    log_old, q = log_pi.detach(), normal(4, 5, seed=2)
+    one, other = (
+        torch.autograd.grad(
+            policy_objective(log_pi, log_ref, log_old, q, BETA, eta, clip).sum(),
+            logits,
+            retain_graph=True,
+        )[0]
+        for clip in (None, 0.2)
+    )
+    torch.testing.assert_close(one, other)
+
+
+def test_the_clipped_objective_ignores_tokens_without_probability():
+    """No NaN in value and gradient."""
+    logits, log_ref, log_old = normal(3, 4, 5)
+    logits, off = logits.requires_grad_(), torch.tensor([True, False, False, True, False])
+    masked = [x.masked_fill(off, -inf).log_softmax(-1) for x in (logits, log_ref, log_old)]
+    q = normal(4, 5, seed=2).masked_fill(off, torch.nan)
+    loss = policy_objective(*masked, q, BETA, 0.1, 0.2)
+    few = [x[:, ~off].log_softmax(-1) for x in (logits, log_ref, log_old)]
+    expected = policy_objective(*few, q[:, ~off], BETA, 0.1, 0.2)
+    torch.testing.assert_close(loss, expected)
+    found, wanted = (torch.autograd.grad(x.sum(), logits)[0] for x in (loss, expected))
+    torch.testing.assert_close(found, wanted)
 
 
 def test_only_the_policy_gets_a_gradient():
@@ -373,6 +418,57 @@ def test_a_row_has_no_part_in_its_own_baseline(group):
         others = (torch.arange(4) != row) & (group == group[row])
         torch.testing.assert_close(after[~others], before[~others])
         assert ((after - before)[others].abs() > 1e-3).all()
+
+
+def test_state_baseline_by_hand():
+    """Three environments of two steps; the first two share the prompt and the second prefix."""
+    errors, valid = f64([1, 2], [3, 5], [7, 0]), torch.tensor([[True] * 2] * 2 + [[True, False]])
+    prompts = torch.tensor([[1, 1], [1, 1], [2, 2]])
+    prefixes = torch.tensor([[10, 11], [10, 12], [20, 21]])
+    found = state_baseline(errors, valid, prompts, prefixes, torch.zeros(3, dtype=torch.long))
+    first, second, third = (3 + 5 + 7) / 3, (1 + 2 + 7) / 3, (1 + 2 + 3 + 5) / 4
+    at_prompt = (3 + 5 + first) / 3, (1 + 2 + second) / 3, third
+    expected = [
+        [(3 + at_prompt[0]) / 2, at_prompt[0]],  # nobody else has the prefix 11
+        [(1 + at_prompt[1]) / 2, at_prompt[1]],
+        [third, third],
+    ]
+    torch.testing.assert_close(found[valid], f64(*expected)[valid])
+
+
+@pytest.mark.parametrize("group", [[0, 0, 0, 0], [0, 1, 0, 1]])
+def test_a_row_has_no_part_in_its_own_state_baseline(group):
+    errors, valid, group = normal(4, 6), normal(4, 6, seed=1) > -1, torch.tensor(group)
+    random = torch.Generator().manual_seed(2)
+    prompts, prefixes = (torch.randint(n, (4, 6), generator=random) for n in (2, 5))
+    before = state_baseline(errors, valid, prompts, prefixes, group)
+    for row in range(4):
+        changed = errors.clone()
+        changed[row] += normal(6, seed=2)
+        after = state_baseline(changed, valid, prompts, prefixes, group)
+        others = (torch.arange(4) != row) & (group == group[row])
+        torch.testing.assert_close(after[~others], before[~others])
+        assert ((after - before)[others].abs() > 1e-4).all()
+
+
+def test_prefix_keys_are_of_the_tokens_alone():
+    prompts = torch.tensor([[0, 0, 5, 6], [0, 0, 5, 6], [1, 5, 6, 7], [0, 5, 6, 7]])
+    mask = torch.tensor([[False, False, True, True]] * 2 + [[False, True, True, True]] * 2)
+    actions = torch.tensor([[7, 8, 0], [7, 9, 1], [8, 3, 3], [8, 4, 4]])
+    keys = prefix_keys(prompts, mask, actions)
+    tokens = [
+        (*prompt[seen].tolist(), *row[:column].tolist())
+        for prompt, seen, row in zip(prompts, mask, actions, strict=True)
+        for column in range(3)
+    ]
+    for one, key in zip(tokens, keys.flatten().tolist(), strict=True):
+        same = [other == key for other in keys.flatten().tolist()]
+        assert same == [other == one for other in tokens]
+    # the prompt "5 6" with the action "7" is the prompt "5 6 7"
+    assert keys[0, 1] == keys[2, 0]
+    random = torch.randint(50000, (20000, 8), generator=torch.Generator().manual_seed(0))
+    whole = prefix_keys(random, torch.ones_like(random).bool(), random[:, :1])
+    assert len(whole.unique()) == len(random.unique(dim=0))
 
 
 def test_explained_variance_by_hand():

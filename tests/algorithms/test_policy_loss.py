@@ -31,11 +31,14 @@ def row_losses(models, critic, penalty, prompt, action, steps, allowed, advantag
     value, scores = critic.head(critic.trunk(ids).last_hidden_state[0, first:][steps])
     q = value[:, None] + scores - (old * scores).sum(-1, keepdim=True)
     q = torch.where(old < RARE, torch.minimum(q, value[:, None]), q).detach()
-    cost = BETA * (log_pi - log_ref) + ETA * (log_pi - log_old) - q
+    cost = (BETA * (log_pi - log_ref) + ETA * (log_pi - log_old) - q).detach()
+    gain = (old * cost).sum(-1, keepdim=True) - cost
+    each = torch.where(support, pi / torch.where(support, old, 1.0).detach(), 1.0)
+    exact = torch.minimum(each * gain, each.clamp(1 - CLIP, 1 + CLIP) * gain)
     taken = torch.arange(int(steps.sum())), action[steps]
     ratio = pi[taken] / old[taken].detach()
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
-    losses = (pi * cost).sum(-1) - penalty * mass.log() - surrogate
+    losses = -(old.detach() * exact).sum(-1) - penalty * mass.log() - surrogate
     return losses, ratio.detach(), (old * (log_old - log_pi)).sum(-1).detach()
 
 

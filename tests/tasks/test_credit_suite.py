@@ -93,7 +93,8 @@ def test_paydays(every, expected):
 
 
 def test_observations_show_what_varies_and_matters():
-    environment = CreditSuiteEnv(num_envs=400, turns=2, cues=3, noise_bits=4, distractor=0.1)
+    dials = {"turns": 2, "cues": 3, "noise_bits": 4, "distractor": 0.1, "shows_earnings": False}
+    environment = CreditSuiteEnv(num_envs=400, **dials)
     observations, _ = environment.reset(seed=0)
     parts = [o["prefix"].split() for o in observations]
     assert {tuple(p[:2]) for p in parts} == {("turn0", "open")}
@@ -109,8 +110,20 @@ def test_observations_show_what_varies_and_matters():
     assert {o["prefix"].split()[2] for o in began} == {"cue0", "cue1", "cue2"}
     assert [o["prefix"].split()[2] for o in began] != [p[2] for p in parts]
     assert {o["prefix"].split()[1] for o in infos["final_obs"]} == {"lost"}
-    plain = CreditSuiteEnv(turns=2)
+    plain = CreditSuiteEnv(turns=2, shows_earnings=False)
     assert plain.reset(seed=0)[0][0]["prefix"] == "turn0"
+
+
+def test_an_observation_shows_what_is_not_paid_yet():
+    environment = CreditSuiteEnv(turns=4, length=4, deciding_tokens=4, pay_every=2)
+    seen = [environment.reset(seed=0)[0]]
+    seen += [environment.step(words(environment))[0] for _ in range(3)]
+    assert [o[0]["prefix"] for o in seen] == [
+        "turn0 earned0",
+        "turn1 earned4",
+        "turn2 earned0",  # paid
+        "turn3 earned4",
+    ]
 
 
 def test_a_cue_of_each_turn():
@@ -146,7 +159,7 @@ def test_a_part_of_the_environments_steps():
     environment.reset(seed=0)
     right = words(environment)
     observations, rewards, *_ = environment.step_part([right[1], right[3]], np.array([1, 3]))
-    assert [o["prefix"] for o in observations] == ["turn1"] * 2
+    assert [o["prefix"] for o in observations] == ["turn1 earned0"] * 2
     assert rewards.tolist() == [0.5, 0.5]
     assert environment.turn.tolist() == [0, 1, 0, 1]
 

@@ -12,7 +12,8 @@ Differences from the paper, each a setting:
    the gradient at pi = pi_old unbiased. `doubly_robust=false` is the paper's objective.
 4. Pessimism: a token with pi_old(w) < `pessimism_threshold` uses min(Q, V). With the default 1 the
    exact term only lowers probabilities, and the sampled correction alone raises them.
-5. A trust region on the KL of whole actions (`max_kl`, nats) and a proximal term (`eta`).
+5. Both terms are clipped as in PPO (`clip`), and the KL of whole actions is limited (`max_kl`,
+   nats). A proximal term is optional (`eta`).
 6. The whole policy objective is divided by the root mean square of the advantages
    (`normalize_by_advantage_rms`).
 7. The loss sums over tokens and weights actions by gamma^t, as the regularized return does.
@@ -42,13 +43,14 @@ from etpo.models.prefix_tree import PrefixTree, first_step
 from etpo.models.token_columns import TokenColumns
 from etpo.rollout.metrics import rollout_metrics
 from etpo.rollout.trajectories import (
+    Steps,
     from_trajectories,
     next_values,
     shifted,
     to_trajectories,
     trajectory_steps,
 )
-from etpo.rollout.types import PrefixStates, Rollout, TokenBatch
+from etpo.rollout.types import Actions, PrefixStates, Rollout, TokenBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,7 @@ class ETPOSettings(TraceSettings):
         pessimism_threshold: tokens with pi_old below it use min(Q, V). 0: none, 1: all.
         doubly_robust: add the sampled correction of the critic's error to the objective.
         normalize_by_advantage_rms: divide the objective by the rms of the advantages.
-        clip: PPO's clip range of the correction's probability ratio. None: no clipping.
+        clip: PPO's clip range of the probability ratios of both terms. None: no clipping.
         tau: Polyak step of the target critic after each iteration; 1 copies the critic.
         critic_loss: huber or mse.
         huber_delta: error from which the Huber loss is linear.
@@ -73,11 +75,11 @@ class ETPOSettings(TraceSettings):
     gamma: float = bounded(0.99, 0, 1)
     lambda_: float = bounded(0.9, 0, 1)
     lambda_anneal_iters: int | None = bounded(8, 1)
-    eta: float = bounded(0.05)
+    eta: float = bounded(0.0)
     pessimism_threshold: float = bounded(1.0, 0, 1)
     doubly_robust: bool = True
     normalize_by_advantage_rms: bool = True
-    clip: float | None = bounded(0.3, 0, 1, above=True)
+    clip: float | None = bounded(0.2, 0, 1, above=True)
     tau: float = bounded(1.0, 0, 1, above=True)
     critic_loss: str = one_of("huber", "mse")
     huber_delta: float = bounded(1.0, above=True)
@@ -133,7 +135,7 @@ class ETPO(OnPolicyAlgorithm):
             for trace in level_traces(self.settings, steps, mask, ratios, self.annealed_lambda)
         )
         errors, valid = targets - q_taken, steps.layout.valid
-        errors = errors - self.baselines(errors, valid)[:, None]
+        errors = errors - self.baselines(errors, valid, actions, steps)
         advantages = from_trajectories(errors, steps.layout, like=old.value)
         sample_weights = ratios.clamp(max=self.settings.max_replay_ratio)
         if self.settings.normalize_by_advantage_rms:
@@ -165,13 +167,19 @@ class ETPO(OnPolicyAlgorithm):
             fold=self.folds(rollout),
         )
 
-    def baselines(self, errors: Tensor, valid: Tensor) -> Tensor:
-        """Return the leave-one-out baseline of each environment over all ranks: [N, K] -> [N]."""
-        count = len(errors)
-        errors, valid = self.all_gather_padded(errors), self.all_gather_padded(valid.long()).bool()
-        fold = torch.arange(len(errors), device=errors.device) % count % 2
-        baselines = returns.leave_one_out_baseline(errors, valid, fold * self.critic.cross_fit)
-        return baselines.view(-1, count)[self.global_rank]
+    def baselines(self, errors: Tensor, valid: Tensor, actions: Actions, steps: Steps) -> Tensor:
+        """Return the baselines of the errors [N, K] from other environments of all ranks."""
+        keys = returns.prefix_keys(*actions[:3])
+        prefixes = to_trajectories(keys, steps.layout)
+        prompts = to_trajectories(keys[:, :1].expand_as(keys), steps.layout)
+        count, width = errors.shape
+        gathered = [self.all_gather_padded(x) for x in (errors, valid.long(), prompts, prefixes)]
+        fold = torch.arange(len(gathered[0]), device=errors.device) % count % 2
+        baselines = returns.state_baseline(
+            gathered[0], gathered[1].bool(), *gathered[2:], fold * self.critic.cross_fit
+        )
+        own: Tensor = baselines.view(-1, count, baselines.shape[1])[self.global_rank]
+        return torch.where(valid, own[:, :width], torch.zeros_like(errors))
 
     def evaluate(self, tree: PrefixTree, states: PrefixStates) -> TokenEvaluation:
         states = states._replace(
@@ -277,7 +285,7 @@ class ETPO(OnPolicyAlgorithm):
                 log_old, log_ref, q = self.old_distributions(states, columns, fold)
             log_pi, log_mass = self.policy.log_probs(hidden, columns)
             loss = weight * (
-                losses.policy_objective(log_pi, log_ref, log_old, q, self.beta, s.eta)
+                losses.policy_objective(log_pi, log_ref, log_old, q, self.beta, s.eta, s.clip)
                 - s.truncation_kl_coef * log_mass
             )
             places = columns.places(taken)

@@ -22,26 +22,42 @@ def policy_objective(
     q: Tensor,
     beta: float,
     eta: float = 0.0,
+    clip: float | None = None,
 ) -> Tensor:
     """L(x) = sum_w pi(w) [beta log(pi/pi_ref) + eta log(pi/pi_old) - Q(x, w)]: [..., V] -> [...].
 
     Exact over the vocabulary: no sampling, no importance ratio. Only `log_pi`, which must be
     normalized, gets a gradient, E_pi[f grad log pi]: the bracket f is constant because
     E_pi[grad f] = 0. At Q = 0 and pi = pi_ref it is exactly 0, without rounding noise. With eta = 0
-    the value is the paper's objective -V(x) and `log_old` may be None; eta > 0 adds the proximal
-    term eta KL(pi || pi_old). The optimum for a given Q is
-    pi_ref^{beta/(beta+eta)} pi_old^{eta/(beta+eta)} exp(Q/(beta+eta)) / Z. ETPO, arXiv 2402.06700.
+    the value is the paper's objective -V(x); eta > 0 adds the proximal term eta KL(pi || pi_old).
+    The optimum for a given Q is pi_ref^{beta/(beta+eta)} pi_old^{eta/(beta+eta)}
+    exp(Q/(beta+eta)) / Z. ETPO, arXiv 2402.06700.
+
+    With `clip` c, sum_w pi_old(w) max(ratio F, clip(ratio, 1 - c, 1 + c) F) with
+    F = f - E_pi_old[f] and ratio = pi/pi_old: PPO's surrogate (arXiv 1707.06347, equation 7) of all
+    tokens. Its gradient at pi = pi_old is that of L; an iteration moves no ratio beyond the range.
+    Without eta and clip `log_old` may be None.
 
     Raises:
-        ValueError: eta > 0 without `log_old`.
+        ValueError: eta > 0 or a clip without `log_old`.
     """
     # f(w) = beta log(pi/pi_ref) + eta log(pi/pi_old) - Q(x, w)
     cost = beta * (log_pi.detach() - log_ref) - q
+    if log_old is None:
+        if eta > 0 or clip is not None:
+            raise ValueError("eta > 0 or a clip needs log_old")
+        return expectation(log_pi, cost.detach())
     if eta > 0:
-        if log_old is None:
-            raise ValueError("eta > 0 needs log_old")
         cost = cost + eta * (log_pi.detach() - log_old)
-    return expectation(log_pi, cost.detach())
+    if clip is None:
+        return expectation(log_pi, cost.detach())
+    log_old = log_old.detach()
+    inside = log_old.isfinite()  # the gradient of a masked NaN is NaN
+    log_pi, log_taken, cost = (
+        torch.where(inside, x, torch.zeros_like(x)) for x in (log_pi, log_old, cost.detach())
+    )
+    advantage = expectation(log_old, cost).unsqueeze(-1) - cost
+    return expectation(log_old, clipped_surrogate(log_pi, log_taken, advantage, clip))
 
 
 def clipped_surrogate(

@@ -247,6 +247,56 @@ def action_groups(prompt_ids: Tensor, prompt_mask: Tensor, step: Tensor, num_env
     return Groups(prompt_groups(prompt_ids, prompt_mask), episode, environment, step)
 
 
+def state_baseline(
+    errors: Tensor, valid: Tensor, prompts: Tensor, prefixes: Tensor, group: Tensor
+) -> Tensor:
+    """Average the errors of OTHER rows at the same prefix, shrunk to wider averages.
+
+    All [N, K], but group [N], as in `leave_one_out_baseline`. From that average over all steps to
+    the average at the same prompt, and from it to the average at the same prefix:
+
+        b = (sum of n errors of other rows + b of the wider set) / (n + 1)
+
+    A baseline that depends on the state and on other environments' actions keeps the doubly robust
+    gradient unbiased, and removes the critic's error that all actions at a state share.
+
+    prompts, prefixes: int64 keys of the step's prompt and of its prefix, `prefix_keys`.
+    """
+    baseline = leave_one_out_baseline(errors, valid, group)[:, None].expand_as(errors)
+    errors = torch.where(valid, errors, torch.zeros_like(errors))
+    for keys in (prompts, prefixes):
+        # rows of other groups share no key
+        pairs = torch.stack([keys, group[:, None].expand_as(keys)], -1).view(-1, 2)
+        numbers, at = torch.unique(pairs, dim=0, return_inverse=True)
+        at, own = at.view(keys.shape), errors.new_zeros(2, len(keys), len(numbers))
+        own[0].scatter_add_(1, at, errors)
+        own[1].scatter_add_(1, at, valid.to(errors.dtype))
+        total, count = (own.sum(1, keepdim=True) - own).gather(2, at.expand(2, -1, -1))
+        baseline = (total + baseline) / (count + 1)
+    return baseline
+
+
+def prefix_keys(prompt_ids: Tensor, prompt_mask: Tensor, action_ids: Tensor) -> Tensor:
+    """Return a key of the prefix before each token of action_ids [B, L]: int64 [B, L].
+
+    Equal prefixes have equal keys, also on other processes; different ones differ but for a chance
+    of about 2^-64 per pair. prompt_ids: [B, P], prompt_mask: bool [B, P].
+    """
+    key, keys = prompt_ids.new_zeros(len(prompt_ids)), []
+
+    def extended(key: Tensor, ids: Tensor) -> Tensor:
+        """Append a token to the prefixes; a product wraps around."""
+        mixed = (key + ids + 1) * 6364136223846793005 + 1442695040888963407
+        return mixed ^ (mixed >> 29)
+
+    for ids, seen in zip(prompt_ids.unbind(1), prompt_mask.unbind(1), strict=True):
+        key = torch.where(seen, extended(key, ids), key)
+    for ids in action_ids.unbind(1):
+        keys.append(key)
+        key = extended(key, ids)
+    return torch.stack(keys, 1)
+
+
 def explained_variance(predictions: Tensor, targets: Tensor) -> float:
     """1 - Var(targets - predictions) / Var(targets), at most 1; [K], [K]; 0 for equal targets."""
     variance = targets.var()
