@@ -14,7 +14,7 @@ def test_actions_are_uniform_over_the_letters_and_never_end_early(tmp_path):
     environment = CreditSuiteEnv(num_envs=40, **dials)
     observations, _ = environment.reset(seed=0)
     prompts = policy.encode(observations)
-    assert prompts.ids.shape[1] == 1 + 5 + 16  # the start, turn, status, cue and earnings, bits
+    assert prompts.ids.shape[1] == 1 + 6 + 16  # the start, turn, status, cue and earnings, bits
     generator = torch.Generator().manual_seed(0)
     sample = generate(policy, prompts, 64, generator, environment.grammar)
     texts = decode_actions(policy, prompts, sample)

@@ -119,10 +119,10 @@ def test_an_observation_shows_what_is_not_paid_yet():
     seen = [environment.reset(seed=0)[0]]
     seen += [environment.step(words(environment))[0] for _ in range(3)]
     assert [o[0]["prefix"] for o in seen] == [
-        "turn0 earned0",
-        "turn1 earned4",
-        "turn2 earned0",  # paid
-        "turn3 earned4",
+        "turn0 earned00",
+        "turn1 earned04",
+        "turn2 earned00",  # paid
+        "turn3 earned04",
     ]
 
 
