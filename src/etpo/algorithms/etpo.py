@@ -173,13 +173,14 @@ class ETPO(OnPolicyAlgorithm):
         prefixes = to_trajectories(keys, steps.layout)
         prompts = to_trajectories(keys[:, :1].expand_as(keys), steps.layout)
         count, width = errors.shape
-        gathered = [self.all_gather_padded(x) for x in (errors, valid.long(), prompts, prefixes)]
-        fold = torch.arange(len(gathered[0]), device=errors.device) % count % 2
+        own = errors, valid.long(), prompts, prefixes
+        errors, kept, prompts, prefixes = (self.all_gather_padded(x) for x in own)
+        fold = torch.arange(len(errors), device=errors.device) % count % 2
         baselines = returns.state_baseline(
-            gathered[0], gathered[1].bool(), *gathered[2:], fold * self.critic.cross_fit
+            errors, kept.bool(), prompts, prefixes, fold * self.critic.cross_fit
         )
-        own: Tensor = baselines.view(-1, count, baselines.shape[1])[self.global_rank]
-        return torch.where(valid, own[:, :width], torch.zeros_like(errors))
+        rows = baselines.view(-1, count, baselines.shape[1])[self.global_rank, :, :width]
+        return torch.where(valid, rows, torch.zeros_like(rows))
 
     def evaluate(self, tree: PrefixTree, states: PrefixStates) -> TokenEvaluation:
         states = states._replace(

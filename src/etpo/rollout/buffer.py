@@ -54,5 +54,5 @@ class OnPolicyBuffer(IterableDataset[Any]):
             [torch.randperm(size, generator=generator) + start for _ in range(epochs)]
             for start in starts
         ]
-        parts = [torch.cat(order).split(self.minibatch_size) for order in orders]
+        parts = [torch.split(torch.cat(order), self.minibatch_size) for order in orders]
         return [torch.cat(rows) for rows in zip(*parts, strict=True)]

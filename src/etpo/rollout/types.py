@@ -1,7 +1,7 @@
 """Data types of rollouts and training batches: B actions, P prompt tokens, L action tokens."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -145,10 +145,16 @@ class TokenBatch(NamedTuple):
 
     def select(self, rows: Tensor) -> "TokenBatch":
         """Return the actions `rows` [b] with the tree of their own prefixes."""
-        fields = {
+        fields: dict[str, Any] = {
             name: x[rows.to(x.device)] for name, x in self._asdict().items() if torch.is_tensor(x)
         }
-        tree = prefix_tree(*(fields[name] for name in TokenBatch._fields[:4]), fields.get("fold"))
+        tree = prefix_tree(
+            fields["prompt_ids"],
+            fields["prompt_mask"],
+            fields["action_ids"],
+            fields["step_mask"],
+            fields.get("fold"),
+        )
         prefixes = self.tree.prefix[rows.to(tree.first.device)].flatten()[tree.first]
         return self._replace(**fields, tree=tree, states=self.states.select(prefixes))
 
@@ -160,11 +166,12 @@ def stack(blocks: Sequence[Rows], pad_id: int) -> Rows:
     """Concatenate batches of actions or decisions, in their order."""
     kind = type(blocks[0])
     fields = {}
-    for name, column in zip(kind._fields, zip(*blocks, strict=True), strict=True):
-        parts, value = list(column), pad_id if name.endswith("_ids") else 0
+    for name in kind._fields:
+        parts: list[Tensor] = [getattr(block, name) for block in blocks]
+        value = pad_id if name.endswith("_ids") else 0
         if name in ("allowed", "support"):  # none of a round without an action space: all tokens
             words = max(part.shape[-1] for part in parts)
-            parts = [p if p.shape[-1] else p.new_full((*p.shape[:2], words), -1) for p in parts]
+            parts = [x if x.shape[-1] else x.new_full((*x.shape[:2], words), -1) for x in parts]
         fields[name] = pad_stack(parts, value, left=name.startswith("prompt"))
     return kind(**fields)
 
