@@ -171,9 +171,14 @@ def stack(blocks: Sequence[Rows], pad_id: int) -> Rows:
         value = pad_id if name.endswith("_ids") else 0
         if name in ("allowed", "support"):  # none of a round without an action space: all tokens
             words = max(part.shape[-1] for part in parts)
-            parts = [x if x.shape[-1] else x.new_full((*x.shape[:2], words), -1) for x in parts]
+            parts = [widened(part, words) for part in parts]
         fields[name] = pad_stack(parts, value, left=name.startswith("prompt"))
     return kind(**fields)
+
+
+def widened(sets: Tensor, words: int) -> Tensor:
+    """Return sets of tokens [B, L, words]; sets of W = 0 words are of all tokens."""
+    return sets if sets.shape[-1] else sets.new_full((*sets.shape[:2], words), -1)
 
 
 def pad_stack(blocks: Sequence[Tensor], value: float, *, left: bool) -> Tensor:
