@@ -270,7 +270,7 @@ def test_the_weights_of_another_model(state, words):
         checkpoints.load_weights(torch.nn.Linear(2, 3), state, "last.ckpt")
 
 
-@pytest.mark.parametrize("override", ["model.name_or_path={llama}", "critic=frozen_trunk"])
+@pytest.mark.parametrize("override", ["model.name_or_path={llama}", "critic=full"])
 def test_a_run_cannot_go_on_with_another_model(
     override, refused, finished_run, checkpoint, tmp_path, monkeypatch
 ):

@@ -91,8 +91,8 @@ def trained(folder, option: str, checkpoint, *overrides: str) -> Trainer:
 
 
 def test_every_model_of_the_configuration_is_tested():
-    # the last two by tests/test_convergence.py and tests/test_documented_commands.py
-    made_here = {"tiny", "token_mdp", "game_lm"}
+    # by tests/test_convergence.py, tests/test_documented_commands.py and tests/tasks
+    made_here = {"tiny", "token_mdp", "game_lm", "credit_lm"}
     names = {path.stem for path in (CONF / "model").glob("*.yaml")}
     assert names == {*FAMILY, *LARGER, *made_here}
 

@@ -133,7 +133,7 @@ def test_what_a_resumed_run_is_given_acts_or_is_refused(once, command, tmp_path)
         ("algorithm.optimizer={_target_:torch.optim.SGD}", "algorithm.optimizer"),
         ("algorithm.optimizer.amsgrad=true", "optimizer.amsgrad"),
         ("+algorithm.optimizer.amsgrad=true", "algorithm.optimizer"),
-        ("critic=frozen_trunk", "critic"),
+        ("critic=full", "critic"),
         ("algorithm=reinforce", "algorithm._target_"),
         ("model.name_or_path=other", "model.name_or_path"),
         ("hydra.run.dir=elsewhere", "hydra.run.dir"),

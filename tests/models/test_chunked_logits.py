@@ -68,7 +68,7 @@ def doubly_robust_objective(x, given, taken, policy, *heads):
     advantages = q.mean(-1) + 0.7 - gather_tokens(q, taken)
     log_pi = log_probs(x, policy)
     objective = objective_of_tokens(
-        log_pi, log_ref, log_old, q, taken, advantages, BETA, ETA, clip=0.3
+        log_pi, log_ref, log_old, q, taken, advantages, BETA, ETA, clip=None
     )
     return objective, returns.expectation(log_pi, linear(x, policy))
 

@@ -239,7 +239,8 @@ def test_the_trunk_critic_reads_whole_sequences(checkpoint):
         torch.nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(2))
     pairs = rows()
     tree = tree_of(pairs, limit=12)
-    outputs = critic(tree, torch.zeros(len(tree.node), policy.hidden_size))
+    unused = torch.zeros(len(tree.node), policy.hidden_size)
+    outputs = critic(tree, unused, unused)
     expected = [critic.head(states) for states in plain_states(critic.trunk, pairs)]
     for one, other in zip(outputs, zip(*expected, strict=True), strict=True):
         torch.testing.assert_close(

@@ -52,7 +52,7 @@ def policy_objective(
     if clip is None:
         return expectation(log_pi, cost.detach())
     log_old = log_old.detach()
-    inside = log_old.isfinite()  # the gradient of a masked NaN is NaN
+    inside = log_old.isfinite() & log_pi.isfinite()  # the gradient of a masked NaN is NaN
     log_pi, log_taken, cost = (
         torch.where(inside, x, torch.zeros_like(x)) for x in (log_pi, log_old, cost.detach())
     )
