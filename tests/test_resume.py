@@ -205,3 +205,25 @@ def test_ctrl_c_leaves_what_a_run_needs_to_go_on(
     last = torch.load(folder / "checkpoints" / "last.ckpt")
     assert summary["iterations"] == last["epoch"] + 1 < 3
     resumed_as_if_uninterrupted(folder)
+
+
+@pytest.mark.slow
+def test_every_process_resumes_with_its_replay_window(start_train, assert_same_run, tmp_path):
+    sizes = ("environment=token_mdp", "model=token_mdp", "trainer=ddp_cpu", "replay.window=3")
+    sizes += ("environment.time_limit=3", "rollout.minibatch_size=32", "rollout.update_epochs=2")
+
+    def train_until(iterations: int, *arguments: str) -> None:
+        with start_train(tmp_path, *arguments, f"trainer.max_epochs={iterations}") as process:
+            _, error = process.communicate(timeout=240)
+        assert process.returncode == 0, error
+
+    schedule = "schedule_iters=4"
+    train_until(4, *sizes, schedule, "hydra.run.dir=whole")
+    train_until(2, *sizes, schedule, "hydra.run.dir=resumed")
+    last = tmp_path / "resumed" / "checkpoints" / "last.ckpt"
+    windows = torch.load(last)["RolloutDataModule"]["replay"]
+    assert [len(window) for window in windows] == [2, 2]
+    first, second = (window[0]["actions"]["action_ids"] for window in windows)
+    assert not torch.equal(first, second)
+    train_until(4, f"ckpt_path={last}")
+    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
