@@ -72,6 +72,7 @@ class ETPOSettings(TraceSettings):
         huber_delta: error from which the Huber loss is linear.
     """
 
+    max_kl: float | None = bounded(0.2, above=True)
     gamma: float = bounded(0.99, 0, 1)
     lambda_: float = bounded(0.9, 0, 1)
     lambda_anneal_iters: int | None = bounded(8, 1)
