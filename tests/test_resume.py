@@ -113,6 +113,17 @@ def test_a_killed_run_goes_on(
 
 
 @pytest.mark.slow
+def test_a_run_that_was_killed_before_its_summary_has_one_after_it_is_resumed(
+    command, small_run, resumed_as_if_uninterrupted, tmp_path
+):
+    """No iteration is left: the metrics are those of the checkpoint."""
+    ended = command(train.main, *small_run, f"hydra.run.dir={tmp_path}")
+    assert ended.status == 0, ended.err
+    (tmp_path / "summary.json").unlink()
+    resumed_as_if_uninterrupted(tmp_path)
+
+
+@pytest.mark.slow
 def test_a_line_tells_that_the_iteration_is_kept(start_train, small_run, tmp_path):
     process = start_train(tmp_path, *small_run, "hydra.run.dir=run")
     with killed_at_the_end(process):

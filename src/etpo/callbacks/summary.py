@@ -70,12 +70,14 @@ class RunSummary(Callback):
             **dict.fromkeys(["wall_seconds", "peak_memory_mib"], 0.0),
         }
         self.generate_seconds = self.started = 0.0
+        self.metrics: dict[str, float] = {}  # of the last iteration
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.started = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.metrics = metrics
         rollout, numbers = trainer.datamodule.rollout, self.numbers
         ranks = gather(
             {
@@ -106,11 +108,13 @@ class RunSummary(Callback):
         pl_module.log("time/iteration_seconds", seconds, sync_dist=True)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"numbers": self.numbers, "generate_seconds": self.generate_seconds}
+        seconds = self.generate_seconds
+        return {"numbers": self.numbers, "generate_seconds": seconds, "metrics": self.metrics}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.numbers = dict(state_dict["numbers"])
         self.generate_seconds = state_dict["generate_seconds"]
+        self.metrics = state_dict["metrics"]
 
 
 def peak_memory_mib(device: torch.device) -> float:
@@ -129,9 +133,12 @@ def close(trainer: Trainer, cfg: DictConfig, status: str) -> dict[str, Any]:
     best = next((c.best for c in trainer.callbacks if isinstance(c, BestAction)), None)
     if best is not None and hasattr(environment, "held_out_score"):
         held_out_auc = environment.held_out_score(best["action"])
-    value = trainer.callback_metrics.get(cfg.optimized_metric)
+    counted = [c for c in trainer.callbacks if isinstance(c, RunSummary)]
+    numbers = counted[0].numbers if counted else {}
+    # of the checkpoint, if the resumed run had no iteration left
+    metrics = {**(counted[0].metrics if counted else {}), **trainer.callback_metrics}
+    value = metrics.get(cfg.optimized_metric)
     finite = value is not None and math.isfinite(value)
-    numbers = next((c.numbers for c in trainer.callbacks if isinstance(c, RunSummary)), {})
     summary = {
         "status": status,
         "algorithm": algorithm_name(type(trainer.lightning_module).__name__),
