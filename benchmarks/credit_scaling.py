@@ -8,10 +8,7 @@ This writes raw.csv (one row per run) and map.png, and prints the table of
 docs/studies/credit_scaling.md. Without `--multirun` it reads the raw.csv of an earlier call.
 """
 
-import argparse
 import csv
-import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +16,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
+from raw_runs import parsed_arguments, read_raw
 
 from etpo_tasks.credit_optimum import solved_iteration
 
@@ -36,19 +34,6 @@ STYLES = {
     "rloo": ("#000000", (0, (1, 2)), "X"),
     "gigpo": ("#777777", (0, (4, 1, 1, 1)), "*"),
 }
-
-
-def read_runs(folder: Path) -> pd.DataFrame:
-    """Return one row per finished run under `folder`, sorted; report others on stderr."""
-    rows = []
-    for file in sorted(folder.glob("*/summary.json")):
-        summary = json.loads(file.read_text())
-        if summary["status"] == "finished":
-            rows.append(read_run(file.parent, summary))
-        else:
-            print(f"left out: {file.parent} is {summary['status']}", file=sys.stderr)
-    keys = ["method", "length", "turns", "seed"]
-    return pd.DataFrame(rows).sort_values(keys, ignore_index=True)
 
 
 def read_run(folder: Path, summary: dict) -> dict[str, object]:
@@ -169,17 +154,8 @@ def table(runs: pd.DataFrame, arm: str) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="folder of raw.csv and map.png")
-    parser.add_argument("--multirun", type=Path, help="folder of the multirun")
-    arguments = parser.parse_args()
-    raw = arguments.out / "raw.csv"
-    if arguments.multirun is None:
-        runs = pd.read_csv(raw)
-    else:
-        runs = read_runs(arguments.multirun)
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        runs.to_csv(raw, index=False, lineterminator="\n")
+    arguments = parsed_arguments(__doc__.splitlines()[0])
+    runs = read_raw(arguments, read_run, ["method", "length", "turns", "seed"])
     figure(runs).savefig(arguments.out / "map.png", dpi=150)
     for arm in ARMS:
         print("\n".join([*table(runs, arm), ""]))

@@ -7,31 +7,17 @@ This writes raw.csv (one row per run) and prints the tables of docs/studies/repl
 `--multirun` it reads the raw.csv of an earlier call.
 """
 
-import argparse
 import csv
-import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from omegaconf import OmegaConf
+from raw_runs import parsed_arguments, read_raw
 
 GOAL = 0.9
 SPAN = 64  # actions of a mean reward, at least one iteration
 RUN = ["dataset", "method", "actions", "window"]
-
-
-def read_runs(folder: Path) -> pd.DataFrame:
-    """Return one row per finished run under `folder`, sorted; report others on stderr."""
-    rows = []
-    for file in sorted(folder.glob("*/summary.json")):
-        summary = json.loads(file.read_text())
-        if summary["status"] == "finished":
-            rows.append(read_run(file.parent, summary))
-        else:
-            print(f"left out: {file.parent} is {summary['status']}", file=sys.stderr)
-    return pd.DataFrame(rows).sort_values([*RUN, "seed"], ignore_index=True)
 
 
 def read_run(folder: Path, summary: dict) -> dict[str, object]:
@@ -102,17 +88,8 @@ def number(value: float, digits: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="folder of raw.csv")
-    parser.add_argument("--multirun", type=Path, help="folder of the multirun")
-    arguments = parser.parse_args()
-    raw = arguments.out / "raw.csv"
-    if arguments.multirun is None:
-        runs = pd.read_csv(raw)
-    else:
-        runs = read_runs(arguments.multirun)
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        runs.to_csv(raw, index=False, lineterminator="\n")
+    arguments = parsed_arguments(__doc__.splitlines()[0])
+    runs = read_raw(arguments, read_run, [*RUN, "seed"])
     print("\n".join([*table(runs), ""]))
     print(f"{len(runs)} runs, {runs['seconds'].sum() / 3600:.1f} hours of one core")
 

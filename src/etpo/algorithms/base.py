@@ -320,7 +320,7 @@ class OnPolicyAlgorithm(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = trained_state(self, checkpoint)
         if "optimizer_states" not in checkpoint:  # nothing to resume
-            checkpoint.pop("RolloutDataModule", None)
+            checkpoint.get("RolloutDataModule", {}).pop("replay", None)
 
     def log_iteration(self) -> None:
         """Log the metrics of the rollout and the scheduled values."""
