@@ -1,6 +1,6 @@
 """ETPO's policy objective per token, as the sum of its exact term and its sampled correction."""
 
-from etpo.algorithms.losses import clipped_surrogate, policy_objective
+from etpo.algorithms.losses import clip_range, clipped_surrogate, policy_objective
 
 from ..by_token import gather_tokens
 
@@ -19,9 +19,9 @@ def doubly_robust_objective(
         log_pi, log_ref, log_old, q: [..., V].
         taken: int64 [...], the sampled tokens.
         advantages: [...], lambda-returns minus Q(x, w_taken) minus an independent baseline.
-        clip: clip range of the correction's ratio, as in `clipped_surrogate`.
+        clip: clip range and its unit, as in `clip_range`, of both terms; None: no clipping.
     """
-    correction = clipped_surrogate(
-        gather_tokens(log_pi, taken), gather_tokens(log_old, taken), advantages, clip
-    )
-    return policy_objective(log_pi, log_ref, log_old, q, beta, eta, clip) + correction
+    old_taken = gather_tokens(log_old, taken)
+    exact, sampled = (None if clip is None else clip_range(x, *clip) for x in (log_old, old_taken))
+    correction = clipped_surrogate(gather_tokens(log_pi, taken), old_taken, advantages, sampled)
+    return policy_objective(log_pi, log_ref, log_old, q, beta, eta, exact) + correction

@@ -8,11 +8,13 @@ known from.
 import pytest
 import torch
 
-from etpo.algorithms.returns import (
+from etpo.algorithms.baselines import (
     Groups,
-    discounted_returns,
     group_standardized,
     mean_of_other_episodes,
+)
+from etpo.algorithms.returns import (
+    discounted_returns,
 )
 
 from .enumerated_gradient import EXACT, SEEDS, WRONG, EnumeratedGradient

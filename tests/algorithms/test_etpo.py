@@ -174,7 +174,7 @@ def test_the_step_is_the_doubly_robust_gradient_of_the_rollout(
         beta=0.3,
         eta=0.2,
         pessimism_threshold=1.0,
-        clip=0.05,
+        clip=0.01,
         truncation_kl_coef=0.0,
     )
     data = fit(module, letter_env(4), 3)
@@ -202,14 +202,16 @@ def test_the_step_is_the_doubly_robust_gradient_of_the_rollout(
     cost = (module.beta * (log_pi - log_ref) + 0.2 * (log_pi - log_old) - q).detach()
     gain = (log_old.exp() * cost).sum(-1, keepdim=True) - cost
     each = (log_pi - log_old).exp()
-    exact = (log_old.exp() * torch.minimum(each * gain, each.clamp(0.95, 1.05) * gain)).sum(-1)
-    ratio = (taken(log_pi) - taken(log_old)).exp()
-    correction = torch.minimum(ratio * advantages, ratio.clamp(0.95, 1.05) * advantages)
+    clip = 0.01 / log_old.exp()  # of the ratio, so that the probability changes by 0.01
+    exact = torch.minimum(each * gain, each.clamp(1 - clip, 1 + clip) * gain)
+    exact = (log_old.exp() * exact).sum(-1)
+    ratio, clip = (taken(log_pi) - taken(log_old)).exp(), taken(clip)
+    correction = torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     losses = -(exact + correction) * mask
     expected = (0.9**actions.step * losses.sum(1)).mean()
     assert {True, False} == set((q < raw)[mask].flatten().tolist())
-    assert (ratio[mask] < 0.95).any()
-    assert (ratio[mask] > 1.05).any()
+    assert (ratio < 1 - clip)[mask].any()
+    assert (ratio > 1 + clip)[mask].any()
     assert len(actions.step.unique()) > 2
     loss, _ = module.policy_loss(batch)
     assert_same_gradient(loss, expected, module.policy.trainable_parameters(), 1e-3, 1e-6)

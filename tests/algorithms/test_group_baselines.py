@@ -18,14 +18,14 @@ import itertools
 import pytest
 import torch
 
-from etpo.algorithms.evaluation import TokenEvaluation
-from etpo.algorithms.returns import (
+from etpo.algorithms.baselines import (
     Groups,
     action_groups,
     group_standardized,
     mean_of_other_episodes,
     unique_as_one_group,
 )
+from etpo.algorithms.evaluation import TokenEvaluation
 from etpo.rollout.types import Record, Rollout
 
 from ..by_token import actions_of, states_of

@@ -62,7 +62,7 @@ def test_logged_metrics_are_means_over_the_iteration(
     module = build_algorithm(algorithm, make_policy(min_p=0.01), HeadCritic, **settings)
     module.policy.stop_ids = list(range(3, 60))  # actions differ in length
     seen, entropies, gradients = [], [], Gradients()
-    policy_loss, clip = module.policy_loss, module.settings.clip
+    policy_loss, s = module.policy_loss, module.settings
 
     def record(batch):
         """Clipped steps and steps of a minibatch, by the policy's ratios."""
@@ -71,6 +71,7 @@ def test_logged_metrics_are_means_over_the_iteration(
         if algorithm == "ppo_kl":
             difference, mask = difference.sum(1, keepdim=True), mask[:, :1]
         ratio = difference.exp()
+        clip = s.clip if s.clip_unit == "ratio" else s.clip / batch.old_log_probs.exp()
         clipped = ((ratio > 1 + clip) | (ratio < 1 - clip)) & mask
         seen.append((int(clipped.sum()), int(mask.sum())))
         return policy_loss(batch)

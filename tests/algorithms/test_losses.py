@@ -5,8 +5,14 @@ from math import inf
 import pytest
 import torch
 
+from etpo.algorithms.baselines import (
+    leave_one_out_baseline,
+    prefix_keys,
+    state_baseline,
+)
 from etpo.algorithms.losses import (
     action_weights,
+    clip_range,
     clipped_surrogate,
     critic_loss,
     dueling_baseline,
@@ -21,10 +27,7 @@ from etpo.algorithms.returns import (
     explained_variance,
     kl_divergence,
     lambda_returns,
-    leave_one_out_baseline,
-    prefix_keys,
     soft_value,
-    state_baseline,
 )
 
 from ..token_mdp_oracle import TokenMDP
@@ -32,6 +35,7 @@ from .doubly_robust import doubly_robust_objective
 from .kl_returns import kl_lambda_returns
 
 BETA = 0.3
+CLIP = (0.03, "probability")
 
 
 def normal(*shape, seed=0):
@@ -84,8 +88,9 @@ def test_the_clipped_objective_by_hand():
         torch.testing.assert_close(-gradient, f64(moved, -0.25 / 2, 0.0))
 
 
+@pytest.mark.parametrize("unit", ["ratio", "probability"])
 @pytest.mark.parametrize("eta", [0.0, 0.2])
-def test_a_clip_does_not_change_the_gradient_at_the_old_policy(eta):
+def test_a_clip_does_not_change_the_gradient_at_the_old_policy(eta, unit):
     logits = normal(4, 5).requires_grad_()
     log_pi, log_ref = logits.log_softmax(-1), normal(4, 5, seed=1).log_softmax(-1)
     log_old, q = log_pi.detach(), normal(4, 5, seed=2)
@@ -95,7 +100,7 @@ def test_a_clip_does_not_change_the_gradient_at_the_old_policy(eta):
             logits,
             retain_graph=True,
         )[0]
-        for clip in (None, 0.2)
+        for clip in (None, clip_range(log_old, 0.2, unit))
     )
     torch.testing.assert_close(one, other)
 
@@ -120,7 +125,7 @@ def test_only_the_policy_gets_a_gradient():
     )
     q, advantages = normal(4, 5, seed=3).requires_grad_(), normal(4, seed=4).requires_grad_()
     taken = torch.tensor([0, 3, 4, 1])
-    loss = doubly_robust_objective(log_pi, log_ref, log_old, q, taken, advantages, BETA, 0.2, 0.2)
+    loss = doubly_robust_objective(log_pi, log_ref, log_old, q, taken, advantages, BETA, 0.2, CLIP)
     loss.sum().backward()
     assert log_pi.grad is not None
     assert [x.grad for x in (log_ref, log_old, q, advantages)] == [None] * 4
@@ -149,7 +154,7 @@ def test_nothing_moves_without_reward_at_the_reference(dtype, eta):
         log_pi = logits.log_softmax(-1)
         zero = torch.zeros_like(log_ref)
         loss = doubly_robust_objective(
-            log_pi, log_ref, log_ref, zero, zero[:, 0].long(), zero[:, 0], BETA, eta, 0.2
+            log_pi, log_ref, log_ref, zero, zero[:, 0].long(), zero[:, 0], BETA, eta, CLIP
         )
         optimizer.zero_grad()
         loss.sum().backward()
@@ -177,6 +182,33 @@ def test_masked_ids_leave_loss_and_gradient_alone():
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
     (expected,) = torch.autograd.grad(plain.sum(), logits)
     torch.testing.assert_close(gradient, expected)
+
+
+def test_clip_range_by_hand():
+    """0.05 of probability is 5 times a probability of 0.01, and 1/16 of one of 0.8."""
+    log_old = f64(0.01, 0.8).log()
+    assert clip_range(log_old, 0.05, "probability").tolist() == pytest.approx([5, 0.0625])
+    assert clip_range(log_old, 0.05, "ratio") == 0.05
+    assert clip_range(log_old, None, "probability") is None
+
+
+@pytest.mark.parametrize(
+    ("unit", "clip", "advantage", "reached"),
+    [
+        ("ratio", 0.2, 1.0, 0.012),
+        ("ratio", 0.2, -1.0, 0.008),
+        ("probability", 0.05, 1.0, 0.06),
+        ("probability", 0.005, -1.0, 0.005),
+    ],
+)
+def test_steps_of_a_rare_token_end_at_the_clip(unit, clip, advantage, reached):
+    log_old = f64(0.01, 0.29, 0.7).log()
+    logits, width = log_old.clone().requires_grad_(), clip_range(log_old[0], clip, unit)
+    for _ in range(4000):
+        loss = clipped_surrogate(logits.log_softmax(-1)[0], log_old[0], f64(advantage), width)
+        (gradient,) = torch.autograd.grad(loss.sum(), logits)
+        logits = (logits - 0.002 * gradient).detach().requires_grad_()
+    assert logits.softmax(-1)[0].item() == pytest.approx(reached, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +261,7 @@ class Enumerated:
         kl = kl_divergence(self.log_old, self.log_ref)[e.next_state, e.next_prefix]
         return kl_lambda_returns(e.rewards, e.discounts, v, kl, lambda_, BETA, e.continues)
 
-    def losses(self, q, returns, eta=0.0, clip=0.2):
+    def losses(self, q, returns, eta=0.0, unit="ratio"):
         return doubly_robust_objective(
             self.log_pi[self.at],
             self.log_ref[self.at],
@@ -239,7 +271,7 @@ class Enumerated:
             returns - q[(*self.at, self.e.token)],
             BETA,
             eta,
-            clip,
+            None if unit is None else (0.2, unit),
         )
 
     def error(self, losses, weight=None):
@@ -279,12 +311,12 @@ def test_plain_objective_needs_the_exact_q(case):
     torch.testing.assert_close(case.grad(by_visitation.sum()), case.gradient)
 
 
-@pytest.mark.parametrize("clip", [None, 0.2])
+@pytest.mark.parametrize("unit", [None, "ratio", "probability"])
 @pytest.mark.parametrize("eta", [0.0, 0.2])
 @pytest.mark.parametrize("form", ["q", "kl"])
-def test_doubly_robust_gradient_is_exact_for_a_random_critic(case, clip, eta, form):
+def test_doubly_robust_gradient_is_exact_for_a_random_critic(case, unit, eta, form):
     returns = case.returns(case.critic, 1.0, form)
-    assert case.error(case.losses(case.critic, returns, eta, clip)) < 1e-12
+    assert case.error(case.losses(case.critic, returns, eta, unit)) < 1e-12
 
 
 def test_doubly_robust_gradient_needs_sums_and_discounted_actions(case):

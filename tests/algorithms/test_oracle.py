@@ -147,7 +147,15 @@ def train(mdp, log_ref, episodes, objective, form, lambda_, iterations=400):
         if objective == "doubly_robust":
             errors = returns_of(form, e, log_old, log_ref, q, lambda_) - q[taken]
             loss = doubly_robust_objective(
-                log_pi[at], log_ref[at], log_old[at], q[at], e.token, errors, BETA, 0.1, 0.2
+                log_pi[at],
+                log_ref[at],
+                log_old[at],
+                q[at],
+                e.token,
+                errors,
+                BETA,
+                0.1,
+                (0.2, "ratio"),
             )
         else:
             loss = policy_objective(log_pi, log_ref, log_old, q, BETA)[at]

@@ -5,17 +5,19 @@ from math import inf, log, nan
 import pytest
 import torch
 
+from etpo.algorithms.baselines import (
+    group_standardized,
+    prompt_groups,
+    unique_as_one_group,
+)
 from etpo.algorithms.returns import (
     discounted_returns,
     expectation,
     generalized_advantages,
-    group_standardized,
     kl_divergence,
     kl_penalized_rewards,
     lambda_returns,
-    prompt_groups,
     soft_value,
-    unique_as_one_group,
 )
 
 from ..token_mdp_oracle import TokenMDP

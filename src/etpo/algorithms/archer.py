@@ -120,8 +120,9 @@ class ArCHer(OnPolicyAlgorithm):
         """Sum the clipped surrogate over tokens and average it over actions."""
         s, old = self.settings, batch.old_log_probs
         log_pi, log_mass = self.taken_log_probs(batch)
-        surrogate = losses.clipped_surrogate(log_pi, old, batch.advantages, s.clip)
-        clipped = losses.is_clipped(log_pi, old, s.clip)
+        clip = losses.clip_range(old, s.clip, s.clip_unit)
+        surrogate = losses.clipped_surrogate(log_pi, old, batch.advantages, clip)
+        clipped = losses.is_clipped(log_pi, old, clip)
         return surrogate_loss(batch, log_pi, log_mass, surrogate, clipped, s.truncation_kl_coef)
 
     def loss_values(self, tree: PrefixTree, states: PrefixStates, *_: Any) -> PrefixValues:

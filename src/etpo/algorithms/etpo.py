@@ -12,8 +12,8 @@ Differences from the paper, each a setting:
    the gradient at pi = pi_old unbiased. `doubly_robust=false` is the paper's objective.
 4. Pessimism: a token with pi_old(w) < `pessimism_threshold` uses min(Q, V). With the default 1 the
    exact term only lowers probabilities, and the sampled correction alone raises them.
-5. Both terms are clipped as in PPO (`clip`), and the KL of whole actions is limited (`max_kl`,
-   nats). A proximal term is optional (`eta`).
+5. An iteration changes the probability of a token by at most `clip` (arXiv 2602.04879) and the KL
+   of whole actions by `max_kl` nats. A proximal term is optional (`eta`).
 6. The whole policy objective is divided by the root mean square of the advantages
    (`normalize_by_advantage_rms`).
 7. The loss sums over tokens and weights actions by gamma^t, as the regularized return does.
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from etpo.algorithms import losses, returns
+from etpo.algorithms import baselines, losses, returns
 from etpo.algorithms.base import Metrics, OnPolicyAlgorithm
 from etpo.algorithms.evaluation import (
     PrefixValues,
@@ -66,7 +66,7 @@ class ETPOSettings(TraceSettings):
         pessimism_threshold: tokens with pi_old below it use min(Q, V). 0: none, 1: all.
         doubly_robust: add the sampled correction of the critic's error to the objective.
         normalize_by_advantage_rms: divide the objective by the rms of the advantages.
-        clip: PPO's clip range of the probability ratios of both terms. None: no clipping.
+        clip: clip range of both terms, in `clip_unit`. None: no clipping.
         tau: Polyak step of the target critic after each iteration; 1 copies the critic.
         critic_loss: huber or mse.
         huber_delta: error from which the Huber loss is linear.
@@ -80,7 +80,8 @@ class ETPOSettings(TraceSettings):
     pessimism_threshold: float = bounded(1.0, 0, 1)
     doubly_robust: bool = True
     normalize_by_advantage_rms: bool = True
-    clip: float | None = bounded(0.2, 0, 1, above=True)
+    clip: float | None = bounded(0.03, 0, 1, above=True)
+    clip_unit: str = one_of("probability", "ratio")
     tau: float = bounded(1.0, 0, 1, above=True)
     critic_loss: str = one_of("huber", "mse")
     huber_delta: float = bounded(1.0, above=True)
@@ -136,7 +137,7 @@ class ETPO(OnPolicyAlgorithm):
             for trace in level_traces(self.settings, steps, mask, ratios, self.annealed_lambda)
         )
         errors, valid = targets - q_taken, steps.layout.valid
-        errors = errors - self.baselines(errors, valid, actions, steps)
+        errors = errors - self.error_baselines(errors, valid, actions, steps)
         advantages = from_trajectories(errors, steps.layout, like=old.value)
         sample_weights = ratios.clamp(max=self.settings.max_replay_ratio)
         if self.settings.normalize_by_advantage_rms:
@@ -168,19 +169,21 @@ class ETPO(OnPolicyAlgorithm):
             fold=self.folds(rollout),
         )
 
-    def baselines(self, errors: Tensor, valid: Tensor, actions: Actions, steps: Steps) -> Tensor:
+    def error_baselines(
+        self, errors: Tensor, valid: Tensor, actions: Actions, steps: Steps
+    ) -> Tensor:
         """Return the baselines of the errors [N, K] from other environments of all ranks."""
-        keys = returns.prefix_keys(*actions[:3])
+        keys = baselines.prefix_keys(*actions[:3])
         prefixes = to_trajectories(keys, steps.layout)
         prompts = to_trajectories(keys[:, :1].expand_as(keys), steps.layout)
         count, width = errors.shape
         own = errors, valid.long(), prompts, prefixes
         errors, kept, prompts, prefixes = (self.all_gather_padded(x) for x in own)
         fold = torch.arange(len(errors), device=errors.device) % count % 2
-        baselines = returns.state_baseline(
+        means = baselines.state_baseline(
             errors, kept.bool(), prompts, prefixes, fold * self.critic.cross_fit
         )
-        rows = baselines.view(-1, count, baselines.shape[1])[self.global_rank, :, :width]
+        rows = means.view(-1, count, means.shape[1])[self.global_rank, :, :width]
         return torch.where(valid, rows, torch.zeros_like(rows))
 
     def evaluate(self, tree: PrefixTree, states: PrefixStates) -> TokenEvaluation:
@@ -286,17 +289,19 @@ class ETPO(OnPolicyAlgorithm):
             with torch.no_grad():
                 log_old, log_ref, q = self.old_distributions(states, columns, fold)
             log_pi, log_mass = self.policy.log_probs(hidden, columns)
+            clip = losses.clip_range(log_old, s.clip, s.clip_unit)
             loss = weight * (
-                losses.policy_objective(log_pi, log_ref, log_old, q, self.beta, s.eta, s.clip)
+                losses.policy_objective(log_pi, log_ref, log_old, q, self.beta, s.eta, clip)
                 - s.truncation_kl_coef * log_mass
             )
             places = columns.places(taken)
             new, old = log_pi.gather(-1, places), log_old.gather(-1, places)
+            clip = losses.clip_range(old, s.clip, s.clip_unit)
             if s.doubly_robust:
                 for each in (positive, negative):
-                    loss = loss + losses.clipped_surrogate(new, old, each, s.clip).sum(-1)
+                    loss = loss + losses.clipped_surrogate(new, old, each, clip).sum(-1)
             kl = returns.kl_divergence(log_old, log_pi.detach())
-            return loss, kl, losses.is_clipped(new, old, s.clip).to(kl.dtype)
+            return loss, kl, losses.is_clipped(new, old, clip).to(kl.dtype)
 
         loss, (_, kl, clipped) = reduce_in_chunks(
             prefix_losses,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from etpo.algorithms import returns
+from etpo.algorithms import baselines
 from etpo.algorithms.reinforce import Reinforce, ReinforceSettings
 from etpo.algorithms.settings import bounded, one_of
 
@@ -35,14 +35,14 @@ class GiGPO(Reinforce):
 
     settings_class = GiGPOSettings
 
-    def subtract_baseline(self, action_returns: Tensor, groups: returns.Groups) -> Tensor:
+    def subtract_baseline(self, action_returns: Tensor, groups: baselines.Groups) -> Tensor:
         starts, episode = torch.unique(groups.episode, return_inverse=True)
         of_episodes = self.compare(action_returns[starts], groups.select(starts))
         of_steps = self.compare(action_returns, groups)
         return torch.add(of_episodes[episode], of_steps, alpha=self.settings.step_weight)
 
-    def compare(self, action_returns: Tensor, groups: returns.Groups) -> Tensor:
+    def compare(self, action_returns: Tensor, groups: baselines.Groups) -> Tensor:
         """Return the advantages [B] of returns [B] among those with the same prompt."""
         if self.settings.baseline == "group":
-            return returns.group_standardized(action_returns, groups.prompt)
+            return baselines.group_standardized(action_returns, groups.prompt)
         return super().subtract_baseline(action_returns, groups)

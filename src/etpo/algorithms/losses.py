@@ -22,7 +22,7 @@ def policy_objective(
     q: Tensor,
     beta: float,
     eta: float = 0.0,
-    clip: float | None = None,
+    clip: Tensor | float | None = None,
 ) -> Tensor:
     """L(x) = sum_w pi(w) [beta log(pi/pi_ref) + eta log(pi/pi_old) - Q(x, w)]: [..., V] -> [...].
 
@@ -33,9 +33,10 @@ def policy_objective(
     The optimum for a given Q is pi_ref^{beta/(beta+eta)} pi_old^{eta/(beta+eta)}
     exp(Q/(beta+eta)) / Z. ETPO, arXiv 2402.06700.
 
-    With `clip` c, sum_w pi_old(w) max(ratio F, clip(ratio, 1 - c, 1 + c) F) with
-    F = f - E_pi_old[f] and ratio = pi/pi_old: PPO's surrogate (arXiv 1707.06347, equation 7) of all
-    tokens. Its gradient at pi = pi_old is that of L; an iteration moves no ratio beyond the range.
+    With `clip` c, [..., V] or one for all: PPO's surrogate (arXiv 1707.06347, equation 7) of all
+    tokens, sum_w pi_old(w) max(ratio F, clip(ratio, 1 - c, 1 + c) F) with F = f - E_pi_old[f] and
+    ratio = pi/pi_old. Its gradient at pi = pi_old is that of L; an iteration moves no ratio beyond
+    the range, `clip_range`.
     Without eta and clip `log_old` may be None.
 
     Raises:
@@ -53,29 +54,48 @@ def policy_objective(
         return expectation(log_pi, cost.detach())
     log_old = log_old.detach()
     inside = log_old.isfinite() & log_pi.isfinite()  # the gradient of a masked NaN is NaN
-    log_pi, log_taken, cost = (
-        torch.where(inside, x, torch.zeros_like(x)) for x in (log_pi, log_old, cost.detach())
+    log_pi, log_taken, cost, clip = (
+        torch.where(inside, x, torch.zeros_like(log_old))
+        for x in (log_pi, log_old, cost.detach(), torch.as_tensor(clip))
     )
     advantage = expectation(log_old, cost).unsqueeze(-1) - cost
     return expectation(log_old, clipped_surrogate(log_pi, log_taken, advantage, clip))
 
 
+def clip_range(log_old: Tensor, clip: float | None, unit: str) -> Tensor | float | None:
+    """Return the largest change of the ratio pi/pi_old, the `clip` of the losses: [...] -> [...].
+
+    unit: "ratio", `clip` itself, as in PPO. "probability": clip / pi_old, so that an iteration
+    changes the probability of a token by at most `clip`. A ratio forbids rare tokens even a small
+    change and frequent ones almost none (binary total variation, arXiv 2602.04879, equations 12
+    and 13).
+    """
+    if clip is None or unit == "ratio":
+        return clip
+    return clip * (-log_old.detach()).exp()
+
+
 def clipped_surrogate(
-    log_pi_taken: Tensor, log_old_taken: Tensor, advantage: Tensor, clip: float | None
+    log_pi_taken: Tensor,
+    log_old_taken: Tensor,
+    advantage: Tensor,
+    clip: Tensor | float | None,
 ) -> Tensor:
     """Compute -min(ratio A, clip(ratio, 1 - c, 1 + c) A) of the sampled token: all [...] -> [...].
 
-    ratio = pi/pi_old at the taken token. Only `log_pi_taken` gets a gradient. `clip` None: no
-    clipping. The surrogate of PPO (arXiv 1707.06347, equation 7).
+    ratio = pi/pi_old at the taken token. Only `log_pi_taken` gets a gradient. `clip` c: [...], or
+    one for all, `clip_range`; None: no clipping. The surrogate of PPO (arXiv 1707.06347, equation
+    7).
     """
     advantage = advantage.detach()
     ratio = (log_pi_taken - log_old_taken.detach()).exp()
     if clip is None:
         return -ratio * advantage
+    clip = torch.as_tensor(clip)
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
-def is_clipped(log_pi_taken: Tensor, log_old_taken: Tensor, clip: float | None) -> Tensor:
+def is_clipped(log_pi_taken: Tensor, log_old_taken: Tensor, clip: Tensor | float | None) -> Tensor:
     """Return true where pi/pi_old is outside [1 - clip, 1 + clip]: [...] -> bool [...]."""
     if clip is None:
         return torch.zeros_like(log_pi_taken, dtype=torch.bool)

@@ -126,16 +126,16 @@ class PPO(OnPolicyAlgorithm):
 
     def policy_loss(self, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """Sum the clipped surrogate over steps and average it over actions."""
-        clip, advantages = self.settings.clip, batch.sample_weights * batch.advantages
+        s, advantages = self.settings, batch.sample_weights * batch.advantages
         log_pi, log_mass = self.taken_log_probs(batch)
         new, old = log_pi, batch.old_log_probs
         if self.over_actions:  # the ratio of a whole action
             new, old = (x.sum(1, keepdim=True) for x in (new, old))
             advantages = advantages[:, :1]
+        clip = losses.clip_range(old, s.clip, s.clip_unit)
         surrogate = losses.clipped_surrogate(new, old, advantages, clip)
         clipped = losses.is_clipped(new, old, clip)
-        coef = self.settings.truncation_kl_coef
-        return surrogate_loss(batch, log_pi, log_mass, surrogate, clipped, coef)
+        return surrogate_loss(batch, log_pi, log_mass, surrogate, clipped, s.truncation_kl_coef)
 
     def loss_values(self, tree: PrefixTree, states: PrefixStates, *_: Any) -> PrefixValues:
         values = self.prefix_values(tree, states)

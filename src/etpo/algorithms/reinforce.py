@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from etpo.algorithms import losses, returns
+from etpo.algorithms import baselines, losses, returns
 from etpo.algorithms.base import Metrics, OnPolicyAlgorithm
 from etpo.algorithms.policy_gradient import policy_gradient_batch, surrogate_loss
 from etpo.algorithms.settings import PolicyGradientSettings, bounded, one_of
@@ -63,7 +63,7 @@ class Reinforce(OnPolicyAlgorithm):
             [
                 self.subtract_baseline(
                     action_returns[rows, 0],
-                    returns.action_groups(
+                    baselines.action_groups(
                         ids[rows], mask[rows], actions.step[rows], rollout.num_envs
                     ),
                 )
@@ -75,14 +75,14 @@ class Reinforce(OnPolicyAlgorithm):
             self, rollout, actions, old, advantages, action_returns, ratios
         )
 
-    def subtract_baseline(self, action_returns: Tensor, groups: returns.Groups) -> Tensor:
+    def subtract_baseline(self, action_returns: Tensor, groups: baselines.Groups) -> Tensor:
         """Return the advantages [B] of an iteration from its returns [B] and groups."""
         if self.settings.baseline == "leave_one_out":
             keys = groups.prompt, groups.step, torch.zeros_like(groups.step)
-            return action_returns - returns.mean_of_other_episodes(action_returns, groups, *keys)
+            return action_returns - baselines.mean_of_other_episodes(action_returns, groups, *keys)
         if self.settings.baseline == "group":
-            group = returns.unique_as_one_group(groups.prompt)
-            return returns.group_standardized(action_returns, group)
+            group = baselines.unique_as_one_group(groups.prompt)
+            return baselines.group_standardized(action_returns, group)
         return action_returns - self.mean_over_ranks(action_returns.mean())
 
     def policy_loss(self, batch: TokenBatch) -> tuple[Tensor, Metrics]:
@@ -90,12 +90,12 @@ class Reinforce(OnPolicyAlgorithm):
         s, mask = self.settings, batch.step_mask
         log_pi, log_mass = self.taken_log_probs(batch)
         old = batch.old_log_probs
-        sampled = batch.sample_weights
-        surrogate = losses.clipped_surrogate(log_pi, old, sampled * batch.advantages, s.clip)
+        sampled, clip = batch.sample_weights, losses.clip_range(old, s.clip, s.clip_unit)
+        surrogate = losses.clipped_surrogate(log_pi, old, sampled * batch.advantages, clip)
         if s.kl_in_loss:
             surrogate = surrogate + sampled * self.beta * losses.k3(log_pi, batch.ref_log_probs)
         if s.average_tokens:
             lengths = mask.sum(1, keepdim=True)
             surrogate, log_mass = surrogate / lengths, log_mass / lengths
-        clipped = losses.is_clipped(log_pi, old, s.clip)
+        clipped = losses.is_clipped(log_pi, old, clip)
         return surrogate_loss(batch, log_pi, log_mass, surrogate, clipped, s.truncation_kl_coef)

@@ -51,6 +51,8 @@ class Settings(BatchSettings):
             not updated in the rest of the iteration. None: no limit.
         policy_lr, critic_lr: learning rates of the first iteration.
         max_grad_norm: limit of the gradient norm, of policy and critic separately.
+        clip_unit: what the algorithm's `clip` limits in an iteration: ratio, the change of
+            pi/pi_old; probability, that of pi (binary total variation, arXiv 2602.04879).
         max_replay_ratio: limit c of the weight min(c, pi_old/mu) of a replayed action's sampled
             terms; mu is the policy that sampled it.
     """
@@ -63,6 +65,7 @@ class Settings(BatchSettings):
     policy_lr: float = bounded(5e-4)
     critic_lr: float = bounded(1e-3)
     max_grad_norm: float = bounded(1.0, above=True)
+    clip_unit: str = one_of("ratio", "probability")
     max_replay_ratio: float = bounded(1.0, above=True)
 
 
@@ -126,7 +129,7 @@ class PolicyGradientSettings(Settings):
 
     Args:
         gamma: discount between actions.
-        clip: PPO's clip range of the probability ratio. None: no clipping.
+        clip: PPO's clip range, in `clip_unit`. None: no clipping.
     """
 
     gamma: float = bounded(0.99, 0, 1)
