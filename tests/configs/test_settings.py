@@ -64,7 +64,7 @@ def test_optimizer_and_scheduler_of_the_yaml():
 
 
 def test_yaml_has_the_defaults_of_the_data_module():
-    values = OmegaConf.to_container(composed().rollout, resolve=True)
+    values = OmegaConf.to_container(composed("replay=none").rollout, resolve=True)
     parameters = dict(inspect.signature(RolloutDataModule).parameters)
     del parameters["environment"], values["_target_"]
     assert values.keys() == parameters.keys()

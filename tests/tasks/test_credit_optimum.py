@@ -155,7 +155,7 @@ def test_iterations_of_broken_episodes_are_refused(command, tmp_path):
     arguments = ("experiment=credit_suite", "environment.turns=3", f"hydra.run.dir={tmp_path}/run")
     ended = command(train.main, *arguments)
     assert ended.status == 2
-    assert "rollout.actions_per_iteration=32: allowed are multiples of 96" in ended.err
+    assert "rollout.actions_per_iteration=16: allowed are multiples of 48" in ended.err
     with pytest.raises(ConfigError):
         Dials(turns=0)
     assert OptimumFraction().state_dict() == {"fractions": []}

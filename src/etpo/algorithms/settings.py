@@ -59,7 +59,7 @@ class Settings(BatchSettings):
 
     beta: float = bounded(0.02)
     beta_final_factor: float = bounded(0.25)
-    beta_anneal_iters: int = bounded(25, 1)
+    beta_anneal_iters: int = bounded(60, 1)
     truncation_kl_coef: float = bounded(0.2)
     max_kl: float | None = bounded(0.5, above=True)
     policy_lr: float = bounded(5e-4)
