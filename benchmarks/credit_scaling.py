@@ -1,6 +1,7 @@
 """Plot and tabulate the actions to 90% of the optimum of the credit suite, by length and turns.
 
     etpo-train -m sweep=credit_scaling
+    etpo-train -m sweep=credit_scaling replay.window=4 algorithm=etpo,ppo_kl,poad,grpo
     python benchmarks/credit_scaling.py docs/studies/credit_scaling \
         --multirun logs/train/multiruns/credit_scaling
 
@@ -42,15 +43,16 @@ def read_run(folder: Path, summary: dict) -> dict[str, object]:
     `steps` counts the actions up to the first iteration that ends WINDOW ones with a mean of
     `suite/fraction` of SOLVED_AT; of a censored run all its actions.
     """
-    environment = OmegaConf.load(folder / ".hydra" / "config.yaml").environment
+    config = OmegaConf.load(folder / ".hydra" / "config.yaml")
     with (folder / "metrics.csv").open(newline="") as lines:
         fractions = [float(row["suite/fraction"]) for row in csv.DictReader(lines)]
     solved = solved_iteration(fractions, SOLVED_AT, WINDOW)
     per_iteration = summary["env_steps"] // summary["iterations"]
     return {
         "method": summary["algorithm"],
-        "length": environment.length,
-        "turns": environment.turns,
+        "window": config.replay.window,
+        "length": config.environment.length,
+        "turns": config.environment.turns,
         "seed": summary["seed"],
         "steps": summary["env_steps"] if solved is None else (solved + 1) * per_iteration,
         "censored": int(solved is None),
@@ -112,22 +114,26 @@ def draw(axes: Axes, runs: pd.DataFrame, arm: str, method: str, shift: float) ->
 
 
 def figure(runs: pd.DataFrame) -> Figure:
-    """Plot steps to 90% of the optimum on logarithmic axes, a panel per arm."""
-    drawing = Figure(figsize=(11, 4.6), layout="constrained")
-    panels = drawing.subplots(1, 2)
-    methods = [method for method in STYLES if method in set(runs["method"])]
-    for axes, (arm, label) in zip(panels, ARMS.items(), strict=True):
-        own = arm_of(runs, arm)
+    """Plot steps to 90% of the optimum on logarithmic axes: rows are windows, columns arms."""
+    windows = sorted(set(runs["window"]))
+    drawing = Figure(figsize=(11, 4.3 * len(windows)), layout="constrained")
+    panels = drawing.subplots(len(windows), 2, sharex="col", sharey="col", squeeze=False)
+    places = [(window, arm) for window in windows for arm in ARMS]
+    for axes, (window, arm) in zip(panels.flat, places, strict=True):
+        own = arm_of(runs[runs["window"] == window], arm)
+        methods = [method for method in STYLES if method in set(own["method"])]
         for place, method in enumerate(methods):
             shift = 1.03 ** (place - len(methods) / 2)  # so that points do not cover each other
             draw(axes, own[own["method"] == method], arm, method, shift)
-        axes.set(xscale="log", yscale="log", xlabel=label, ylabel="actions to 90% of the optimum")
+        axes.set(xscale="log", yscale="log", xlabel=ARMS[arm], title=f"replay.window={window}")
+        axes.set_ylabel("actions to 90% of the optimum")
         values = sorted(set(own[arm]))
         axes.set_xticks(values, [str(value) for value in values])
         axes.set_xticks([], minor=True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(linewidth=0.5, alpha=0.4)
-    drawing.legend(*panels[0].get_legend_handles_labels(), loc="outside right", frameon=False)
+    handles = panels[0, 0].get_legend_handles_labels()
+    drawing.legend(*handles, loc="outside right", frameon=False)
     return drawing
 
 
@@ -155,10 +161,12 @@ def table(runs: pd.DataFrame, arm: str) -> list[str]:
 
 def main() -> None:
     arguments = parsed_arguments(__doc__.splitlines()[0])
-    runs = read_raw(arguments, read_run, ["method", "length", "turns", "seed"])
+    runs = read_raw(arguments, read_run, ["window", "method", "length", "turns", "seed"])
     figure(runs).savefig(arguments.out / "map.png", dpi=150)
-    for arm in ARMS:
-        print("\n".join([*table(runs, arm), ""]))
+    for window, own in runs.groupby("window"):
+        print(f"replay.window={window}\n")
+        for arm in ARMS:
+            print("\n".join([*table(own, arm), ""]))
     print(f"{len(runs)} runs, {runs['seconds'].sum() / 3600:.1f} hours of one core")
 
 

@@ -1,4 +1,4 @@
-"""Rows of the finished runs of a multirun, from its folder or an earlier raw.csv."""
+"""Rows of the finished runs of a multirun, added to those of an earlier raw.csv."""
 
 import argparse
 import json
@@ -23,8 +23,9 @@ def parsed_arguments(description: str) -> argparse.Namespace:
 def read_raw(arguments: argparse.Namespace, read_run: ReadRun, keys: Sequence[str]) -> pd.DataFrame:
     """Return one row per finished run, sorted by `keys`; write raw.csv if the multirun is read.
 
-    Runs that are not finished are reported on stderr. read_run: maps a run's folder and summary to
-    its row.
+    Rows of raw.csv whose `keys` the multirun does not have are kept, so that a study can grow on
+    several machines. Runs that are not finished are reported on stderr. read_run: maps a run's
+    folder and summary to its row.
     """
     raw = arguments.out / "raw.csv"
     if arguments.multirun is None:
@@ -36,7 +37,10 @@ def read_raw(arguments: argparse.Namespace, read_run: ReadRun, keys: Sequence[st
             rows.append(read_run(file.parent, summary))
         else:
             print(f"left out: {file.parent} is {summary['status']}", file=sys.stderr)
-    runs = pd.DataFrame(rows).sort_values([*keys], ignore_index=True)
+    runs = pd.DataFrame(rows)
+    if raw.exists():
+        runs = pd.concat([pd.read_csv(raw), runs]).drop_duplicates([*keys], keep="last")
+    runs = runs.sort_values([*keys], ignore_index=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     runs.to_csv(raw, index=False, lineterminator="\n")
     return runs

@@ -151,6 +151,15 @@ def test_a_run_learns_ends_when_solved_and_logs_the_fraction(rows, command, tmp_
     assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == len(solved) + 1
 
 
+@pytest.mark.parametrize("point", ["l64_t1", "l4_t32"])
+def test_the_extreme_points_of_the_map_run(point, command, tmp_path):
+    sizes = ("trainer.max_epochs=1", "rollout.update_epochs=1")
+    ended = command(
+        train.main, "experiment=credit_suite", f"point={point}", *sizes, f"hydra.run.dir={tmp_path}"
+    )
+    assert ended.status == 0, ended.err
+
+
 def test_iterations_of_broken_episodes_are_refused(command, tmp_path):
     arguments = ("experiment=credit_suite", "environment.turns=3", f"hydra.run.dir={tmp_path}/run")
     ended = command(train.main, *arguments)
