@@ -75,6 +75,7 @@ def arguments(checkpoint, tmp_path, monkeypatch):
             "rollout.actions_per_iteration=4",
             "rollout.minibatch_size=4",
             "rollout.update_epochs=1",
+            "rollout.validation_steps=1",
             "rollout.max_new_tokens=4",
             f"paths.log_dir={tmp_path}/logs",
         ]
