@@ -12,8 +12,9 @@ Differences from the paper, each a setting:
    the gradient at pi = pi_old unbiased. `doubly_robust=false` is the paper's objective.
 4. Pessimism: a token with pi_old(w) < `pessimism_threshold` uses min(Q, V). With the default 1 the
    exact term only lowers probabilities, and the sampled correction alone raises them.
-5. An iteration changes the probability of a token by at most `clip` (arXiv 2602.04879) and the KL
-   of whole actions by `max_kl` nats. A proximal term is optional (`eta`).
+5. Both terms are clipped where the probability of a token has changed by `clip` (arXiv
+   2602.04879). The KL of whole actions is limited (`max_kl`, nats). A proximal term is optional
+   (`eta`).
 6. The whole policy objective is divided by the root mean square of the advantages
    (`normalize_by_advantage_rms`).
 7. The loss sums over tokens and weights actions by gamma^t, as the regularized return does.

@@ -65,10 +65,9 @@ def policy_objective(
 def clip_range(log_old: Tensor, clip: float | None, unit: str) -> Tensor | float | None:
     """Return the largest change of the ratio pi/pi_old, the `clip` of the losses: [...] -> [...].
 
-    unit: "ratio", `clip` itself, as in PPO. "probability": clip / pi_old, so that an iteration
-    changes the probability of a token by at most `clip`. A ratio forbids rare tokens even a small
-    change and frequent ones almost none (binary total variation, arXiv 2602.04879, equations 12
-    and 13).
+    unit: "ratio" returns `clip` itself, as in PPO. "probability" returns clip / pi_old: the
+    gradient of a token ends when its probability has changed by `clip` (binary total variation,
+    arXiv 2602.04879, equations 12 and 13). With a ratio, rare tokens move less than frequent ones.
     """
     if clip is None or unit == "ratio":
         return clip
