@@ -1,5 +1,6 @@
 """A run that was stopped or killed and goes on ends as the one that was never interrupted."""
 
+import csv
 import json
 import os
 import signal
@@ -238,3 +239,19 @@ def test_every_process_resumes_with_its_replay_window(start_train, assert_same_r
     assert not torch.equal(first, second)
     train_until(4, f"ckpt_path={last}")
     assert_same_run(tmp_path / "resumed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"), [("trainer.max_epochs=2", True), ("environment.split_seed=1", False)]
+)
+def test_a_window_is_kept_unless_the_rewards_are_of_another_task(
+    command, small_run, tmp_path, change, kept
+):
+    run = (*small_run, "rollout.max_new_tokens=16", f"hydra.run.dir={tmp_path}")
+    assert command(train.main, *run, "trainer.max_epochs=1").status == 0
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    ended = command(train.main, f"ckpt_path={last}", "trainer.max_epochs=2", change)
+    assert ended.status == 0, ended.err
+    with (tmp_path / "metrics.csv").open(newline="") as lines:
+        ratios = [row.get("rollout/replay_ratio", "") for row in csv.DictReader(lines)]
+    assert [ratio != "" for ratio in ratios] == [False, kept]

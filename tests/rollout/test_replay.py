@@ -15,7 +15,8 @@ from etpo.rollout.types import Actions, Decisions, Rollout
 
 from ..algorithms.conftest import ALGORITHMS
 
-REPLAYING = ["etpo", "ppo_kl", "poad", "grpo"]
+REPLAYING = ["etpo", "ppo_kl", "poad", "ntpo", "grpo", "rloo", "gigpo", "reinforce"]
+TIMED = ["etpo", "ppo_kl", "poad", "grpo", "gigpo"]
 
 
 def rollout_of(number, length, cut=True):
@@ -33,7 +34,7 @@ def rollout_of(number, length, cut=True):
 
 
 def test_the_fresh_actions_come_first_and_the_oldest_are_dropped():
-    window = ReplayWindow(3)
+    window = ReplayWindow(3, 2)
     for number, length in ((5, 2), (6, 4), (7, 3)):
         window.append(rollout_of(number, length), torch.full((2, length), -float(number)))
     fresh = rollout_of(8, 1, cut=False)
@@ -53,14 +54,14 @@ def test_the_fresh_actions_come_first_and_the_oldest_are_dropped():
 
 
 def test_a_window_of_one_keeps_nothing():
-    window, fresh = ReplayWindow(1), rollout_of(5, 2)
+    window, fresh = ReplayWindow(1, 2), rollout_of(5, 2)
     window.append(fresh, torch.zeros(2, 2))
-    assert not window.state_dict()
+    assert not window.past
     assert window.extended(fresh, pad_id=0) is fresh
 
 
 def test_a_window_of_another_size_takes_the_latest_iterations():
-    old, window = ReplayWindow(4), ReplayWindow(2)
+    old, window = ReplayWindow(4, 2), ReplayWindow(2, 2)
     for number in (5, 6, 7):
         old.append(rollout_of(number, 2, cut=number < 7), torch.zeros(2, 2))
     window.load_state_dict(old.state_dict())
@@ -68,8 +69,15 @@ def test_a_window_of_another_size_takes_the_latest_iterations():
     assert extended.actions.action_ids[:, 0].tolist() == [8, 8, 7, 7]
 
 
+def test_iterations_of_another_number_of_environments_are_dropped():
+    old, window = ReplayWindow(2, 2), ReplayWindow(2, 1)
+    old.append(rollout_of(5, 2), torch.zeros(2, 2))
+    window.load_state_dict(old.state_dict())
+    assert not window.past
+
+
 def test_iterations_of_another_number_of_actions_are_dropped():
-    window, fresh = ReplayWindow(2), rollout_of(5, 2)
+    window, fresh = ReplayWindow(2, 2), rollout_of(5, 2)
     window.append(rollout_of(4, 2), torch.zeros(2, 2))
     one = fresh._replace(actions=fresh.actions.select(torch.tensor([0])))
     assert window.extended(one, pad_id=0) is one
@@ -136,7 +144,7 @@ def train(module, env, iterations, folder, ckpt_path=None, **sizes):
     return data
 
 
-@pytest.mark.parametrize("name", REPLAYING)
+@pytest.mark.parametrize("name", TIMED)
 def test_a_resumed_run_with_a_window_is_the_uninterrupted_one(build, letter_env, name, tmp_path):
     whole, resumed = build(name), build(name)
     train(whole, letter_env(4), 4, tmp_path)
@@ -158,7 +166,7 @@ def test_a_checkpoint_without_optimizer_has_no_window(build, letter_env, tmp_pat
         torch.load(tmp_path / name, weights_only=True) for name in ("best.ckpt", "last.ckpt")
     )
     assert "replay" not in saved.get("RolloutDataModule", {})
-    assert len(whole["RolloutDataModule"]["replay"][0]) == 2
+    assert len(whole["RolloutDataModule"]["replay"][0]["past"]) == 2
 
 
 @pytest.mark.parametrize("min_p", [0.0, 0.1])
@@ -186,10 +194,10 @@ def test_replayed_actions_are_evaluated_again(build, letter_env, name, min_p, tm
     assert all(g.isfinite().all() for g in gradients if g is not None)
 
 
-@pytest.mark.parametrize("name", ["ppo_kl", "poad", "grpo", "etpo"])
+@pytest.mark.parametrize("name", REPLAYING)
 def test_sampled_terms_are_weighted(build, letter_env, name, tmp_path):
-    """With weights of 0 only the terms without a sample remain: the exact term, KL, truncation."""
-    module = build(name, **({"kl_in_loss": False} if name == "grpo" else {}))
+    """With weights of 0 only the terms without a sample remain: the exact term and truncation."""
+    module = build(name, **({"kl_in_loss": False} if name in ("grpo", "gigpo") else {}))
     data = train(module, letter_env(4), 2, tmp_path)
     _, batch = data.collect_targets()
     weighted, _ = module.policy_loss(batch)
@@ -197,6 +205,46 @@ def test_sampled_terms_are_weighted(build, letter_env, name, tmp_path):
     zero, _ = module.policy_loss(batch._replace(sample_weights=none))
     equal, _ = module.policy_loss(batch._replace(advantages=none))
     assert zero == equal != weighted
+
+
+@pytest.mark.parametrize("name", ["poad", "grpo", "ppo_kl"])
+def test_the_sampled_kl_is_weighted(build, letter_env, name, tmp_path):
+    """Replayed tokens are no samples of pi_old."""
+    module = build(name)
+    _, batch = train(module, letter_env(4), 2, tmp_path).collect_targets()
+    with torch.no_grad():
+        for parameter in module.policy.trainable_parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    log_pi, _ = module.taken_log_probs(batch)
+    difference = log_pi.detach() - batch.old_log_probs
+    each = (difference.exp() - difference - 1) * batch.step_mask * batch.sample_weights
+    _, metrics = module.policy_loss(batch)
+    assert (batch.sample_weights[batch.step_mask] < 0.99).any()
+    assert metrics["train/kl_to_old"][0] == pytest.approx(each.sum(1).mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["grpo", "gigpo"])
+def test_the_kl_in_the_loss_is_weighted(build, letter_env, name, tmp_path):
+    module = build(name)
+    _, batch = train(module, letter_env(4), 3, tmp_path).collect_targets()
+    none = torch.zeros_like(batch.sample_weights)
+    batch = batch._replace(advantages=none)
+    weighted, _ = module.policy_loss(batch)
+    without, _ = module.policy_loss(batch._replace(sample_weights=none))
+    assert without != weighted
+
+
+@pytest.mark.parametrize("name", ["etpo", "poad"])
+def test_log_mu_is_of_the_distribution_that_sampled(build, letter_env, name, tmp_path):
+    module = build(name)
+    data = train(module, letter_env(4), 3, tmp_path)
+    data.collect_targets()
+    actions, log_mu = data.rollout.actions, data.replay.past[-1][-1]
+    with torch.no_grad():  # before the policy moves
+        log_probs, _ = module.policy.log_probs(actions.hidden_states.to(module.device))
+    expected = log_probs.gather(-1, actions.action_ids[..., None].to(module.device))[..., 0].cpu()
+    mask = actions.step_mask
+    torch.testing.assert_close(log_mu[mask], expected[mask], rtol=1e-4, atol=1e-4)
 
 
 def test_an_algorithm_without_replay_refuses_a_window(build, letter_env, tmp_path):

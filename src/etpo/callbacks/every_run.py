@@ -38,7 +38,8 @@ class EveryRun(Callback):
     """Write `.hydra/` and log the configuration `cfg`; come after the callbacks that log metrics.
 
     A multirun whose first iteration does not log `optimized_metric` raises UnknownMetric. A run
-    resumed with another `reward_key` (data, splits, limits) drops its best reward.
+    resumed with another `reward_key` (data, splits, limits) drops its best reward and its replay
+    window.
     """
 
     def __init__(self, cfg: DictConfig, reward_key: str) -> None:
@@ -72,3 +73,4 @@ class EveryRun(Callback):
                 del states[name]
             if "RunSummary" in states:
                 states["RunSummary"]["numbers"]["best_reward"] = None
+            trainer.datamodule.replay.past.clear()  # Lightning has restored the data module

@@ -31,7 +31,8 @@ class RolloutDataModule(LightningDataModule):
 
     Random numbers of iteration i depend only on (seed, i, rank), so a resumed run draws the same
     numbers. If set, `on_targets_computed(rollout, batch)` is called once per iteration before the
-    first update; `batch` is the output of `compute_targets`, in the order of the rollout.
+    first update; `rollout` has the fresh actions, `batch`, the first output of `compute_targets`,
+    the same ones and after them the replayed ones.
 
     Args:
         environment: `num_envs` copies of the task, per rank.
@@ -85,7 +86,8 @@ class RolloutDataModule(LightningDataModule):
         self.policy_checked = False
         self.check_sizes(world_size=1)
         check_integer("replay.window", replay_window, 1)
-        self.replay_window, self.replay = replay_window, ReplayWindow(replay_window)
+        self.replay_window = replay_window
+        self.replay = ReplayWindow(replay_window, self.num_envs)
 
     def check_sizes(self, world_size: int) -> None:
         """Raise ConfigError if the sizes do not fit together on `world_size` ranks."""
@@ -208,9 +210,11 @@ class RolloutDataModule(LightningDataModule):
             states = batch[0].states
             yield batch.pop()._replace(critic_only=True), self.critic_epochs
             module, trainer = self.algorithm, self.attached_trainer
-            module.update_target_critic()
+            module.update_target_critic(tau=1.0)
             with full_parameters(module), trainer.precision_plugin.forward_context():
                 batch.append(module.compute_targets(rollout._replace(states=states)))
+            del states
+        del rollout
         yield batch.pop(), self.update_epochs  # no reference is kept
 
     def shuffling_generator(self) -> torch.Generator:

@@ -16,7 +16,8 @@ class ReplayWindow:
     The policy, reference and critic of a later iteration evaluate them again. Kept on the CPU.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, num_envs: int) -> None:
+        self.num_envs = num_envs
         self.past: deque[Replayed] = deque(maxlen=size - 1)
 
     def extended(self, fresh: Rollout, pad_id: int) -> Rollout:
@@ -43,9 +44,9 @@ class ReplayWindow:
             log_mu = log_mu[: fresh.num_fresh, :width].cpu()
             self.past.append((without_states(fresh.actions), fresh.bootstrap, log_mu))
 
-    def state_dict(self) -> list[Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the window as lists and dictionaries of tensors."""
-        return [
+        past = [
             {
                 "actions": actions._asdict(),
                 "bootstrap": None if bootstrap is None else bootstrap._asdict(),
@@ -53,15 +54,22 @@ class ReplayWindow:
             }
             for actions, bootstrap, log_mu in self.past
         ]
+        return {"num_envs": self.num_envs, "past": past}
 
-    def load_state_dict(self, state: list[Any]) -> None:
-        """Restore the window; a smaller one keeps the latest iterations."""
-        for each in state:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the window; a smaller one keeps the latest iterations.
+
+        With another number of environments the rows belong to other trajectories: it stays empty.
+        """
+        if state["num_envs"] != self.num_envs:
+            return
+        for each in state["past"]:
             bootstrap = each["bootstrap"]
             decisions = None if bootstrap is None else Decisions(**bootstrap)
             self.past.append((Actions(**each["actions"]), decisions, each["log_mu"]))
 
 
 def without_states(actions: Actions) -> Actions:
-    """Return the actions without the hidden states, which the present policy computes again."""
-    return actions._replace(hidden_states=actions.hidden_states[..., :0])
+    """Return the actions without what the present policy computes again."""
+    hidden, support = actions.hidden_states, actions.support
+    return actions._replace(hidden_states=hidden[..., :0], support=support[..., :0])
