@@ -142,8 +142,8 @@ class OptimumFraction(Callback):
         """End the run `extra_iterations` after the iteration in which it was solved."""
         solved = solved_iteration(self.fractions, self.solved_at, self.window)
         if solved is not None:
-            last = min(solved + 1 + self.extra_iterations, trainer.max_epochs or np.inf)
-            trainer.fit_loop.max_epochs = int(last)
+            last, limit = solved + 1 + self.extra_iterations, trainer.max_epochs
+            trainer.fit_loop.max_epochs = last if limit in (None, -1) else min(last, limit)
 
     def state_dict(self) -> dict[str, Any]:
         return {"fractions": self.fractions}

@@ -172,7 +172,7 @@ class CreditSuiteEnv(TextVectorEnv):
         if d.cues > 1:
             words.append(f"cue{cue}")
         if d.shows_earnings and d.turns > 1:
-            width = len(str(d.turns * d.deciding_tokens))  # letters keep their positions
+            width = len(str(d.turns * d.deciding_tokens))  # the prompts keep their length
             words.append(f"earned{unpaid:0{width}}")
         if d.noise_bits:
             words.append("".join(map(str, bits)))

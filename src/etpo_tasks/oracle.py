@@ -27,7 +27,7 @@ class OracleDistance(Callback):
     - `oracle/kl`: nats, mean over states, weighted by the discounted visits of pi. The weighted sum
       times beta is the regret of pi.
     - `oracle/kl_max`: nats, maximum over states.
-    - `oracle/value_error`: reward, maximum over states.
+    - `oracle/value_error`: reward, maximum over states; of one head of a cross-fitted critic.
     - `oracle/value`: reward, V* of the start distribution.
     """
 

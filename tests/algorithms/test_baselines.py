@@ -16,6 +16,8 @@ from lightning import Callback
 from etpo.algorithms import archer, ppo
 from etpo.algorithms.evaluation import TokenEvaluation
 from etpo.algorithms.policy_gradient import standardized
+from etpo.errors import ConfigError
+from etpo.models.critics import HeadCritic
 from etpo.rollout.types import Record, Rollout, TokenBatch
 
 from .. import by_token
@@ -191,6 +193,29 @@ def test_truncated_actions_are_bootstrapped_at_their_next_prompts(build_baseline
     assert values.tolist() == pytest.approx([0, plain([5, 6, 7]), plain([8]), 0], abs=1e-5)
 
 
+def test_a_bootstrap_value_does_not_depend_on_its_placeholder(build_algorithm, make_policy):
+    """`min_p` may cut the placeholder off."""
+    module = build_algorithm(
+        "etpo", make_policy(min_p=0.3), HeadCritic, 32, pessimism_threshold=1.0
+    )
+    with torch.no_grad():
+        module.policy.lm_head.weight.mul_(3)  # some tokens are cut off
+        for parameter in module.target_critic.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(0))
+    cut = torch.tensor([False, False, False, True])
+    decisions = decisions_of(torch.tensor([[5, 6, 7]]), torch.ones(1, 3).bool())
+    rollout = ROLLOUT._replace(actions=ACTIONS._replace(terminated=~cut, truncated=cut))
+    values = [
+        module.bootstrap_values(
+            rollout._replace(
+                bootstrap=decisions._replace(action_ids=torch.full_like(decisions.action_ids, w))
+            )
+        )[3].item()
+        for w in range(0, 40, 4)
+    ]
+    assert values == pytest.approx([values[0]] * len(values), abs=1e-6)
+
+
 def test_standardized_advantages_do_not_count_padding(build_baseline, monkeypatch):
     module = build_baseline("poad")
     monkeypatch.setattr(module, "all_gather", lambda value: value)
@@ -349,3 +374,11 @@ def test_the_step_of_grpo_away_from_the_reference(build_baseline, assert_same_gr
     tokens = -advantages * log_pi + 0.3 * (difference.exp() - difference - 1)
     expected = (tokens * MASK).sum(1) / MASK.sum(1)
     assert_same_gradient(loss, expected.mean(), parameters, 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize("setting", [{"clip_unit": "probability"}, {"lambda_length_alpha": 0.5}])
+def test_whole_actions_refuse_what_is_of_tokens(setting):
+    (key,) = setting
+    with pytest.raises(ConfigError, match=rf"algorithm.{key}=.*: allowed with algorithm.unit"):
+        ppo.PPOSettings(unit="action", **setting)
+    assert ppo.PPOSettings(unit="token", **setting)

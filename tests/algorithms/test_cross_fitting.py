@@ -7,6 +7,7 @@ import torch
 
 from etpo.algorithms.etpo import ETPO
 from etpo.algorithms.ppo import PPO
+from etpo.callbacks.credit import select, token_numbers
 from etpo.errors import ConfigError
 from etpo.models.critics import HeadCritic, PolicyHeadCritic, TrunkCritic
 from etpo.models.prefix_tree import prefix_tree
@@ -84,6 +85,20 @@ def test_a_head_is_trained_on_its_fold_alone(build, letter_env, fit, critic):
         own, other = module.critic.head[number], module.critic.head[1 - number]
         assert any(p.grad is not None and p.grad.abs().max() > 0 for p in own.parameters())
         assert all(p.grad is None or not p.grad.any() for p in other.parameters())
+
+
+def test_the_credit_page_shows_the_values_of_the_objective(build, letter_env, fit):
+    """Each action's by the head of the other fold."""
+    module = build()
+    data = fit(module, letter_env(4), 2)
+    selected = [select(data.rollout, row) for row in range(4)]
+    with torch.no_grad():
+        before = [numbers["q"] for numbers in token_numbers(module, selected)]
+        for parameter in module.target_critic.head[0].parameters():
+            parameter.add_(1.0)
+        after = [numbers["q"] for numbers in token_numbers(module, selected)]
+    changed = [not torch.allclose(one, other) for one, other in zip(before, after, strict=True)]
+    assert changed == [False, True, False, True]
 
 
 def test_the_exact_term_uses_the_head_of_the_correction(build, letter_env, fit):

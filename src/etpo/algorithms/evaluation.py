@@ -50,13 +50,16 @@ def prefix_states(
     allowed: Tensor | None,
     support: Tensor | None = None,
     old_hidden: Tensor | None = None,
+    *,
+    keep_taken: bool = True,
 ) -> PrefixStates:
     """Compute hidden states of policy and reference, and the support of the policy.
 
     Args:
         chunk: number of prefixes whose logits are in memory at once.
         allowed: int32 [N, W], the action space; W = 0 or None for the whole vocabulary.
-        support: int32 [N, W], of the policy that sampled; None: of the policy, with taken tokens.
+        support: int32 [N, W], of the policy that sampled; None: of the policy.
+        keep_taken: add the taken tokens to that of the policy.
         old_hidden: [N, D], hidden states recorded during generation; None computes them.
     """
     if allowed is None:
@@ -69,7 +72,9 @@ def prefix_states(
 
         def supported(hidden: Tensor, allowed: Tensor, taken: Tensor) -> tuple[Tensor]:
             support = policy.supported(hidden, allowed)[2]
-            return (support | pack_ids(taken, policy.vocabulary_size),)
+            if keep_taken:
+                support = support | pack_ids(taken, policy.vocabulary_size)
+            return (support,)
 
         (support,) = in_chunks(supported, chunk, old_hidden, allowed, tree.taken)
     ref_hidden = policy.hidden_states(tree, reference=True)

@@ -107,6 +107,7 @@ def select(rollout: Rollout, row: int) -> dict[str, Any]:
             name: getattr(actions, field)[row][actions.action_mask[row]].tolist()
             for name, field in TOKEN_FIELDS.items()
         },
+        "fold": row % rollout.num_envs % 2,
         "record": {"env": record.env, "episode": episode, **fields},
     }
 
@@ -134,7 +135,10 @@ def token_numbers(
         other tokens: other_ids, other_probability, other_q.
     """
     rows = pad_actions(actions, module.device)
-    policy, tree = module.policy, rows.tree()
+    fold = None
+    if getattr(getattr(module, "critic", None), "cross_fit", False):  # the head of the other half
+        fold = torch.tensor([action["fold"] for action in actions], device=module.device)
+    policy, tree = module.policy, rows.tree(fold)
     allowed = rows.allowed.flatten(0, 1)[tree.first]
     columns = TokenColumns.of(policy.vocabulary_size, allowed)
     states = prefix_states(policy, tree, len(tree.node), allowed)
