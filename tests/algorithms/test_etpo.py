@@ -291,8 +291,11 @@ def test_trust_region_leaves_a_stopped_policy_without_gradient(build_etpo, lette
             self.critic_moved.append(not torch.equal(critic, self.before[1]))
 
     watch = Stopped()
-    fit(build_etpo(max_kl=0.02), letter_env(8), 3, [watch])
+    data = fit(build_etpo(max_kl=0.02), letter_env(8), 3, [watch])
     assert {stopped for stopped, _ in watch.moved} == {True, False}
+    last = [stopped for stopped, _ in watch.moved[-len(watch.moved) // 3 :]]
+    shown = data.trainer.callback_metrics["train/kl_stopped"]
+    assert shown == pytest.approx(sum(last) / len(last))
     assert all(moved != stopped for stopped, moved in watch.moved)
     assert all(watch.critic_moved)
 

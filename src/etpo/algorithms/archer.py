@@ -9,7 +9,12 @@ from torch import Tensor
 from etpo.algorithms import losses, returns
 from etpo.algorithms.base import Metrics, OnPolicyAlgorithm
 from etpo.algorithms.evaluation import PrefixValues, values_of_first
-from etpo.algorithms.policy_gradient import policy_gradient_batch, standardized, surrogate_loss
+from etpo.algorithms.policy_gradient import (
+    clipped_steps,
+    policy_gradient_batch,
+    standardized,
+    surrogate_loss,
+)
 from etpo.algorithms.settings import PolicyGradientSettings, bounded
 from etpo.errors import ConfigError
 from etpo.models.chunked_logits import in_chunks
@@ -118,12 +123,9 @@ class ArCHer(OnPolicyAlgorithm):
 
     def policy_loss(self, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """Sum the clipped surrogate over tokens and average it over actions."""
-        s, old = self.settings, batch.old_log_probs
         log_pi, log_mass = self.taken_log_probs(batch)
-        clip = losses.clip_range(old, s.clip, s.clip_unit)
-        surrogate = losses.clipped_surrogate(log_pi, old, batch.advantages, clip)
-        clipped = losses.is_clipped(log_pi, old, clip)
-        return surrogate_loss(batch, log_pi, log_mass, surrogate, clipped, s.truncation_kl_coef)
+        steps = clipped_steps(self.settings, log_pi, batch.old_log_probs, batch.advantages)
+        return surrogate_loss(batch, log_pi, log_mass, *steps, self.settings.truncation_kl_coef)
 
     def loss_values(self, tree: PrefixTree, states: PrefixStates, *_: Any) -> PrefixValues:
         # V is trained before the first step only

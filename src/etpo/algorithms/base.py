@@ -1,4 +1,4 @@
-"""Base class of on-policy algorithms: optimizer, trust region, minibatches, checkpoints."""
+"""Base class of the trained algorithms: optimizer, trust region, minibatches, checkpoints."""
 
 import functools
 from collections.abc import Callable
@@ -28,7 +28,7 @@ Metrics = dict[str, tuple[Tensor | float, int]]  # mean and its number of sample
 
 
 class OnPolicyAlgorithm(LightningModule):
-    """Train a policy on the actions of the current iteration.
+    """Train a policy on the actions of the current iteration, and of earlier ones if it `replays`.
 
     A subclass implements `compute_targets` and `policy_loss`, and `critic_loss` if it has a critic.
     Loss methods return a scalar loss and its metrics; this class adds the losses, logs the metrics
@@ -186,13 +186,15 @@ class OnPolicyAlgorithm(LightningModule):
         values = self.prefix_values(tree, states)
         return taken._replace(value=tree.of_tokens(values))
 
-    def prefix_states(self, tree: PrefixTree, *recorded: Tensor | None) -> PrefixStates:
+    def prefix_states(
+        self, tree: PrefixTree, *recorded: Tensor | None, keep_taken: bool = True
+    ) -> PrefixStates:
         """Compute what is not recorded.
 
         recorded: action space, support and hidden states, as for `evaluation.prefix_states`.
         """
         size = self.settings.logits_chunk_size
-        return evaluation.prefix_states(self.policy, tree, size, *recorded)
+        return evaluation.prefix_states(self.policy, tree, size, *recorded, keep_taken=keep_taken)
 
     def prefix_values(self, tree: PrefixTree, states: PrefixStates) -> Tensor:
         """Return the critic's values [N] of the prefixes."""
@@ -207,7 +209,8 @@ class OnPolicyAlgorithm(LightningModule):
             truncated, fold = rollout.actions.truncated.to(self.device), self.folds(rollout)
             tree = following.tree(None if fold is None else fold[truncated])
             allowed = following.allowed.flatten(0, 1)[tree.first]
-            after = self.evaluate(tree, self.prefix_states(tree, allowed))
+            states = self.prefix_states(tree, allowed, keep_taken=False)  # they are placeholders
+            after = self.evaluate(tree, states)
             values[truncated] = after.value.sum(1)
         return values
 
@@ -290,6 +293,7 @@ class OnPolicyAlgorithm(LightningModule):
         if kls and self.settings.max_kl is not None:
             step_kl = self.mean_over_ranks(torch.stack(kls).mean())
             self.kl_stopped = bool(step_kl > self.settings.max_kl)
+        self.log_metrics({"train/kl_stopped": (float(self.kl_stopped), 1)})
         if self.kl_stopped:
             for parameter in self.policy.trainable_parameters():
                 parameter.grad = None
@@ -305,10 +309,11 @@ class OnPolicyAlgorithm(LightningModule):
     def on_train_epoch_end(self) -> None:
         self.update_target_critic()
 
-    def update_target_critic(self) -> None:
-        """Move the target critic, if there is one, by a Polyak step."""
+    def update_target_critic(self, tau: float | None = None) -> None:
+        """Move the target critic, if there is one, by a Polyak step; None: `settings.tau`."""
         if self.critic is not None and self.has_target_critic:
-            critics.polyak_update(self.target_critic, self.critic, self.settings.tau)
+            step = self.settings.tau if tau is None else tau
+            critics.polyak_update(self.target_critic, self.critic, step)
 
     def validation_step(self, batch: Rollout, batch_idx: int) -> None:
         reward = first_episode_reward(batch)

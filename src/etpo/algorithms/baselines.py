@@ -46,9 +46,10 @@ def mean_of_other_episodes(returns: Tensor, groups: Groups, *keys: Tensor) -> Te
     """Average the returns over actions of other episodes with the same key: [B] -> [B].
 
     Of several `keys`, int64 [B], the first that such an action shares counts; 0 without one. Other
-    episodes are those of other environments and earlier ones of the same environment. A later one
-    begins, and is cut, when the action's episode ends. So the baseline does not depend on the
-    action, and subtracting it keeps the policy gradient unbiased.
+    episodes are those of other environments and earlier ones of the same environment. Later ones of
+    the same environment are left out: the action decides when they begin and where the last round
+    cuts them. So the baseline does not depend on the action, and subtracting it keeps the policy
+    gradient unbiased.
     """
     episode, environment = groups.episode, groups.environment
     other = environment[:, None] != environment[None, :]
@@ -90,14 +91,12 @@ def action_groups(prompt_ids: Tensor, prompt_mask: Tensor, step: Tensor, num_env
     """Build the groups of an iteration; [B, P], bool [B, P], int64 [B].
 
     Rows are ordered by round, then by environment. Every environment begins with an episode, whose
-    first action has `step` 0. Episodes of one action do not delay one another: if there are no
-    others, each counts as an environment.
+    first action has `step` 0.
     """
     rows = torch.arange(len(step), device=step.device)
     started = torch.where(step == 0, rows, 0).view(-1, num_envs)
     episode = started.cummax(0).values.flatten()
-    environment = rows % num_envs if step.any() else episode
-    return Groups(prompt_groups(prompt_ids, prompt_mask), episode, environment, step)
+    return Groups(prompt_groups(prompt_ids, prompt_mask), episode, rows % num_envs, step)
 
 
 def state_baseline(
@@ -118,7 +117,7 @@ def state_baseline(
     baseline = leave_one_out_baseline(errors, valid, group)[:, None].expand_as(errors)
     errors = torch.where(valid, errors, torch.zeros_like(errors))
     for keys in (prompts, prefixes):
-        # rows of other groups share no key
+        # a pair of key and group: rows of other groups are not averaged
         pairs = torch.stack([keys, group[:, None].expand_as(keys)], -1).view(-1, 2)
         numbers, at = torch.unique(pairs, dim=0, return_inverse=True)
         at, own = at.view(keys.shape), errors.new_zeros(2, len(keys), len(numbers))

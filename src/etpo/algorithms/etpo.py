@@ -9,7 +9,8 @@ Differences from the paper, each a setting:
    with an adapter (`lora`) or without (`frozen_trunk`). `lm_copy` is the paper's critic.
 3. The policy objective is doubly robust: the exact term over the vocabulary plus a clipped, sampled
    correction of the critic's error. Its critic is trained on EARLIER iterations only, which keeps
-   the gradient at pi = pi_old unbiased. `doubly_robust=false` is the paper's objective.
+   the gradient of fresh actions at pi = pi_old unbiased; that of replayed actions, which trained
+   it, is so with `critic.cross_fit` only. `doubly_robust=false` is the paper's objective.
 4. Pessimism: a token with pi_old(w) < `pessimism_threshold` uses min(Q, V). With the default 1 the
    exact term only lowers probabilities, and the sampled correction alone raises them.
 5. Both terms are clipped where the probability of a token has changed by `clip` (arXiv
@@ -61,8 +62,8 @@ class ETPOSettings(TraceSettings):
     Args:
         gamma: discount between actions; inside an action it is 1.
         lambda_: TD(lambda) of the returns in the first iteration.
-        lambda_anneal_iters: number of iterations in which lambda, at both levels, is annealed
-            linearly to 1. None: constant.
+        lambda_anneal_iters: number of iterations in which `lambda_` and `lambda_between` are
+            annealed linearly to 1, counted from the first of the run. None: constant.
         eta: weight of the proximal term KL(pi || pi_old).
         pessimism_threshold: tokens with pi_old below it use min(Q, V). 0: none, 1: all.
         doubly_robust: add the sampled correction of the critic's error to the objective.

@@ -30,7 +30,8 @@ class GiGPO(Reinforce):
     """Use A_episode + omega A_step as the advantage of each token (arXiv 2505.10978, equation 8).
 
     A_episode compares the return of the whole episode with episodes that begin with the same
-    prompt, A_step the return from the action on with actions on the same prompt.
+    prompt, A_step the return from the action on with actions on the same prompt. Without others,
+    `leave_one_out` compares with actions of equal turns, then with all actions.
     """
 
     settings_class = GiGPOSettings

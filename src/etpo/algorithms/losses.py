@@ -35,8 +35,8 @@ def policy_objective(
 
     With `clip` c, [..., V] or one for all: PPO's surrogate (arXiv 1707.06347, equation 7) of all
     tokens, sum_w pi_old(w) max(ratio F, clip(ratio, 1 - c, 1 + c) F) with F = f - E_pi_old[f] and
-    ratio = pi/pi_old. Its gradient at pi = pi_old is that of L; an iteration moves no ratio beyond
-    the range, `clip_range`.
+    ratio = pi/pi_old. Its gradient at pi = pi_old is that of L; a token whose ratio has left the
+    range, `clip_range`, has none.
     Without eta and clip `log_old` may be None.
 
     Raises:
@@ -63,7 +63,7 @@ def policy_objective(
 
 
 def clip_range(log_old: Tensor, clip: float | None, unit: str) -> Tensor | float | None:
-    """Return the largest change of the ratio pi/pi_old, the `clip` of the losses: [...] -> [...].
+    """Return the change of the ratio pi/pi_old from which a token is clipped: [...] -> [...].
 
     unit: "ratio" returns `clip` itself, as in PPO. "probability" returns clip / pi_old: the
     gradient of a token ends when its probability has changed by `clip` (binary total variation,

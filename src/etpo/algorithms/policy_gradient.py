@@ -7,6 +7,7 @@ from etpo.algorithms import losses
 from etpo.algorithms.base import Metrics, OnPolicyAlgorithm
 from etpo.algorithms.evaluation import TokenEvaluation
 from etpo.algorithms.returns import explained_variance
+from etpo.algorithms.settings import PolicyGradientSettings
 from etpo.models.prefix_tree import first_step
 from etpo.rollout.metrics import rollout_metrics
 from etpo.rollout.types import Actions, Rollout, TokenBatch
@@ -78,6 +79,15 @@ def standardized(module: OnPolicyAlgorithm, values: Tensor, mask: Tensor) -> Ten
     return (values - mean) / (deviation + 1e-4)
 
 
+def clipped_steps(
+    settings: PolicyGradientSettings, log_pi: Tensor, log_old: Tensor, advantages: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the clipped surrogate of the steps, and where the ratio is clipped; all [B, K]."""
+    clip = losses.clip_range(log_old, settings.clip, settings.clip_unit)
+    surrogate = losses.clipped_surrogate(log_pi, log_old, advantages, clip)
+    return surrogate, losses.is_clipped(log_pi, log_old, clip)
+
+
 def surrogate_loss(
     batch: TokenBatch,
     log_pi: Tensor,
@@ -94,7 +104,8 @@ def surrogate_loss(
     """
     mask = step_mask(batch.step_mask, surrogate)
     loss = ((surrogate * mask).sum(1) - truncation_kl_coef * log_mass.sum(1)).mean()
-    kl = (losses.k3(batch.old_log_probs, log_pi.detach()) * batch.step_mask).sum(1).mean()
+    each = losses.k3(batch.old_log_probs, log_pi.detach()) * batch.step_mask
+    kl = (batch.sample_weights * each).sum(1).mean()  # samples of pi_old, or weighted ones of mu
     count = int(mask.sum())
     return loss, {
         "train/policy_loss": (loss, len(mask)),

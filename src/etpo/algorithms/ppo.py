@@ -9,7 +9,12 @@ from torch import Tensor
 from etpo.algorithms import losses, returns
 from etpo.algorithms.base import Metrics, OnPolicyAlgorithm
 from etpo.algorithms.evaluation import PrefixValues, values_of_first
-from etpo.algorithms.policy_gradient import policy_gradient_batch, standardized, surrogate_loss
+from etpo.algorithms.policy_gradient import (
+    clipped_steps,
+    policy_gradient_batch,
+    standardized,
+    surrogate_loss,
+)
 from etpo.algorithms.settings import (
     PolicyGradientSettings,
     TraceSettings,
@@ -51,6 +56,11 @@ class PPOSettings(TraceSettings, PolicyGradientSettings):
                 f"algorithm.lambda_length_alpha={self.lambda_length_alpha}: allowed with "
                 "algorithm.unit=action is null, since an action is one step"
             )
+        if self.unit == "action" and self.clip_unit == "probability":
+            raise ConfigError(
+                "algorithm.clip_unit=probability: allowed with algorithm.unit=action is ratio, "
+                "since the probability of a whole action is far below any clip"
+            )
 
 
 class PPO(OnPolicyAlgorithm):
@@ -62,7 +72,7 @@ class PPO(OnPolicyAlgorithm):
     (decoupled objective, arXiv 2110.00641); values are V-trace's (arXiv 1802.01561).
 
     Raises:
-        ConfigError: `lambda_length_alpha` with whole actions as steps.
+        ConfigError: `lambda_length_alpha` or `clip_unit="probability"` with whole actions as steps.
     """
 
     replays = True
@@ -126,16 +136,14 @@ class PPO(OnPolicyAlgorithm):
 
     def policy_loss(self, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """Sum the clipped surrogate over steps and average it over actions."""
-        s, advantages = self.settings, batch.sample_weights * batch.advantages
+        advantages = batch.sample_weights * batch.advantages
         log_pi, log_mass = self.taken_log_probs(batch)
         new, old = log_pi, batch.old_log_probs
         if self.over_actions:  # the ratio of a whole action
             new, old = (x.sum(1, keepdim=True) for x in (new, old))
             advantages = advantages[:, :1]
-        clip = losses.clip_range(old, s.clip, s.clip_unit)
-        surrogate = losses.clipped_surrogate(new, old, advantages, clip)
-        clipped = losses.is_clipped(new, old, clip)
-        return surrogate_loss(batch, log_pi, log_mass, surrogate, clipped, s.truncation_kl_coef)
+        steps = clipped_steps(self.settings, new, old, advantages)
+        return surrogate_loss(batch, log_pi, log_mass, *steps, self.settings.truncation_kl_coef)
 
     def loss_values(self, tree: PrefixTree, states: PrefixStates, *_: Any) -> PrefixValues:
         values = self.prefix_values(tree, states)

@@ -7,7 +7,11 @@ from torch import Tensor
 
 from etpo.algorithms import baselines, losses, returns
 from etpo.algorithms.base import Metrics, OnPolicyAlgorithm
-from etpo.algorithms.policy_gradient import policy_gradient_batch, surrogate_loss
+from etpo.algorithms.policy_gradient import (
+    clipped_steps,
+    policy_gradient_batch,
+    surrogate_loss,
+)
 from etpo.algorithms.settings import PolicyGradientSettings, bounded, one_of
 from etpo.rollout.trajectories import from_trajectories, to_trajectories, trajectory_steps
 from etpo.rollout.types import Rollout, TokenBatch
@@ -87,15 +91,14 @@ class Reinforce(OnPolicyAlgorithm):
 
     def policy_loss(self, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         """Sum (or average) the clipped surrogate over tokens and average it over actions."""
-        s, mask = self.settings, batch.step_mask
+        s, weights = self.settings, batch.sample_weights
         log_pi, log_mass = self.taken_log_probs(batch)
-        old = batch.old_log_probs
-        sampled, clip = batch.sample_weights, losses.clip_range(old, s.clip, s.clip_unit)
-        surrogate = losses.clipped_surrogate(log_pi, old, sampled * batch.advantages, clip)
+        surrogate, clipped = clipped_steps(
+            s, log_pi, batch.old_log_probs, weights * batch.advantages
+        )
         if s.kl_in_loss:
-            surrogate = surrogate + sampled * self.beta * losses.k3(log_pi, batch.ref_log_probs)
+            surrogate = surrogate + weights * self.beta * losses.k3(log_pi, batch.ref_log_probs)
         if s.average_tokens:
-            lengths = mask.sum(1, keepdim=True)
+            lengths = batch.step_mask.sum(1, keepdim=True)
             surrogate, log_mass = surrogate / lengths, log_mass / lengths
-        clipped = losses.is_clipped(log_pi, old, clip)
         return surrogate_loss(batch, log_pi, log_mass, surrogate, clipped, s.truncation_kl_coef)

@@ -51,8 +51,9 @@ class Settings(BatchSettings):
             not updated in the rest of the iteration. None: no limit.
         policy_lr, critic_lr: learning rates of the first iteration.
         max_grad_norm: limit of the gradient norm, of policy and critic separately.
-        clip_unit: what the algorithm's `clip` limits in an iteration: ratio, the change of
-            pi/pi_old; probability, that of pi (binary total variation, arXiv 2602.04879).
+        clip_unit: unit of the algorithm's `clip`, the change in an iteration from which a token
+            has no gradient: ratio, of pi/pi_old; probability, of pi (binary total variation, arXiv
+            2602.04879).
         max_replay_ratio: limit c of the weight min(c, pi_old/mu) of a replayed action's sampled
             terms; mu is the policy that sampled it.
     """

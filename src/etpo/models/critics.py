@@ -191,7 +191,8 @@ class HeadCritic(Critic):
 class PolicyHeadCritic(Critic):
     """A head on the policy's last hidden states, without a gradient to the policy.
 
-    They are recorded while sampling, so the critic needs no forward of a language model.
+    The iteration computes them for the policy's old log-probabilities anyway, so the critic needs
+    no forward of a language model.
     """
 
     def hidden_states(self, tree: PrefixTree, ref_hidden: Tensor, old_hidden: Tensor) -> Tensor:

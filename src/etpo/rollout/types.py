@@ -107,7 +107,7 @@ class Rollout(NamedTuple):
 class PrefixStates(NamedTuple):
     """Hidden states and token sets of N prefixes, without gradient."""
 
-    old: Tensor  # [N, D], of the policy that sampled
+    old: Tensor  # [N, D], of the policy at the start of the iteration
     ref: Tensor  # [N, D], of the reference
     allowed: Tensor  # int32 [N, W], as in `Actions`
     support: Tensor  # int32 [N, W], as in `Actions`
@@ -123,8 +123,8 @@ class TokenBatch(NamedTuple):
     """Training batch of an on-policy algorithm; no tensor carries a gradient.
 
     `tree` has the N distinct prefixes of the steps of B actions, `states` their hidden states.
-    Numbers of tokens are [B, L], 0 where there is no step. `old` is the policy that sampled the
-    actions, `ref` the frozen reference.
+    Numbers of tokens are [B, L], 0 where there is no step. `old` is the policy at the start of the
+    iteration, which sampled the fresh actions, `ref` the frozen reference.
     """
 
     prompt_ids: Tensor  # int64 [B, P]
