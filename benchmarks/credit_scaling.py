@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
+from omegaconf import DictConfig
 from raw_runs import parsed_arguments, read_raw
 
 from etpo_tasks.credit_optimum import solved_iteration
@@ -37,13 +37,12 @@ STYLES = {
 }
 
 
-def read_run(folder: Path, summary: dict) -> dict[str, object]:
+def read_run(config: DictConfig, folder: Path, summary: dict) -> dict[str, object]:
     """Return the row of one run.
 
     `steps` counts the actions up to the first iteration that ends WINDOW ones with a mean of
     `suite/fraction` of SOLVED_AT; of a censored run all its actions.
     """
-    config = OmegaConf.load(folder / ".hydra" / "config.yaml")
     with (folder / "metrics.csv").open(newline="") as lines:
         fractions = [float(row["suite/fraction"]) for row in csv.DictReader(lines)]
     solved = solved_iteration(fractions, SOLVED_AT, WINDOW)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from omegaconf import OmegaConf
+from omegaconf import DictConfig
 from raw_runs import parsed_arguments, read_raw
 
 GOAL = 0.9
@@ -20,9 +20,8 @@ SPAN = 64  # actions of a mean reward, at least one iteration
 RUN = ["dataset", "method", "actions", "window"]
 
 
-def read_run(folder: Path, summary: dict) -> dict[str, object]:
+def read_run(config: DictConfig, folder: Path, summary: dict) -> dict[str, object]:
     """Return the row of one run: actions to GOAL, end, largest fall and seconds."""
-    config = OmegaConf.load(folder / ".hydra" / "config.yaml")
     with (folder / "metrics.csv").open(newline="") as lines:
         rewards = np.array([float(row["rollout/reward"]) for row in csv.DictReader(lines)])
     actions = summary["env_steps"] // summary["iterations"]
