@@ -107,7 +107,7 @@ def loop_returns(module, rollout, values, q_taken):
         .tolist()
     )
     actions, num_envs = rollout.actions, rollout.num_envs
-    gamma, lambda_ = module.settings.gamma, module.lambda_
+    gamma, lambda_ = module.settings.gamma, module.annealed_lambda(module.settings.lambda_)
     at_end = [next(bootstrap) if cut else 0.0 for cut in actions.truncated.tolist()]
     expected = torch.zeros_like(values)
     for env in range(num_envs):

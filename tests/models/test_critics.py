@@ -7,14 +7,13 @@ import pytest
 import torch
 
 from etpo.errors import ConfigError
+from etpo.models.critic_heads import DuelingHead, ValueHead
 from etpo.models.critics import (
-    DuelingHead,
     HeadCritic,
     LanguageModelCritic,
     LoraCritic,
     PolicyHeadCritic,
     TrunkCritic,
-    ValueHead,
     make_target_network,
     polyak_update,
     snapshot,

@@ -18,7 +18,8 @@ from etpo.algorithms.policy_gradient import (
 from etpo.algorithms.settings import PolicyGradientSettings, bounded
 from etpo.errors import ConfigError
 from etpo.models.chunked_logits import in_chunks
-from etpo.models.critics import WITH_HEAD, Critic, DuelingHead, LanguageModelCritic
+from etpo.models.critic_heads import DuelingHead
+from etpo.models.critics import WITH_HEAD, Critic, LanguageModelCritic
 from etpo.models.policy import LanguageModelPolicy
 from etpo.models.prefix_tree import PrefixTree, first_step
 from etpo.models.token_columns import TokenColumns

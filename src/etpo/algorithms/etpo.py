@@ -40,7 +40,8 @@ from etpo.algorithms.evaluation import (
 from etpo.algorithms.settings import TraceSettings, bounded, one_of
 from etpo.algorithms.traces import level_traces
 from etpo.models.chunked_logits import in_chunks, reduce_in_chunks
-from etpo.models.critics import Critic, DuelingHead
+from etpo.models.critic_heads import DuelingHead
+from etpo.models.critics import Critic
 from etpo.models.prefix_tree import PrefixTree, first_step
 from etpo.models.token_columns import TokenColumns
 from etpo.rollout.metrics import rollout_metrics
@@ -105,11 +106,6 @@ class ETPO(OnPolicyAlgorithm):
     replays = cross_fits = True
     critic: Critic
     scale = 1.0  # of the policy objective in this iteration
-
-    @property
-    def lambda_(self) -> float:
-        """Lambda of this iteration's returns inside actions."""
-        return self.annealed_lambda(self.settings.lambda_)
 
     def annealed_lambda(self, first: float) -> float:
         """Return a lambda of this iteration from that of the first one."""

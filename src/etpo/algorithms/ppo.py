@@ -23,7 +23,7 @@ from etpo.algorithms.settings import (
 )
 from etpo.algorithms.traces import level_traces
 from etpo.errors import ConfigError
-from etpo.models.critics import ValueHead
+from etpo.models.critic_heads import ValueHead
 from etpo.models.prefix_tree import PrefixTree, first_step
 from etpo.rollout.trajectories import (
     from_trajectories,
