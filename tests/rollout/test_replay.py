@@ -207,6 +207,19 @@ def test_sampled_terms_are_weighted(build, letter_env, name, tmp_path):
     assert zero == equal != weighted
 
 
+@pytest.mark.parametrize("name", ["etpo", "poad", "ppo_kl"])
+def test_ratios_enter_returns_and_advantages_of_replayed_actions(
+    build, letter_env, name, tmp_path, monkeypatch
+):
+    module = build(name)
+    rollout, batch = train(module, letter_env(4), 3, tmp_path).collect_targets()
+    monkeypatch.setattr(module, "replay_ratios", lambda rollout, old: torch.ones_like(old.log_pi))
+    without, fresh = module.compute_targets(rollout), rollout.num_fresh
+    torch.testing.assert_close(without.returns[:fresh], batch.returns[:fresh])
+    for one, other in ((without.returns, batch.returns), (without.advantages, batch.advantages)):
+        assert (one - other)[fresh:].abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("name", ["poad", "grpo", "ppo_kl"])
 def test_the_sampled_kl_is_weighted(build, letter_env, name, tmp_path):
     """Replayed tokens are no samples of pi_old."""
