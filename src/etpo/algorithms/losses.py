@@ -36,7 +36,7 @@ def policy_objective(
     With `clip` c, [..., V] or one for all: PPO's surrogate (arXiv 1707.06347, equation 7) of all
     tokens, sum_w pi_old(w) max(ratio F, clip(ratio, 1 - c, 1 + c) F) with F = f - E_pi_old[f] and
     ratio = pi/pi_old. Its gradient at pi = pi_old is that of L; a token whose ratio has left the
-    range, `clip_range`, has none.
+    range, `clip_range`, in the direction of its advantage has none.
     Without eta and clip `log_old` may be None.
 
     Raises:
